@@ -1,0 +1,67 @@
+"""The only contract between data and model: one packed micro-batch, laid out wholly on the host.
+
+Shape letters: T packed rows (text tokens and image patches), S samples, I images, P patches per image, M supervised rows.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IMAGE_ID = -200
+"""Marks the image in a sample's ids, as in the original (llava/constants.py, IMAGE_TOKEN_INDEX)."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the vision tower wants to see; read from its folder."""
+
+    size: int
+    """Side of the square input, pixels."""
+    patches: int
+    """Patches per image, so rows per image in the packed sequence."""
+    mean: tuple[float, float, float]
+    """Per-channel mean of RGB in [0, 1]; also the colour that `pad` pads with."""
+    std: tuple[float, float, float]
+    """Per-channel standard deviation of RGB in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: S samples one after another in T rows, no padding between or after them.
+
+    A batch without images (I = 0) or without supervised rows (M = 0) is normal.
+    """
+
+    token_ids: Tensor
+    """int64 [T]: token ids; 0 on the rows of patches, which are never looked up."""
+    position_ids: Tensor
+    """int64 [T]: 0, 1, ... in each sample."""
+    cu_seqlens: Tensor
+    """int32 [S+1]: the row where each sample starts, then T."""
+    max_seqlen: int
+    """Rows of the longest sample."""
+    pixels: Tensor
+    """uint8 [I, 3, H, W]: RGB, not normalised."""
+    patch_rows: Tensor
+    """int32 [I*P]: the row of each patch; T for a patch that the cut at `data.max_tokens` took away."""
+    text_rows: Tensor
+    """int32 [T - patches kept]: the rows that hold text tokens, ascending."""
+    supervised_rows: Tensor
+    """int32 [M]: the rows whose next token is supervised, ascending."""
+    targets: Tensor
+    """int64 [M]: that next token."""
+    weights: Tensor
+    """fp32 [M]: the weight of each row's cross-entropy in the step's loss (design: `loss_norm`)."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`; the copy does not block when they are pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory. `DataLoader(pin_memory=True)` calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})

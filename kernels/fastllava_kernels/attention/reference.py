@@ -1,0 +1,26 @@
+"""Reference of attention: PyTorch's scaled_dot_product_attention, one sample after another."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+    """[T, H, K] in q's dtype: `softmax(q k^T / sqrt(K)) v` inside each sample, below the diagonal when `causal`.
+
+    q: [T, H, K]; k, v: [T, G, K] with G dividing H (grouped-query attention); cu_seqlens: int32 [S+1], the row where
+    each sample starts, then T; max_seqlen: rows of the longest sample.
+    """
+    # Reads cu_seqlens on the host: a reference may wait for the device, an implementation for training may not.
+    lengths = cu_seqlens.diff().tolist()
+    grouped = q_THK.shape[1] != k_TGK.shape[1]
+    if lengths and all(length == max_seqlen for length in lengths):
+        split = (x.unflatten(0, (len(lengths), max_seqlen)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+        out = F.scaled_dot_product_attention(*split, is_causal=causal, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+    outs = []
+    for q, k, v in zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True):
+        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=grouped)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outs)

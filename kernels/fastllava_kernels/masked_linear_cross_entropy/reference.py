@@ -1,0 +1,14 @@
+"""Reference of masked_linear_cross_entropy: gather, lm_head, fp32 cross-entropy, weighted sum."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+    """fp32 scalar: `sum_i weights[i] * CE(hidden[supervised_rows[i]] @ weight.T, targets[i])`, logits in fp32.
+
+    hidden: [T, D] after the final norm; weight: [V, D] of the lm_head; supervised_rows: int32 [M]; targets: int64 [M];
+    weights: fp32 [M]. M = 0 gives 0 and zero gradients. Not materialised: logits of rows that are not supervised.
+    """
+    logits_MV = F.linear(hidden_TD.index_select(0, supervised_rows), weight_VD).float()
+    return (F.cross_entropy(logits_MV, targets_M, reduction="none") * weights_M).sum()

@@ -1,0 +1,11 @@
+"""Room quick_gelu: x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+from fastllava_kernels.room import REFERENCE, Implementation, Room
+
+from .reference import quick_gelu
+
+ROOM = Room(
+    name="quick_gelu",
+    summary="x * sigmoid(1.702 x), the activation of OpenAI's CLIP",
+    implementations={REFERENCE: Implementation(quick_gelu)},
+)

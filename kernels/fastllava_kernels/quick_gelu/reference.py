@@ -1,0 +1,9 @@
+"""Reference of quick_gelu, the sigmoid approximation of GELU (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+
+import torch
+from torch import Tensor
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, elementwise, any shape, in x's dtype."""
+    return x * torch.sigmoid(1.702 * x)

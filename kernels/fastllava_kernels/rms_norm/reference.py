@@ -1,0 +1,11 @@
+"""Reference of rms_norm: as LlamaRMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """[T, D] in x's dtype: `weight * (x / sqrt(mean(x^2) + eps))`; the statistics in fp32, rounded to x's dtype before `weight`."""
+    x32 = x_TD.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight_D * normed.to(x_TD.dtype)

@@ -1,0 +1,78 @@
+"""What a room is, and how one is found and chosen.
+
+A room is a package `fastllava_kernels/<op>/` whose `__init__.py` defines `ROOM`. Its folder name is also its config key
+(`kernels.<op>`), test id, benchmark argument and results row. `reference.py` in the same folder is the specification.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+import fastllava_kernels
+
+REFERENCE = "reference"
+
+
+def runs_anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The `unsupported` of an implementation with no demands: None on every device and dtype."""
+    return None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    `function` has the signature of the room's reference. `unsupported(device, dtype)` is the reason why it cannot run
+    there, in words for the user, or None.
+    """
+
+    function: Callable[..., Any]
+    unsupported: Callable[[torch.device, torch.dtype], str | None] = runs_anywhere
+
+
+@dataclass(frozen=True)
+class Room:
+    """An op: its name, what it computes in one line, and its implementations by name, best first for `auto`."""
+
+    name: str
+    summary: str
+    implementations: Mapping[str, Implementation]
+
+    def __post_init__(self) -> None:
+        if REFERENCE not in self.implementations:
+            raise ValueError(f"room {self.name}: no implementation named '{REFERENCE}'; every room has one")
+
+
+@cache
+def rooms() -> Mapping[str, Room]:
+    """Every room by name, in alphabetical order, found by looking at the folders of this package."""
+    found = {}
+    for module in pkgutil.iter_modules(fastllava_kernels.__path__):
+        if not module.ispkg:
+            continue
+        room = importlib.import_module(f"fastllava_kernels.{module.name}").ROOM
+        if room.name != module.name:
+            raise ValueError(f"room {room.name}: its folder is {module.name}; they must have one name")
+        found[room.name] = room
+    return dict(sorted(found.items()))
+
+
+def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the implementation that runs: `wanted`, or for "auto" the first that can.
+
+    Raises ValueError in words for the user when `wanted` is no implementation or cannot run: there is no silent fallback.
+    """
+    names = list(room.implementations)
+    if wanted == "auto":
+        return next(n for n in names if room.implementations[n].unsupported(device, dtype) is None)
+    if wanted not in room.implementations:
+        raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(['auto', *names])}")
+    reason = room.implementations[wanted].unsupported(device, dtype)
+    if reason is not None:
+        raise ValueError(f"kernels.{room.name}: '{wanted}' cannot run here ({reason}); write kernels.{room.name}=auto")
+    return wanted
