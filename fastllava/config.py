@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from fastllava_kernels import rooms
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastllava.errors import UserError
+from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
 
@@ -47,7 +47,9 @@ class ModelConfig(Section):
     projector: FilePath | Literal["fresh"] | None = Field(
         None, description="mm_projector.safetensors or .bin to begin with; 'fresh' draws a new one, which stage pretrain does anyway"
     )
-    projector_type: str = Field("mlp2x_gelu", pattern=r"^(linear|identity|mlp[1-9]\d*x_gelu)$", description="linear, mlpNx_gelu or identity")
+    projector_type: str = Field(
+        "mlp2x_gelu", pattern=r"^(linear|identity|mlp[1-9]\d*x_gelu)$", description="linear, mlpNx_gelu or identity"
+    )
     select_layer: int = Field(-2, description="hidden state of the tower that feeds the projector; -2 is before the last block")
     tokenizer: FilePath | None = Field(None, description="tokenizer folder or file; model.llm's when left out")
 
@@ -61,8 +63,12 @@ class DataConfig(Section):
     template: str = Field(description="conversation template, such as plain or v1")
     max_tokens: int = Field(2048, ge=2, description="a sample is cut here, counted after the image has become patches")
     shuffle: bool = Field(True, description="false: the order of the file")
-    group_by_modality: bool = Field(description="samples of one modality and of similar length share a step, as the original's sampler draws them")
-    legacy: bool | None = Field(None, description="sentencepiece pieces after a special token: legacy or not; read from the tokenizer's config when left out")
+    group_by_modality: bool = Field(
+        description="samples of one modality and of similar length share a step, as the original's sampler draws them"
+    )
+    legacy: bool | None = Field(
+        None, description="sentencepiece pieces after a special token: legacy or not; read from the tokenizer's config when left out"
+    )
     max_quarantined_share: Share = Field(0.01, description="more bad records than this share stop the run before it starts")
     prepared_dir: FilePath | None = Field(None, description="where prepared sets are kept; ~/.cache/fastllava/prepared when left out")
     workers: int = Field(2, ge=0, description="processes that prepare records, and that decode images during training")
@@ -95,9 +101,15 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of train.epochs; the schedule ends there too")
     seed: int = Field(42, ge=0, lt=2**63)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 computes in bf16 and keeps fp32 master weights")
-    loss_norm: Literal["token", "llava"] = Field("token", description="token: mean over the step's supervised tokens; llava: the original's mean of means")
-    micro_batch_tokens: int = Field(16384, ge=1, description="rows of one packed micro-batch; a step takes as many micro-batches as it needs")
-    recompute: Literal["none", "full"] = Field("none", description="full: keep only each decoder layer's input and compute the rest again in backward")
+    loss_norm: Literal["token", "llava"] = Field(
+        "token", description="token: mean over the step's supervised tokens; llava: the original's mean of means"
+    )
+    micro_batch_tokens: int = Field(
+        16384, ge=1, description="rows of one packed micro-batch; a step takes as many micro-batches as it needs"
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="full: keep only each decoder layer's input and compute the rest again in backward"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_steps: int | None = Field(None, ge=1, description="a checkpoint every so many steps")
     checkpoint_minutes: float | None = Field(30.0, gt=0, description="a checkpoint every so many minutes")
@@ -237,7 +249,7 @@ def _set_override(given: dict[str, Any], word: str) -> None:
 
 def _in_words(problem: Any) -> str:
     """One pydantic problem as 'key: what was given; what to write instead'."""
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal", "constrained")) )
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal", "constrained")))
     given = problem.get("input")
     match problem["type"]:
         case "missing":

@@ -1,0 +1,40 @@
+"""What every test gets: no network, a cache of its own, one thread; and the golden data where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or transformers: small tensors are slower on several threads, and two workers share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of test data beside the checkout; skips where it is absent."""
+    folder = REPO.parent / "shared"
+    if not (folder / "golden").is_dir():
+        pytest.skip("no golden data of the original beside the checkout (../shared/golden)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """What the original implementation gave, recorded; skips where it is absent."""
+    return shared / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared sets made by a test do not land in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
