@@ -1,0 +1,198 @@
+"""Checkpoints of a run: written beside, hashed, renamed; verified before anything is read.
+
+`output_dir/checkpoint-N/` is the state before step N:
+
+    tensors/          trained weights and AdamW's moments, through torch.distributed.checkpoint
+    state.json        step, digests of prepared set and code; JSON, never pickle
+    run_config.json   the run's configuration
+    manifest.json     size and SHA-256 of every other file; written last
+
+Nothing in a training step draws random numbers and the schedule is a function of the step's number, so there is no random or
+scheduler state to keep.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from fastllava import __version__
+from fastllava.config import Config, check_config
+from fastllava.errors import UserError
+
+RUN_CONFIG = "run_config.json"
+_STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder."""
+
+    folder: Path
+    step: int
+    """The step that comes next."""
+    prepared_digest: str
+    config: Config
+
+
+def save(
+    output_dir: Path, step: int, config: Config, prepared_digest: str, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write `output_dir/checkpoint-{step}` and return it. Raises OSError, leaving older checkpoints as they were."""
+    final = output_dir / f"checkpoint-{step}"
+    beside = output_dir / f".checkpoint-{step}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        _dcp_save(_tensors(trained, optimizer), beside / _TENSORS)
+        write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, "fastllava": __version__, "torch": torch.__version__})
+        write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
+        write_json(beside / _MANIFEST, {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(beside)})
+        _sync_folder(beside)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _sync_folder(output_dir)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return final
+
+
+def keep_last(output_dir: Path, count: int) -> None:
+    """Remove all but the `count` newest complete checkpoints, and what interrupted saves left."""
+    for partial in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for folder in _folders(output_dir)[:-count]:
+        # The manifest goes first: a folder that is half removed must not look complete.
+        (folder / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def newest(output_dir: Path, report: Any = print) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None when there is none; damaged ones are reported and passed over.
+
+    Raises UserError when there are checkpoints and every one is damaged: starting anew in silence would lose the run.
+    """
+    folders = _folders(output_dir)
+    for folder in reversed(folders):
+        try:
+            return verify(folder)
+        except UserError as error:
+            report(f"passed over: {error}")
+    if folders:
+        raise UserError(f"output_dir: every checkpoint in {output_dir} is damaged; remove its checkpoint-* folders to start anew")
+    return None
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Check every file of a checkpoint against its manifest. Raises UserError that names the damaged file."""
+    remedy = "use an older checkpoint or remove the folder"
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        found = {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(folder)}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: is no complete checkpoint ({error}); {remedy}") from None
+    for name in sorted(manifest.keys() | found.keys()):
+        if manifest.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is not part of it" if name not in manifest else "was changed after it was written"
+            raise UserError(f"{folder}: file {name} {what}; {remedy}")
+    state = json.loads((folder / _STATE).read_text())
+    return Checkpoint(folder, state["step"], state["prepared_digest"], check_config(json.loads((folder / RUN_CONFIG).read_text())))
+
+
+def restore(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Load a verified checkpoint into the trained parameters and their optimizer, in place."""
+    for parameter in trained.values():
+        moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": moment,
+            "exp_avg_sq": moment.clone(),
+        }
+    with torch.no_grad():
+        _dcp_load(_tensors(trained, optimizer), checkpoint.folder / _TENSORS)
+
+
+def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:
+    """The configuration and trained weights (internal names, as stored) of `checkpoint-N`, verified first."""
+    checkpoint = verify(folder)
+    metadata = dcp.FileSystemReader(folder / _TENSORS).read_metadata()
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith("weight/") and hasattr(entry, "size")
+    }
+    _dcp_load(weights, folder / _TENSORS)
+    return checkpoint.config, {name.removeprefix("weight/"): tensor for name, tensor in weights.items()}
+
+
+def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flat names, so that a checkpoint can be read by name without this code's classes."""
+    flat = {f"weight/{name}": parameter.detach() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state[parameter].items():
+            flat[f"{key}/{name}"] = value
+    return flat
+
+
+def _dcp_save(tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        # It derives from BaseException, so `except OSError` further up would let it through.
+        raise OSError(f"checkpoint could not be written: {error}") from None
+
+
+def _dcp_load(tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"{folder}: does not fit this model ({error}); use the config that wrote it") from None
+
+
+def _folders(output_dir: Path) -> list[Path]:
+    """Checkpoint folders with a manifest, oldest first. One without was never finished and does not count."""
+    numbered = []
+    for folder in output_dir.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdigit() and (folder / _MANIFEST).is_file():
+            numbered.append((int(number), folder))
+    return [folder for _, folder in sorted(numbered)]
+
+
+def _contents(folder: Path) -> list[tuple[str, int, str]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST)
+    return [(p.relative_to(folder).as_posix(), p.stat().st_size, file_digest(p)) for p in files]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, on disk when this returns."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,172 @@
+"""From a plan to packed micro-batches: stateless workers read rows, decode images and lay out a Batch.
+
+Shape letters: T packed rows, S samples, I images, P patches per image, M supervised rows.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from fastllava.batch import IMAGE_ID, Batch, ImageSpec
+from fastllava.config import DataConfig
+from fastllava.data.images import load_image
+from fastllava.data.plan import Plan, Step
+from fastllava.data.prepared import PreparedSet
+from fastllava.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample before it is packed."""
+
+    ids: NDArray[np.int32]
+    """[n] token ids; IMAGE_ID where an image stands."""
+    supervised: NDArray[np.int32]
+    """[k, 2] half-open ranges into `ids`."""
+    images: Sequence[NDArray[np.uint8]]
+    """One uint8 [3, H, W] for each IMAGE_ID in `ids`."""
+    weight: float
+    """Of each supervised token in the step's loss."""
+
+
+def pack(samples: Sequence[Sample], spec: ImageSpec, max_tokens: int) -> Batch:
+    """Samples one after another in T rows: each image becomes P rows, then the sample is cut at `max_tokens` rows.
+
+    As `prepare_inputs_labels_for_multimodal` of the original (llava/model/llava_arch.py) does for one padded row a
+    sample. The loss of row t is that of the token in row t+1, so a sample's first token is never a target.
+    """
+    ids, positions, patch_rows, text_rows, rows, targets, weights = [], [], [], [], [], [], []
+    starts = [0]
+    for sample in samples:
+        offset = starts[-1]
+        is_image = sample.ids == IMAGE_ID
+        if int(is_image.sum()) != len(sample.images):
+            raise ValueError(f"{len(sample.images)} images for {int(is_image.sum())} image markers")
+        widths = np.where(is_image, spec.patches, 1)
+        first_rows = np.cumsum(widths) - widths
+        n_rows = min(int(widths.sum()), max_tokens)
+
+        token_rows = first_rows[~is_image]
+        kept = token_rows < n_rows
+        row_ids = np.zeros(n_rows, np.int64)
+        row_ids[token_rows[kept]] = sample.ids[~is_image][kept]
+        patches = (first_rows[is_image][:, None] + np.arange(spec.patches)).ravel()
+
+        supervised = np.zeros(len(sample.ids), bool)
+        for begin, end in sample.supervised:
+            supervised[begin:end] = True
+        target_rows = first_rows[supervised]
+        counted = (target_rows > 0) & (target_rows < n_rows)
+
+        ids.append(row_ids)
+        positions.append(np.arange(n_rows))
+        text_rows.append(token_rows[kept] + offset)
+        patch_rows.append(np.where(patches < n_rows, patches + offset, -1))
+        rows.append(target_rows[counted] - 1 + offset)
+        targets.append(sample.ids[supervised][counted])
+        weights.append(np.full(int(counted.sum()), sample.weight))
+        starts.append(offset + n_rows)
+
+    total = starts[-1]
+    all_patches = np.concatenate(patch_rows)
+    images = [image for sample in samples for image in sample.images]
+    pixels = np.stack(images) if images else np.zeros((0, 3, spec.size, spec.size), np.uint8)
+    return Batch(
+        token_ids=_tensor(np.concatenate(ids), torch.int64),
+        position_ids=_tensor(np.concatenate(positions), torch.int64),
+        cu_seqlens=_tensor(np.array(starts), torch.int32),
+        max_seqlen=int(np.diff(starts).max()),
+        pixels=torch.from_numpy(pixels),
+        patch_rows=_tensor(np.where(all_patches < 0, total, all_patches), torch.int32),
+        text_rows=_tensor(np.concatenate(text_rows), torch.int32),
+        supervised_rows=_tensor(np.concatenate(rows), torch.int32),
+        targets=_tensor(np.concatenate(targets), torch.int64),
+        weights=_tensor(np.concatenate(weights), torch.float32),
+    )
+
+
+def _tensor(array: NDArray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(array).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to build one micro-batch."""
+
+    samples: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+class _MicroBatches(Dataset):
+    """Builds the micro-batch of a job. Holds no state, so a worker that dies loses nothing."""
+
+    def __init__(self, prepared: PreparedSet, spec: ImageSpec, data: DataConfig) -> None:
+        self.prepared, self.spec, self.data = prepared, spec, data
+
+    def __getitem__(self, job: _Job) -> Batch | UserError:
+        try:
+            return pack([self._sample(i, w) for i, w in zip(job.samples, job.weights, strict=True)], self.spec, self.data.max_tokens)
+        except UserError as error:
+            # Returned, not raised: what a worker raises reaches the main process wrapped in a traceback.
+            return error
+
+    def _sample(self, index: int, weight: float) -> Sample:
+        row = self.prepared.row(index)
+        images = []
+        if row.image is not None:
+            root = self.data.images
+            if root is None:
+                raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
+            try:
+                images.append(load_image(root / row.image, self.data.image_policy, self.spec, self.data))
+            except (OSError, ValueError, SyntaxError) as error:
+                raise UserError(
+                    f"record {row.id}: image {root / row.image} could be read when the data was prepared and cannot be now "
+                    f"({error}); restore the file and start the same command again"
+                ) from None
+        return Sample(row.ids, row.supervised, images, weight)
+
+
+def steps(plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool) -> Iterator[tuple[Step, list[Batch]]]:
+    """Every step from number `first` to the plan's last, with its micro-batches on the host (page-locked when `pin`).
+
+    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.
+    """
+    loader = DataLoader(
+        _MicroBatches(prepared, spec, data),
+        batch_size=None,
+        sampler=_jobs(plan, first),  # pyright: ignore[reportArgumentType] (any iterable will do)
+        num_workers=data.workers,
+        prefetch_factor=4 if data.workers else None,
+        pin_memory=pin,
+        worker_init_fn=_in_worker,
+    )
+    built = iter(loader)
+    for index in range(first, plan.n_steps):
+        step = plan.step(index)
+        batches = []
+        for _ in step.micro_batches:
+            batch = next(built)
+            if isinstance(batch, UserError):
+                raise batch
+            batches.append(batch)
+        yield step, batches
+
+
+def _jobs(plan: Plan, first: int) -> Iterable[_Job]:
+    for index in range(first, plan.n_steps):
+        step = plan.step(index)
+        for positions in step.micro_batches:
+            yield _Job(tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))
+
+
+def _in_worker(_: int) -> None:
+    """Ctrl-C is the main process's to answer; SIGTERM ends a worker as it ends any process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,0 +1,93 @@
+"""AdamW as the original runs it: parameter groups, learning rate by step, gradient norm, and the guard against non-finite steps."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastllava.config import OptimConfig
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(named: Named, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that train, fused so that `FiniteGuard` can hold it back on the device.
+
+    Groups as in the original's `create_optimizer` (llava/train/llava_trainer.py): no weight decay for norms and biases, and
+    the projector apart when it has a learning rate of its own. Each group keeps that rate as `base_lr`.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        own_rate = optim.projector_lr is not None and name.startswith("projector.")
+        rate = optim.projector_lr if own_rate and optim.projector_lr is not None else optim.lr
+        decay = 0.0 if "norm" in name or "bias" in name else optim.weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, n_steps: int, optim: OptimConfig) -> float:
+    """What every learning rate is multiplied by at `step` (0-based) of `n_steps`; 0 at step 0 when there is a warm-up.
+
+    The schedules of transformers 4.37 (optimization.py), which the original uses: a linear warm-up of
+    ceil(warmup_ratio * n_steps) steps, then the cosine's half period or a line down to 0, or a constant rate.
+    """
+    warmup = math.ceil(n_steps * optim.warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, n_steps - warmup)
+    match optim.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return max(0.0, (n_steps - step) / max(1, n_steps - warmup))
+        case "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that train, in the order of the groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradient_norm(params: list[nn.Parameter]) -> Tensor:
+    """fp32 scalar on the device: the 2-norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+
+
+def clip_gradients(params: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by `max_norm / norm` where the norm is above `max_norm`, without waiting for the device."""
+    torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+
+
+class FiniteGuard:
+    """Keeps the optimizer still from the first step whose loss or gradient norm is not finite.
+
+    The verdict stays on the device: AdamW's fused step skips weights, moments and its own counter where `found_inf` is 1.
+    The flag never goes back to 0, so the state stays that before the bad step until the host reads `tripped` and stops.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.tripped = torch.zeros((), device=device)
+        """fp32 scalar on the device: 1.0 from the first bad step on."""
+        self._optimizer = optimizer
+
+    def watch(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Note whether this step is finite, before `optimizer.step()`; the flag as of this step."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self.tripped = torch.maximum(self.tripped, bad.float())
+        self._optimizer.found_inf = self.tripped  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
+        return self.tripped
