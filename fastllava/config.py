@@ -3,16 +3,15 @@
 `load_config` merges the stage's defaults (the official recipe), the file and the overrides, in this order.
 """
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastllava.errors import UserError
+from fastllava.problems import did_you_mean, in_words
+from fastllava.strict_yaml import in_yaml, parse_yaml
 from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
@@ -31,12 +30,30 @@ STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-FilePath = Annotated[Path, Field(strict=False)]
+SECTIONS = ("model", "data", "optim", "train", "kernels", "log")
+
+
+def _as_path(value: Any) -> Path:
+    if isinstance(value, Path):
+        return value
+    if value is None or value == "":
+        raise ValueError("is empty; write a path")
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{in_yaml(value)} is no path; write one, in quotes when it looks like a number")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{in_yaml(value)} begins with the home of an unknown user; write the whole path") from None
+
+
+FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    """Keys that lie together: fixed once checked, none unknown, no value of another type taken for what it is not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -44,7 +61,7 @@ class ModelConfig(Section):
 
     llm: FilePath = Field(description="folder of a Llama-family model, or of a whole LLaVA checkpoint (original or Hugging Face layout)")
     vision_tower: FilePath | None = Field(None, description="folder of a CLIP vision model; may be left out when model.llm holds one")
-    projector: FilePath | Literal["fresh"] | None = Field(
+    projector: Literal["fresh"] | FilePath | None = Field(
         None, description="mm_projector.safetensors or .bin to begin with; 'fresh' draws a new one, which stage pretrain does anyway"
     )
     projector_type: str = Field(
@@ -132,7 +149,9 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
-    kernels: dict[str, str] = Field(default_factory=dict, description="implementation by room; 'reference' alone means every room")
+    kernels: dict[str, str] = Field(
+        default_factory=dict, validate_default=True, description="implementation by room; 'reference' alone means every room"
+    )
     log: LogConfig = Field(default_factory=LogConfig)
 
     @field_validator("kernels", mode="before")
@@ -143,40 +162,24 @@ class Config(Section):
     @field_validator("kernels")
     @classmethod
     def _known_rooms(cls, value: dict[str, str]) -> dict[str, str]:
+        problems = []
         for name, wanted in value.items():
             if name not in rooms():
-                raise ValueError(f"no room '{name}'{_did_you_mean(name, rooms())}")
-            names = ["auto", *rooms()[name].implementations]
-            if wanted not in names:
-                raise ValueError(f"room {name} has no implementation '{wanted}'; write one of {', '.join(names)}")
+                problems.append(f"kernels.{name}: no such room{did_you_mean(f'kernels.{name}', [f'kernels.{room}' for room in rooms()])}")
+            elif wanted not in (names := ["auto", *rooms()[name].implementations]):
+                problems.append(f"kernels.{name}: '{wanted}' is no implementation of it; write one of {', '.join(names)}")
+        if problems:
+            raise ValueError("\n".join(problems))
         return {name: value.get(name, "auto") for name in rooms()}
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "Config":
         if self.train.loss_norm == "llava" and self.train.global_batch % self.train.reference_micro_batch:
             raise ValueError(
-                f"train.reference_micro_batch: {self.train.reference_micro_batch} does not divide "
-                f"train.global_batch {self.train.global_batch}; train.loss_norm=llava needs whole micro-batches"
+                f"train.reference_micro_batch: {self.train.reference_micro_batch} does not divide train.global_batch "
+                f"{self.train.global_batch}, and train.loss_norm=llava needs whole micro-batches; write a divisor of it"
             )
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3) and refuses a key given twice."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # pyright: ignore[reportUnknownMemberType]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -185,13 +188,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises UserError that lists every problem, each in one line that names the key, what was given and what to write.
     """
     try:
-        given = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give the path of a YAML config") from None
-    if given is None:
-        given = {}
+        given = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give the path of a YAML config") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not text in UTF-8; give the path of a YAML config") from None
+    given = {} if given is None else given
     if not isinstance(given, dict):
-        raise UserError(f"{path}: holds a {type(given).__name__}; a config is a mapping of keys such as 'stage: pretrain'")
+        raise UserError(f"{path}: holds {in_yaml(given)}, not keys; a config holds lines such as 'stage: pretrain'")
     for word in overrides:
         _set_override(given, word)
     return check_config(given)
@@ -201,16 +205,16 @@ def check_config(given: Mapping[str, Any]) -> Config:
     """A Config from a plain mapping; the stage's defaults fill what it leaves out. Raises UserError like `load_config`."""
     defaults = STAGE_DEFAULTS.get(str(given.get("stage")), {})
     merged: dict[str, Any] = dict(given)
-    for section in (*defaults, *(name for name in ("model", "data", "optim", "train") if name not in defaults)):
-        value = merged.get(section) or {}
+    for section in SECTIONS:
+        # A section whose keys are all commented out reads as null.
+        value = {} if merged.get(section) is None else merged[section]
         merged[section] = {**defaults.get(section, {}), **value} if isinstance(value, Mapping) else value
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
         # Without a stage there are no defaults, and complaints about missing keys would hide the one that matters.
-        known_stage = bool(defaults)
-        problems = [e for e in error.errors() if known_stage or e["type"] != "missing" or e["loc"] == ("stage",)]
-        raise UserError("\n".join(dict.fromkeys(_in_words(problem) for problem in problems))) from None
+        problems = [p for p in error.errors() if defaults or p["type"] != "missing" or p["loc"] == ("stage",)]
+        raise UserError(in_words(problems, list(keys()))) from None
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -222,58 +226,22 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def _set_override(given: dict[str, Any], word: str) -> None:
     key, separator, text = word.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise UserError(f"override '{word}': is not of the form key=value; write for example optim.lr=2e-5")
     *sections, name = key.split(".")
     target = given
     for section in sections:
-        inner = target.get(section)
+        inner: Any = target.get(section)
         if section == "kernels" and isinstance(inner, str):
             inner = dict.fromkeys(rooms(), inner)
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override '{word}': '{section}' holds the value {inner!r}, no keys of its own")
-        target[section] = target = dict(inner)
-    target[name] = _parse_yaml(text, f"override '{word}'")
-
-
-def _in_words(problem: Any) -> str:
-    """One pydantic problem as 'key: what was given; what to write instead'."""
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "literal", "constrained")))
-    given = problem.get("input")
-    match problem["type"]:
-        case "missing":
-            return f"{key}: is missing; write it in the config or as {key}=VALUE"
-        case "extra_forbidden":
-            return f"{key}: no such key{_did_you_mean(key, keys())}"
-        case "value_error":
-            message = str(problem["ctx"]["error"])
-            return f"{key}: {message}" if key else message
-        case "literal_error":
-            return f"{key}: {given!r} is not one of {problem['ctx']['expected']}"
-        case "string_pattern_mismatch" if key == "model.projector_type":
-            return f"{key}: {given!r} is no projector; write linear, identity or mlpNx_gelu, such as mlp2x_gelu"
-        case _:
-            return f"{key}: {given!r} does not fit: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    known = list(known)
-    by_name = [key for key in known if key.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    close = by_name or difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; the keys beside it: {', '.join(_siblings(word, known))}"
-
-
-def _siblings(word: str, known: Sequence[str]) -> list[str]:
-    prefix = word.rpartition(".")[0]
-    return [key for key in known if key.rpartition(".")[0] == prefix] or sorted({key.split(".")[0] for key in known})
+            raise UserError(f"override '{word}': {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
+        # A copy: YAML anchors may have put one mapping in two places.
+        inner = dict(inner)
+        target[section] = inner
+        target = inner
+    target[name] = parse_yaml(text, f"override '{word}'")

@@ -1,0 +1,124 @@
+"""What pydantic finds wrong with a config, in the words of the config keys: what was given and what to write instead."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from fastllava.strict_yaml import in_yaml
+
+# Flags of the original's scripts, so that they lead somewhere.
+ORIGINAL_FLAGS = {
+    "model_name_or_path": "model.llm",
+    "mm_projector_type": "model.projector_type",
+    "mm_vision_select_layer": "model.select_layer",
+    "pretrain_mm_mlp_adapter": "model.projector",
+    "tune_mm_mlp_adapter": "stage",
+    "data_path": "data.records",
+    "image_folder": "data.images",
+    "image_aspect_ratio": "data.image_policy",
+    "version": "data.template",
+    "model_max_length": "data.max_tokens",
+    "group_by_modality_length": "data.group_by_modality",
+    "dataloader_num_workers": "data.workers",
+    "learning_rate": "optim.lr",
+    "mm_projector_lr": "optim.projector_lr",
+    "lr_scheduler_type": "optim.schedule",
+    "per_device_train_batch_size": "train.global_batch",
+    "gradient_accumulation_steps": "train.global_batch",
+    "num_train_epochs": "train.epochs",
+    "gradient_checkpointing": "train.recompute",
+    "bf16": "train.precision",
+    "save_steps": "train.checkpoint_steps",
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": "log.backends",
+}
+
+# Keys that the design names and this version does not have yet.
+_NOT_YET = {
+    "parallel": "this version trains in one process on one device; leave it out",
+    "lora": "this version trains the whole language model; leave it out",
+}
+
+_A_NUMBER = "is no number; write one such as 0.03 or 2e-5"
+_A_WHOLE_NUMBER = "is no whole number; write one such as 128"
+_KEYS_BELOW = "holds no keys; write its keys below it, such as '{first}: VALUE'"
+_WORDS = {
+    "float_type": _A_NUMBER,
+    "float_parsing": _A_NUMBER,
+    "finite_number": _A_NUMBER,
+    "int_type": _A_WHOLE_NUMBER,
+    "int_parsing": _A_WHOLE_NUMBER,
+    "int_from_float": _A_WHOLE_NUMBER,
+    "bool_type": "is neither true nor false; write one of them",
+    "bool_parsing": "is neither true nor false; write one of them",
+    "string_type": "is no word; write one, in quotes when it looks like a number",
+    "list_type": "is no list; write one such as [{value}]",
+    "greater_than": "is too small; write a number above {gt}",
+    "greater_than_equal": "is too small; write at least {ge}",
+    "less_than": "is too large; write a number below {lt}",
+    "less_than_equal": "is too large; write at most {le}",
+    "model_type": _KEYS_BELOW,
+    "dict_type": "is no implementation; write one for all rooms, such as reference, or below it one for each, such as 'rope: reference'",
+}
+
+
+def in_words(problems: Sequence[Any], keys: Sequence[str]) -> str:
+    """One line for each pydantic problem (`ValidationError.errors()`); `keys` are all dotted config keys."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        # Of a union's problems the last speaks for all: it is about the most general type.
+        key = ".".join(str(part) for part in problem["loc"] if not _is_internal(part))
+        lines[key] = _line(key, problem, keys)
+    return "\n".join(lines.values())
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?' with the dotted key nearest to `word`, or a list of those beside it."""
+    section, _, name = word.rpartition(".")
+    beside = list(dict.fromkeys(_beside(section, known)))
+    elsewhere = [key for key in known if name == key.rpartition(".")[2]]
+    by_name = {key.rpartition(".")[2]: key for key in beside}
+    close = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1)]
+    for found in (elsewhere, [ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [], close):
+        if found:
+            return f"; did you mean {found[0]}?"
+    return f"; write one of {', '.join(beside)}" if beside else did_you_mean(section, known)
+
+
+def _beside(section: str, known: Sequence[str]) -> list[str]:
+    """The keys and sections that lie in `section`, dotted."""
+    prefix = f"{section}." if section else ""
+    return [prefix + key.removeprefix(prefix).split(".")[0] for key in known if key.startswith(prefix)]
+
+
+def _is_internal(part: Any) -> bool:
+    """Whether a part of a problem's place is a validator's name, not a key."""
+    return isinstance(part, str) and ("[" in part or part.startswith("function-"))
+
+
+def _line(key: str, problem: Any, keys: Sequence[str]) -> str:
+    kind, given = problem["type"], in_yaml(problem.get("input"))
+    match kind:
+        case "missing":
+            return f"{key}: is missing; write it in the config or as {key}={'pretrain or stage=finetune' if key == 'stage' else 'VALUE'}"
+        case "extra_forbidden" if key.split(".")[0] in _NOT_YET:
+            return f"{key}: no such key: {_NOT_YET[key.split('.')[0]]}"
+        case "extra_forbidden" | "invalid_key":
+            return f"{key}: no such key{did_you_mean(key, keys)}"
+        case "value_error":
+            message = str(problem["ctx"]["error"])
+            return f"{key}: {message}" if key and not message.startswith(key) else message
+        case "literal_error":
+            return f"{key}: {given} is not among its values; write {problem['ctx']['expected']}"
+        case "string_pattern_mismatch" if key == "model.projector_type":
+            return f"{key}: {given} is no projector; write linear, identity or mlpNx_gelu, such as mlp2x_gelu"
+    if kind not in _WORDS:
+        return f"{key}: {given} does not fit ({problem['msg']})"
+    first = next((other for other in keys if other.startswith(f"{key}.")), key).rpartition(".")[2]
+    bounds = {name: _plain(bound) for name, bound in problem.get("ctx", {}).items() if name in ("gt", "ge", "lt", "le")}
+    return f"{key}: {given} {_WORDS[kind].format(**bounds, value=problem.get('input'), first=first)}"
+
+
+def _plain(number: float) -> float:
+    """0.0 as 0."""
+    return int(number) if number == int(number) else number
