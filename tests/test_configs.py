@@ -1,0 +1,90 @@
+"""Every shipped config: it loads, says what it promises, and its values are the official recipe's; the schema is current."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastllava.config import load_config
+from fastllava.schema import schema_text
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+OFFICIAL = [path for path in CONFIGS if path.name.startswith("llava15_")]
+
+
+def named(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def test_the_four_official_configs_are_there() -> None:
+    assert [path.stem for path in OFFICIAL] == [f"llava15_{size}_{stage}" for size in ("13b", "7b") for stage in ("finetune", "pretrain")]
+
+
+@named(CONFIGS)
+def test_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.stage in path.stem
+
+
+@named(CONFIGS)
+def test_opens_with_its_promise_and_fits_one_screen(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 50
+    assert lines[0] == "# yaml-language-server: $schema=schema.json"
+    opening = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"fastllava train configs/{path.name}" in opening or "fastllava demo" in opening
+
+
+@named(OFFICIAL)
+def test_official_config_names_hardware_and_published_time(path: Path) -> None:
+    hours = {"7b_pretrain": "3.5", "7b_finetune": "10", "13b_pretrain": "5.5", "13b_finetune": "20"}[path.stem.removeprefix("llava15_")]
+    text = path.read_text(encoding="utf-8")
+    assert f"the original took {hours} hours on 8 A100" in text
+    assert "# Hardware" in text
+
+
+@named(OFFICIAL)
+def test_official_recipe(path: Path) -> None:
+    """The values of scripts/v1_5/pretrain.sh and finetune.sh, written out here once more."""
+    config = load_config(path)
+    pretrain = path.stem.endswith("pretrain")
+    assert (config.train.global_batch, config.optim.lr) == ((256, 1e-3) if pretrain else (128, 2e-5))
+    assert (config.data.template, config.data.image_policy) == (("plain", "square") if pretrain else ("v1", "pad"))
+    assert config.data.group_by_modality is not pretrain
+    assert config.train.reference_micro_batch * 8 == config.train.global_batch
+    assert config.optim.projector_lr is None
+    assert config.optim.max_grad_norm is None
+    assert (config.optim.weight_decay, config.optim.warmup_ratio, config.optim.schedule) == (0.0, 0.03, "cosine")
+    assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.999, 1e-8)
+    assert (config.train.epochs, config.train.max_steps, config.data.max_tokens) == (1, None, 2048)
+    assert (config.train.precision, config.train.loss_norm) == ("bf16", "token")
+    assert (config.model.projector_type, config.model.select_layer) == ("mlp2x_gelu", -2)
+    size = path.stem.split("_")[1]
+    assert str(config.model.llm) == f"lmsys/vicuna-{size}-v1.5"
+    assert str(config.model.vision_tower) == "openai/clip-vit-large-patch14-336"
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_stage_2_starts_from_what_stage_1_leaves(size: str, repo: Path) -> None:
+    first, second = (load_config(repo / f"configs/llava15_{size}_{stage}.yaml") for stage in ("pretrain", "finetune"))
+    assert second.model.projector == first.output_dir / "mm_projector.safetensors"
+    assert second.output_dir != first.output_dir
+
+
+@named(OFFICIAL)
+def test_values_that_the_stage_gives_anyway_are_the_stage_s(path: Path) -> None:
+    """What a config writes out for the reader is what it would get without: it cannot drift from the defaults."""
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    whole = load_config(path)
+    bare = load_config(
+        path,
+        [f"{section}={{}}" for section in ("optim", "train")]
+        + [f"data={{records: {written['data']['records']}, images: {written['data']['images']}}}"],
+    )
+    assert whole.optim == bare.optim
+    assert whole.data == bare.data
+    assert whole.train.model_copy(update={"recompute": bare.train.recompute}) == bare.train
+
+
+def test_schema_is_current(repo: Path) -> None:
+    assert (repo / "configs" / "schema.json").read_text(encoding="utf-8") == schema_text(), "run make schema"
