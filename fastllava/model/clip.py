@@ -1,0 +1,157 @@
+"""CLIP's vision tower (Radford et al. 2021, arXiv 2103.00020), running only the blocks whose output is asked for.
+
+Shape letters: I images, P patches an image, N = P + 1 rows an image (class row first), C width, H heads, K head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllava.errors import UserError
+from fastllava.model.layers import Embedding, LayerNorm, Linear
+from fastllava.model.ops import Ops
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The fields of a CLIP vision config.json that decide the computation; defaults are transformers' CLIPVisionConfig's."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def patches(self) -> int:
+        """Patches an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class PatchEmbedding(nn.Module):
+    """One linear map of each patch; weight [C, 3, side, side], kept as the convolution that it is in CLIP's files."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, config.patch_size, config.patch_size))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[I, P, C] of pixels [I, 3, H, W]."""
+        side = self.weight.shape[-1]
+        grid = pixels.shape[-1] // side
+        patches = pixels[..., : grid * side, : grid * side].unflatten(-1, (grid, side)).unflatten(-3, (grid, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+        return F.linear(patches, self.weight.flatten(1).to(pixels.dtype))
+
+
+class ClipEmbeddings(nn.Module):
+    """Patches to rows, the class row before them, positions added."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
+        self.patch_embedding = PatchEmbedding(config)
+        self.position_embedding = Embedding(config.patches + 1, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[I, N, C] of pixels [I, 3, H, W]."""
+        first = self.class_embedding.to(pixels.dtype).expand(len(pixels), 1, -1)
+        return torch.cat((first, self.patch_embedding(pixels)), dim=1) + self.position_embedding.weight.to(pixels.dtype)
+
+
+class ClipAttention(nn.Module):
+    """Attention of every row to every row of its image."""
+
+    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.ops = config.num_attention_heads, ops
+        self.k_proj = Linear(width, width, bias=True)
+        self.v_proj = Linear(width, width, bias=True)
+        self.q_proj = Linear(width, width, bias=True)
+        self.out_proj = Linear(width, width, bias=True)
+
+    def forward(self, x_INC: Tensor, cu_seqlens: Tensor) -> Tensor:
+        rows = x_INC.flatten(0, 1)
+        q, k, v = (project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.ops.attention(q, k, v, cu_seqlens, x_INC.shape[1], False)
+        return self.out_proj(out.flatten(1)).view_as(x_INC)
+
+
+class ClipMLP(nn.Module):
+    """`fc2(act(fc1(x)))`."""
+
+    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+        super().__init__()
+        self.activation = ops.quick_gelu if config.hidden_act == "quick_gelu" else F.gelu
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class ClipBlock(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+        super().__init__()
+        self.self_attn = ClipAttention(config, ops)
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
+        self.mlp = ClipMLP(config, ops)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipEncoder(nn.Module):
+    """The blocks."""
+
+    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ClipBlock(config, ops) for _ in range(config.num_hidden_layers))
+
+
+class ClipTransformer(nn.Module):
+    """Everything under `vision_model.`; the name pre_layrnorm is transformers'. post_layernorm is kept, and never run here."""
+
+    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+        super().__init__()
+        self.embeddings = ClipEmbeddings(config)
+        self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
+        self.encoder = ClipEncoder(config, ops)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
+
+
+class ClipVision(nn.Module):
+    """The tower; parameter names are transformers' own (`vision_model.encoder.layers.0...`).
+
+    `select_layer` counts transformers' hidden_states: 0 is before the first block, i after the i-th, -1 after the last.
+    Raises UserError when the tower has no such layer or an activation that is not CLIP's.
+    """
+
+    def __init__(self, config: ClipConfig, ops: Ops, select_layer: int) -> None:
+        super().__init__()
+        if config.hidden_act not in ("quick_gelu", "gelu"):
+            raise UserError(f"model.vision_tower: hidden_act {config.hidden_act!r} in config.json; a CLIP tower has quick_gelu or gelu")
+        states = config.num_hidden_layers + 1
+        if not -states <= select_layer < states:
+            raise UserError(f"model.select_layer: {select_layer}, but this tower has hidden states {-states} to {states - 1}; write -2 for LLaVA-1.5's")
+        self.config, self.blocks_needed = config, select_layer % states
+        self.vision_model = ClipTransformer(config, ops)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features [I, P, C] of normalised pixels [I, 3, H, W], in their dtype: the selected hidden state without the class row."""
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
+        cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        for block in self.vision_model.encoder.layers[: self.blocks_needed]:
+            x = block(x, cu_seqlens)
+        return x[:, 1:]

@@ -1,0 +1,56 @@
+"""Linear, embedding and norms that hold their weight in any dtype and compute in the dtype of their input.
+
+Trainable weights are kept in fp32 and frozen ones in the compute dtype; the cast at use is no work when they agree.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllava.model.ops import Ops
+
+
+def _empty(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`; weight [out, in], bias [out] or None. Not initialised: weights are read, or drawn by the projector."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = _empty(outputs, inputs)
+        self.bias = _empty(outputs) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A table; weight [rows, width]. Whoever looks rows up does it with the room or the slice it needs."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = _empty(rows, width)
+
+
+class RMSNorm(nn.Module):
+    """Room rms_norm with its weight [width]."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight, self.eps, self.ops = _empty(width), eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """Room layer_norm with its weight and bias [width]."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.ops = _empty(width), _empty(width), eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

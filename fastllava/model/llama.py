@@ -1,0 +1,169 @@
+"""The decoder: the Llama family (Llama 2 and 3, Vicuna, Mistral, Qwen2) on packed samples.
+
+Shape letters: T packed rows, D width, H query heads, G key/value heads, K head width, F width of the MLP, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastllava.model.layers import Embedding, Linear, RMSNorm
+from fastllava.model.ops import Ops
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Frequency scaling of Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of a Llama-family config.json that decide the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: float | Llama3Rope | None
+    """A number divides every frequency ("linear")."""
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied: bool
+    """The head is the embedding."""
+    window: int | None
+    """Rows a row may look back, itself included; a longer sample is refused, as attention here is full."""
+
+    def inverse_frequencies(self) -> Tensor:
+        """fp32 [K / 2]: radians per position."""
+        frequencies = 1.0 / (self.rope_theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim))
+        scaling = self.rope_scaling
+        if scaling is None:
+            return frequencies
+        if not isinstance(scaling, Llama3Rope):
+            return frequencies / scaling
+        wavelengths = 2 * math.pi / frequencies
+        longest, shortest = (scaling.original_max_position_embeddings / f for f in (scaling.low_freq_factor, scaling.high_freq_factor))
+        blend = scaling.original_max_position_embeddings / wavelengths - scaling.low_freq_factor
+        blend = blend / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+        return torch.where(wavelengths > longest, frequencies / scaling.factor, torch.where(wavelengths < shortest, frequencies, blended))
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What every layer needs to know about the packed rows."""
+
+    cos: Tensor
+    """[T, K] in the compute dtype."""
+    sin: Tensor
+    """[T, K] in the compute dtype."""
+    cu_seqlens: Tensor
+    """int32 [S+1]."""
+    max_seqlen: int
+
+
+class Attention(nn.Module):
+    """Causal attention inside each sample, with rotary positions and grouped keys and values."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.head_dim, self.ops = config.head_dim, ops
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, config.output_bias)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        q, k, v = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.ops.rope(q, k, packing.cos, packing.sin)
+        out = self.ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, True)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, ops)
+        self.mlp = MLP(config, ops)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: transformers' `model.`."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+
+class Llama(nn.Module):
+    """The language model; parameter names are transformers' own (`model.layers.0...`, `lm_head.weight`)."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, ops)
+        self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        # No buffer: it stays fp32 whatever dtype the module is cast to, and moves to the device once.
+        self._frequencies = config.inverse_frequencies()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], in the dtype it is kept in."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, x_TD: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, recompute: bool = False) -> Tensor:
+        """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
+
+        `recompute` keeps each layer's input only and computes the layer again in backward.
+        """
+        if self._frequencies.device != x_TD.device:
+            self._frequencies = self._frequencies.to(x_TD.device)
+        angles = position_ids.float().unsqueeze(1) * self._frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
+        recompute = recompute and torch.is_grad_enabled()
+        for layer in self.model.layers:
+            if recompute:
+                x_TD = checkpoint(layer, x_TD, packing, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+            else:
+                x_TD = layer(x_TD, packing)
+        return self.model.norm(x_TD)

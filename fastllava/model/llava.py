@@ -1,0 +1,78 @@
+"""LLaVA: tower, projector, splice, decoder and masked loss on one packed batch.
+
+Shape letters: T packed rows, I images, P patches an image, C tower width, D decoder width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllava.batch import Batch, ImageSpec
+from fastllava.errors import UserError
+from fastllava.model.clip import ClipVision
+from fastllava.model.llama import Llama
+from fastllava.model.ops import Ops
+from fastllava.model.projector import Projector
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """fp32 [I, 3, H, W] of uint8 pixels: `(pixels / 255 - mean) / std`; mean, std fp32 [3]. Bit for bit CLIPImageProcessor's."""
+    return (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+class Llava(nn.Module):
+    """The whole model. Which parameters train, and the dtype each is kept in, is up to the caller; it computes in `dtype`."""
+
+    def __init__(self, llm: Llama, tower: ClipVision, projector: Projector, spec: ImageSpec, ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.llm, self.tower, self.projector = llm, tower, projector
+        self.spec, self.ops, self.dtype = spec, ops, dtype
+        self.recompute = False
+        """Keep only each decoder layer's input, and compute the rest again in backward."""
+        self.projector_source = "fresh"
+        """The file or folder the projector was read from, or "fresh"."""
+        self.origin: Any = None
+        """`weights.Origin`: what the folders it was loaded from say about it."""
+        # No buffer, so that no cast of the module rounds it.
+        self._mean_std = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device="cpu")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """fp32 scalar `sum_i weights_i * CE_i` over the batch's supervised rows; 0 with zero gradients when there are none.
+
+        Nothing here waits for the device, apart from a reference implementation that says so.
+        Raises UserError when a sample is longer than the decoder's attention window.
+        """
+        hidden = self._hidden(batch)
+        weight = self.llm.head_weight.to(self.dtype)
+        return self.ops.masked_linear_cross_entropy(hidden, weight, batch.supervised_rows, batch.targets, batch.weights)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """fp32 [T, V]: the logits of every row."""
+        return F.linear(self._hidden(batch), self.llm.head_weight.to(self.dtype)).float()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """[I, P, C] in `dtype`: the tower's features of uint8 pixels [I, 3, H, W]. No gradient when the whole tower is frozen."""
+        trained = any(parameter.requires_grad for parameter in self.tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            # A text-only batch costs nothing here; a tower that trains still gets its zero gradients.
+            if not len(pixels) and not trained:
+                return torch.zeros(0, self.spec.patches, self.tower.config.hidden_size, dtype=self.dtype, device=pixels.device)
+            if self._mean_std.device != pixels.device:
+                self._mean_std = self._mean_std.to(pixels.device)
+            return self.tower(normalise(pixels, *self._mean_std).to(self.dtype))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        window = self.llm.config.window
+        if window is not None and batch.max_seqlen > window:
+            raise UserError(f"data.max_tokens: a sample of {batch.max_seqlen} rows is longer than this LLM's attention window of {window}; write {window}")
+        spliced = self.ops.projector_splice(
+            self.features(batch.pixels).flatten(0, 1),
+            self.projector.layers(self.dtype),
+            self.llm.model.embed_tokens.weight,
+            batch.token_ids,
+            batch.text_rows,
+            batch.patch_rows,
+        )
+        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.recompute)

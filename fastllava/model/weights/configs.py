@@ -1,0 +1,136 @@
+"""What a config.json says, in our terms: the decoder, the tower, and how pixels are normalised. Raises UserError on what is not supported."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastllava.batch import ImageSpec
+from fastllava.errors import UserError
+from fastllava.model.clip import ClipConfig
+from fastllava.model.llama import Llama3Rope, LlamaConfig
+from fastllava.model.weights.files import read_optional_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config).
+_SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {**_SHARED, "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
+    "mistral": {**_SHARED, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
+}
+_ORIGINAL_FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+
+
+def family_of(config: Mapping[str, Any], where: str) -> str:
+    """The decoder family, "llama", "mistral" or "qwen2", of a config.json's model_type (the original LLaVA's names included)."""
+    model_type = config.get("model_type", "llama")
+    family = _ORIGINAL_FAMILIES.get(model_type, model_type)
+    if family not in FAMILIES:
+        raise UserError(f"{where}: model_type {model_type!r} is not supported; give a model of type {', '.join(FAMILIES)} or a LLaVA checkpoint of one")
+    return family
+
+
+def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
+    """The decoder that `config` describes. `where` begins every error."""
+    family = family_of(config, where)
+    given = {**FAMILIES[family], **{name: value for name, value in config.items() if value is not None}}
+    whole = lambda name: _positive(given, name, where, int)  # noqa: E731
+    if given.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UserError(f"{where}: hidden_act {given['hidden_act']!r} is not supported; the decoder needs silu")
+    if given.get("attention_dropout"):
+        raise UserError(f"{where}: attention_dropout {given['attention_dropout']} is not supported; write 0.0")
+    if given.get("quantization_config"):
+        raise UserError(f"{where}: its weights are quantised; give the model in fp16, bf16 or fp32")
+    heads, width = whole("num_attention_heads"), whole("hidden_size")
+    if given["num_key_value_heads"] is None:
+        given["num_key_value_heads"] = heads
+    if heads % whole("num_key_value_heads"):
+        raise UserError(f"{where}: num_key_value_heads {given['num_key_value_heads']} does not divide num_attention_heads {heads}")
+    given.setdefault("head_dim", width // heads)
+    theta, scaling = _rope(given, where)
+    window = given.get("sliding_window") if family == "mistral" or given.get("use_sliding_window") else None
+    if family == "mistral" and "sliding_window" in config and config["sliding_window"] is None:
+        window = None
+    return LlamaConfig(
+        vocab_size=whole("vocab_size"),
+        hidden_size=width,
+        intermediate_size=whole("intermediate_size"),
+        num_hidden_layers=whole("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=given["num_key_value_heads"],
+        head_dim=whole("head_dim"),
+        rms_norm_eps=_positive(given, "rms_norm_eps", where, float),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=family == "qwen2" or bool(given.get("attention_bias")),
+        output_bias=family == "llama" and bool(given.get("attention_bias")),
+        mlp_bias=bool(given.get("mlp_bias")),
+        tied=bool(given.get("tie_word_embeddings")),
+        window=window,
+    )
+
+
+def _rope(given: Mapping[str, Any], where: str) -> tuple[float, float | Llama3Rope | None]:
+    # transformers 5 writes rope_parameters, which holds rope_theta too; 4 writes rope_scaling beside rope_theta.
+    parameters = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    theta = _positive({"rope_theta": parameters.get("rope_theta", given["rope_theta"])}, "rope_theta", where, float)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    number = lambda name: _positive(parameters, name, f"{where}: rope scaling", float)  # noqa: E731
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, number("factor")
+    if kind == "llama3":
+        original = _positive(parameters, "original_max_position_embeddings", f"{where}: rope scaling", int)
+        return theta, Llama3Rope(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
+    raise UserError(f"{where}: rope scaling {kind!r} is not supported; a model with none, linear or llama3 is")
+
+
+def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
+    """The tower that `config` describes: a clip_vision_model, or the vision part of a whole clip."""
+    if config.get("model_type") == "clip":
+        config = config.get("vision_config") or config.get("vision_config_dict") or {}
+    elif config.get("model_type") != "clip_vision_model":
+        raise UserError(f"{where}: model_type {config.get('model_type')!r} is no CLIP vision model; give one of type clip or clip_vision_model")
+    fields = ClipConfig.__dataclass_fields__
+    found = ClipConfig(**{name: config[name] for name in fields if config.get(name) is not None})
+    for name, field in fields.items():
+        if field.type is not str:
+            _positive({name: getattr(found, name)}, name, where, field.type)
+    if found.num_channels != 3:
+        raise UserError(f"{where}: num_channels {found.num_channels} is not supported; images are RGB")
+    if config.get("attention_dropout"):
+        raise UserError(f"{where}: attention_dropout {config['attention_dropout']} is not supported; write 0.0")
+    if found.hidden_size % found.num_attention_heads:
+        raise UserError(f"{where}: num_attention_heads {found.num_attention_heads} does not divide hidden_size {found.hidden_size}")
+    return found
+
+
+def read_preprocessor(folder: Path, key: str) -> dict[str, Any]:
+    """The image processor's fields in `folder`, from preprocessor_config.json or processor_config.json; empty when it has neither."""
+    fields = read_optional_json(folder / "preprocessor_config.json", key)
+    return fields or read_optional_json(folder / "processor_config.json", key).get("image_processor") or {}
+
+
+def image_spec(config: ClipConfig, preprocessor: Mapping[str, Any], where: str) -> ImageSpec:
+    """Size and patches from the tower, mean and std from the preprocessor; CLIP's published ones where that is silent."""
+    crop = preprocessor.get("crop_size")
+    sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
+    if not sides <= {None, config.image_size}:
+        raise UserError(f"{where}: crop_size {crop} of the preprocessor is not the tower's image_size {config.image_size}; make them equal")
+    if abs(preprocessor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or preprocessor.get("do_normalize") is False:
+        raise UserError(f"{where}: the preprocessor does not scale pixels by 1/255 and normalise them; give CLIP's own preprocessor_config.json")
+    mean, std = (tuple(preprocessor.get(name) or published) for name, published in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(f"{where}: image_mean and image_std of the preprocessor need three numbers each")
+    return ImageSpec(config.image_size, config.patches, mean, std)
+
+
+def _positive(config: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
+    value = config.get(name)
+    fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not fits or value <= 0:  # pyright: ignore[reportOptionalOperand]
+        raise UserError(f"{where}: {name} is {value!r}; a positive {'number' if kind is float else 'whole number'} is needed")
+    return value

@@ -1,0 +1,216 @@
+"""From folders to a model: which config.json says what, which file holds which tensor, and what does not fit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllava.batch import ImageSpec
+from fastllava.config import ModelConfig
+from fastllava.errors import UserError
+from fastllava.model.clip import ClipConfig, ClipVision
+from fastllava.model.llama import Llama, LlamaConfig
+from fastllava.model.llava import Llava
+from fastllava.model.ops import Ops
+from fastllava.model.projector import Projector
+from fastllava.model.weights.configs import clip_config, image_spec, llama_config, read_preprocessor
+from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
+from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the folders said about the model; kept to be written again beside its weights."""
+
+    layout: Layout
+    """Of model.llm: a plain LLM, or a whole LLaVA in the original or the llava-hf layout."""
+    text: Mapping[str, Any]
+    """config.json of the decoder."""
+    vision: Mapping[str, Any]
+    """config.json of the tower."""
+    generation: Mapping[str, Any]
+    """generation_config.json."""
+    preprocessor: Mapping[str, Any]
+    """The image processor's fields."""
+    tower_folder: Path | None
+    """Where the tower's config.json lies; None for a llava-hf checkpoint that is its own."""
+    mm_vision_tower: str | None
+    """The name an original checkpoint gives its tower."""
+    image_token: int | None
+    """The image's id in a llava-hf checkpoint; from there on its vocabulary holds no text."""
+    select_layer: int
+    llama: LlamaConfig
+    clip: ClipConfig
+    spec: ImageSpec
+
+
+def read_origin(config: ModelConfig) -> Origin:
+    """What the folders of `config` say, without touching a tensor. Raises UserError, as `load_llava`."""
+    folder, key = config.llm, "model.llm"
+    given = read_json(folder / "config.json", key)
+    layout = layout_of(given)
+    where = f"{key}: {folder}/config.json"
+    text: dict[str, Any] = dict(given)
+    if layout == "hf":
+        text = dict(given.get("text_config") or {})
+        text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    if layout != "llm":
+        _check_recipe(config, given, layout, where)
+    llama = llama_config(text, where)
+    tower_folder = find_tower(config, given, layout)
+    if tower_folder is None:
+        vision, place = dict(given["vision_config"]), where
+        vision.setdefault("model_type", "clip_vision_model")
+    else:
+        vision, place = read_json(tower_folder / "config.json", "model.vision_tower"), f"model.vision_tower: {tower_folder}/config.json"
+    clip = clip_config(vision, place)
+    preprocessor = read_preprocessor(tower_folder, "model.vision_tower") if tower_folder else {}
+    if not preprocessor and layout == "hf":
+        preprocessor = read_preprocessor(folder, key)
+    return Origin(
+        layout=layout,
+        text=text,
+        vision=(vision.get("vision_config") or vision.get("vision_config_dict")) if vision.get("model_type") == "clip" else vision,
+        generation=read_optional_json(folder / "generation_config.json", key),
+        preprocessor=preprocessor,
+        tower_folder=tower_folder,
+        mm_vision_tower=given.get("mm_vision_tower"),
+        image_token=given.get("image_token_index", 32000) if layout == "hf" else None,
+        select_layer=config.select_layer,
+        llama=llama,
+        clip=clip,
+        spec=image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}"),
+    )
+
+
+def read_image_spec(config: ModelConfig) -> ImageSpec:
+    """What the vision tower of `config` wants to see; CLIP's published mean and std where its folder has no preprocessor config."""
+    return read_origin(config).spec
+
+
+def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> Llava:
+    """The model of `config` on the CPU, every tensor rounded to `dtype` as it is read, one at a time.
+
+    The projector comes from model.projector, else from a whole LLaVA in model.llm, else it is drawn fresh from `seed`
+    (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.
+    Raises UserError when a file cannot be read, or a tensor is missing, unexpected or of another shape.
+    """
+    origin = read_origin(config)
+    with torch.device("meta"):
+        llm = Llama(origin.llama, ops)
+        tower = ClipVision(origin.clip, ops, config.select_layer)
+        projector = Projector(config.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
+    model = Llava(llm, tower, projector, origin.spec, ops, dtype)
+    model.origin = origin
+    files = TensorFiles(config.llm, "model.llm")
+    found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
+    if origin.llama.tied:
+        found = {name: ours for name, ours in found.items() if ours != "llm.lm_head.weight"}
+    parts = {"llm"} | {str(ours).split(".")[0] for ours in found.values()} & {"tower", "projector"}
+    if config.projector is not None and "projector" in parts:
+        parts.remove("projector")
+        found = {name: ours for name, ours in found.items() if not str(ours).startswith("projector.")}
+    _fill(model, parts, files, found, dtype)
+    if "tower" not in parts:
+        assert origin.tower_folder is not None
+        files = TensorFiles(origin.tower_folder, "model.vision_tower")
+        _fill(model, {"tower"}, files, {name: to_ours(name, "clip") for name in files.names if not ignored(name)}, dtype)
+    if "projector" in parts:
+        model.projector_source = str(config.llm)
+    elif isinstance(config.projector, Path):
+        path = projector_file(config.projector)
+        files = TensorFiles(path, "model.projector")
+        _fill(model, {"projector"}, files, {name: to_ours(name, "projector") for name in files.names}, dtype)
+        model.projector_source = str(path)
+    else:
+        for name, tensor in projector.draw(seed).items():
+            _set(projector, name, tensor.to(dtype))
+    return model
+
+
+def projector_file(path: Path) -> Path:
+    """The projector file at `path`, or in the folder `path`, safetensors before .bin."""
+    if path.is_dir():
+        for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"model.projector: no mm_projector.safetensors or mm_projector.bin in {path}; give the output_dir of a pretrain run or the file")
+    return path
+
+
+def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) -> Path | None:
+    """The folder of the tower's config.json: model.vision_tower, or where an original checkpoint says, or beside it by that name.
+
+    None for a llava-hf checkpoint, which describes its tower itself. Raises UserError when there is none.
+    """
+    if config.vision_tower is not None:
+        return config.vision_tower
+    if layout == "hf" and given.get("vision_config"):
+        return None
+    name = given.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"model.vision_tower: is missing, and {config.llm} names no vision tower; give the folder of a CLIP vision model")
+    places = [Path(name), config.llm / "vision_tower", config.llm / name, config.llm.absolute().parent / Path(name).name]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(
+        f"model.vision_tower: is missing, and the tower {name!r} of {config.llm} is in none of "
+        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model"
+    )
+
+
+def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str) -> None:
+    """Refuse a whole LLaVA that was trained in a way this model does not compute, or with another setting than the config's."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy") if layout == "hf" else ("mm_vision_select_layer", "mm_vision_select_feature")
+    layer, feature = given.get(names[0], -2), given.get(names[1], "default" if layout == "hf" else "patch")
+    if layer != config.select_layer:
+        raise UserError(f"model.select_layer: {config.select_layer}, but {where.split(': ')[1]} was trained with {layer}; write model.select_layer={layer}")
+    if feature not in ("default", "patch"):
+        raise UserError(f"{where}: {names[1]} {feature!r} is not supported; only patches go to the projector")
+    kind = given.get("mm_projector_type", "linear") if layout == "llava" else "mlp2x_gelu"
+    if config.projector is None and kind != config.projector_type:
+        raise UserError(f"model.projector_type: {config.projector_type!r}, but {where.split(': ')[1]} has {kind!r}; write model.projector_type={kind}")
+    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if given.get(name):
+            raise UserError(f"{where}: {name} is true, which is not supported; LLaVA-1.5 has it false")
+    if given.get("mm_patch_merge_type", "flat") != "flat" or str(given.get("image_aspect_ratio", "pad")).startswith("anyres"):
+        raise UserError(f"{where}: it was trained on several crops an image (anyres), which is not supported; give a LLaVA-1.5 checkpoint")
+    if layout == "hf" and given.get("projector_hidden_act", "gelu") != "gelu":
+        raise UserError(f"{where}: projector_hidden_act {given['projector_hidden_act']!r} is not supported; LLaVA-1.5 has gelu")
+
+
+def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str, str | None], dtype: torch.dtype) -> None:
+    """Give the parameters of `parts` their tensors; `found` is our name by name on disk."""
+    wanted = {name: p for name, p in model.named_parameters() if name.split(".")[0] in parts}
+    disk_names = {ours: name for name, ours in found.items() if ours in wanted}
+    problems = [f"lacks {name}" + _shape(p) for name, p in wanted.items() if name not in disk_names]
+    problems += [f"holds {name}, which this model does not have" for name, ours in found.items() if disk_names.get(str(ours)) != name]
+    if not problems:
+        for name, tensor in files.stream():
+            ours = found.get(name)
+            if ours is None:
+                continue
+            if tensor.shape != wanted[ours].shape:
+                problems.append(f"has {name}{_shape(tensor)}, where{_shape(wanted[ours])} is needed")
+            elif not tensor.is_floating_point():
+                problems.append(f"has {name} in {str(tensor.dtype).removeprefix('torch.')}, where floating-point numbers are needed")
+            elif not problems:
+                # A copy, so that nothing goes on living in the file.
+                _set(model, ours, tensor.to(dtype, copy=True))
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        remedy = "give a projector trained with this tower, this LLM and this model.projector_type" if parts == {"projector"} else "give weights that fit the config.json"
+        raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def _shape(tensor: Tensor) -> str:
+    return f" {list(tensor.shape)}"
