@@ -167,7 +167,7 @@ class Config(Section):
             if name not in rooms():
                 problems.append(f"kernels.{name}: no such room{did_you_mean(f'kernels.{name}', [f'kernels.{room}' for room in rooms()])}")
             elif wanted not in (names := ["auto", *rooms()[name].implementations]):
-                problems.append(f"kernels.{name}: '{wanted}' is no implementation of it; write one of {', '.join(names)}")
+                problems.append(f"kernels.{name}: {in_yaml(wanted)} is no implementation of it; write one of {', '.join(names)}")
         if problems:
             raise ValueError("\n".join(problems))
         return {name: value.get(name, "auto") for name in rooms()}
@@ -229,7 +229,7 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 def _set_override(given: dict[str, Any], word: str) -> None:
     key, separator, text = word.partition("=")
     if not separator or not all(key.split(".")):
-        raise UserError(f"override '{word}': is not of the form key=value; write for example optim.lr=2e-5")
+        raise UserError(f"override {word!r}: is not of the form key=value; write for example optim.lr=2e-5")
     *sections, name = key.split(".")
     target = given
     for section in sections:
@@ -239,9 +239,9 @@ def _set_override(given: dict[str, Any], word: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override '{word}': {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
+            raise UserError(f"override {word!r}: {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
         # A copy: YAML anchors may have put one mapping in two places.
         inner = dict(inner)
         target[section] = inner
         target = inner
-    target[name] = parse_yaml(text, f"override '{word}'")
+    target[name] = parse_yaml(text, f"override {word!r}")

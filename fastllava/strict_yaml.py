@@ -59,7 +59,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def in_yaml(value: Any) -> str:
     """`value` on one line as a user would write it, cut at 80 characters."""
     if isinstance(value, str):
-        text = f"'{value}'"
+        text = f"'{value}'" if value.isprintable() else repr(value)
     elif value is None or isinstance(value, bool | int | float | list | dict):
         text = " ".join(yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").split())
     else:
