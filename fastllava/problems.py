@@ -116,7 +116,8 @@ def _line(key: str, problem: Any, keys: Sequence[str]) -> str:
         return f"{key}: {given} does not fit ({problem['msg']})"
     first = next((other for other in keys if other.startswith(f"{key}.")), key).rpartition(".")[2]
     bounds = {name: _plain(bound) for name, bound in problem.get("ctx", {}).items() if name in ("gt", "ge", "lt", "le")}
-    return f"{key}: {given} {_WORDS[kind].format(**bounds, value=given.strip("'"), first=first)}"
+    words = _WORDS[kind].format(**bounds, value=given.strip("'"), first=first)
+    return f"{key}: {given} {words}"
 
 
 def _plain(number: float) -> float:
