@@ -15,7 +15,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def save(
     beside.mkdir(parents=True)
     try:
         _dcp_save(_tensors(trained, optimizer), beside / _TENSORS)
-        write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, "fastllava": __version__, "torch": torch.__version__})
+        versions = {"fastllava": __version__, "torch": torch.__version__}
+        write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, **versions})
         write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
         write_json(beside / _MANIFEST, {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(beside)})
         _sync_folder(beside)
@@ -102,7 +105,7 @@ def verify(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: is no complete checkpoint ({error}); {remedy}") from None
     for name in sorted(manifest.keys() | found.keys()):
         if manifest.get(name) != found.get(name):
-            what = "is missing" if name not in found else "is not part of it" if name not in manifest else "was changed after it was written"
+            what = "is missing" if name not in found else "was added or changed after it was written"
             raise UserError(f"{folder}: file {name} {what}; {remedy}")
     state = json.loads((folder / _STATE).read_text())
     return Checkpoint(folder, state["step"], state["prepared_digest"], check_config(json.loads((folder / RUN_CONFIG).read_text())))
@@ -144,18 +147,32 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
 
 
 def _dcp_save(tensors: dict[str, Tensor], folder: Path) -> None:
-    try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
-    except dcp.api.CheckpointException as error:
-        # It derives from BaseException, so `except OSError` further up would let it through.
-        raise OSError(f"checkpoint could not be written: {error}") from None
+    with _one_process():
+        try:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+        except dcp.CheckpointException as error:
+            # It derives from BaseException, so an `except OSError` further up would let it through.
+            raise OSError(f"checkpoint could not be written: {_cause(error)}") from None
 
 
 def _dcp_load(tensors: dict[str, Tensor], folder: Path) -> None:
-    try:
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    except dcp.api.CheckpointException as error:
-        raise UserError(f"{folder}: does not fit this model ({error}); use the config that wrote it") from None
+    with _one_process():
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        except dcp.CheckpointException as error:
+            raise UserError(f"{folder}: does not fit this model ({_cause(error)}); use the config that wrote it") from None
+
+
+def _cause(error: dcp.CheckpointException) -> str:
+    return "; ".join(" ".join(str(exception).split()) for exception, _ in error.failures.values())
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without its warning that one process is taken to be what is meant: it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _folders(output_dir: Path) -> list[Path]:

@@ -132,7 +132,9 @@ class _MicroBatches(Dataset):
         return Sample(row.ids, row.supervised, images, weight)
 
 
-def steps(plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool) -> Iterator[tuple[Step, list[Batch]]]:
+def steps(
+    plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool
+) -> Iterator[tuple[Step, list[Batch]]]:
     """Every step from number `first` to the plan's last, with its micro-batches on the host (page-locked when `pin`).
 
     Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.

@@ -1,0 +1,147 @@
+"""The command line: `fastllava demo | prepare | train | inspect | export | toggles`."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastllava import __version__
+from fastllava.config import load_config
+from fastllava.errors import UserError
+
+# Heavy imports stay inside the commands: --help and a wrong key should answer at once.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train LLaVA-1.5, both stages.")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, such as configs/llava15_7b_pretrain.yaml")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]  # noqa: UP045 (typer reads it)
+
+
+class Layout(StrEnum):
+    """Of a written checkpoint."""
+
+    hf = "hf"
+    llava = "llava"
+
+
+class Format(StrEnum):
+    """Of what inspect prints."""
+
+    text = "text"
+    jsonl = "jsonl"
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
+    """Train both stages on pictures drawn here, then answer questions about pictures the model has not seen."""
+    from fastllava.demo.run import demo as run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check and tokenise the records once; bad ones go to quarantine.jsonl with a reason."""
+    from fastllava.startup import prepare_data, speaker
+
+    say = speaker(Console())
+    _, _, prepared = prepare_data(load_config(config, overrides or ()), say)
+    say(f"{len(prepared):,} samples in {prepared.folder}")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train one stage. Prepares the data when needed; goes on where it stopped when output_dir holds the run."""
+    from fastllava.train import run
+
+    result = run(load_config(config, overrides or ()))
+    if result.stopped_by is not None:
+        # The shell's convention for a stop by signal, so that `train A && train B` does not go on.
+        raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command()
+def inspect(
+    records: Annotated[Path, typer.Argument(metavar="RECORDS.json", help="LLaVA JSON, or one record a line")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer folder or file")],
+    template: Annotated[str, typer.Option(help="conversation template, such as plain or v1")],
+    legacy: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="true|false", help="sentencepiece's legacy pieces; as the tokenizer's config says when left out"),
+    ] = None,
+    format: Annotated[Format, typer.Option(help="text to read, jsonl for programs")] = Format.text,
+    max_tokens: Annotated[int, typer.Option(help="as data.max_tokens")] = 2048,
+) -> None:
+    """Show what the records become: ids, and which of them are supervised."""
+    from fastllava.data.inspect import inspect_records, render_text
+    from fastllava.data.tokenizer import Tokenizer
+
+    if legacy not in (None, "true", "false"):
+        raise UserError(f"--legacy: '{legacy}' is neither true nor false")
+    loaded = Tokenizer.load(tokenizer, None if legacy is None else legacy == "true")
+    if format is Format.jsonl:
+        for row in inspect_records(records, loaded, template, max_tokens):
+            sys.stdout.write(json.dumps(row) + "\n")
+    else:
+        for block in render_text(records, loaded, template, max_tokens):
+            Console().print(block)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
+    layout: Annotated[Layout, typer.Option(help="hf: LlavaForConditionalGeneration; llava: the original code")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+) -> None:
+    """Write a checkpoint that other tools load, read it back and compare."""
+    from fastllava.export import export as run_export
+    from fastllava.startup import speaker
+
+    run_export(checkpoint, layout.value, out, speaker(Console()))
+
+
+@app.command()
+def toggles() -> None:
+    """List every kernel toggle: its values, which one runs here by default, and why."""
+    import torch
+
+    from fastllava_kernels import choose, rooms
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16
+    table = Table("toggle", "values", "default here", "why", title=f"kernels on {device}, bf16")
+    for name, room in rooms().items():
+        chosen = choose(room, "auto", device, dtype)
+        reasons = {other: implementation.unsupported(device, dtype) for other, implementation in room.implementations.items()}
+        cannot = [f"{other} cannot run: {reason}" for other, reason in reasons.items() if reason]
+        why = "; ".join(cannot) or ("the only implementation" if len(reasons) == 1 else "the first of the values that can run")
+        table.add_row(f"kernels.{name}", ", ".join(["auto", *room.implementations]), chosen, f"{room.summary}; {why}")
+    Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. A user's mistake is one line on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        # The reader of our output, such as head, has gone.
+        raise SystemExit(0) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None

@@ -1,0 +1,158 @@
+"""What a run says while it goes: metrics.jsonl, optional backends, the progress display."""
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastllava.config import Config, LogConfig
+from fastllava.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+_PLAIN_LINE_SECONDS = 10.0
+
+Row = Mapping[str, float | int]
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, one an optimizer step; a line cut short by a kill is left out."""
+    path = output_dir / METRICS_FILE
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class Metrics:
+    """Writes each step's row to metrics.jsonl, to the backends and to the screen. A context manager.
+
+    A run that resumes at `first_step` first takes the rows from there on out of the file: they will be written again.
+    """
+
+    def __init__(self, config: Config, first_step: int, n_steps: int, console: Console) -> None:
+        self._path = config.output_dir / METRICS_FILE
+        self._n_steps = n_steps
+        self._console = console
+        self._config = config
+        self._kept = [row for row in read_metrics(config.output_dir) if row["step"] < first_step]
+        self._backends = [_open_backend(name, config) for name in config.log.backends]
+        self._last_line = -math.inf
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(config.stage, total=n_steps, completed=first_step, figures="")
+        self._started, self._first_step = time.monotonic(), first_step
+
+    def __enter__(self) -> Self:
+        beside = self._path.with_name(f".{self._path.name}.partial")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in self._kept), encoding="utf-8")
+        beside.rename(self._path)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+        self._file.close()
+        for backend in self._backends:
+            backend.close()
+
+    def write(self, row: Row) -> None:
+        """Record one step."""
+        self._file.write(json.dumps(row) + "\n")
+        for backend in self._backends:
+            backend.write(row)
+        figures = (
+            f"loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"{row['samples'] / row['step_seconds']:.1f} samples/s  {row['tokens'] / row['step_seconds']:,.0f} tokens/s  "
+            f"wait {100 * row['data_wait_seconds'] / row['step_seconds']:.0f} %"
+        )
+        done = int(row["step"]) + 1
+        self._bar.update(self._task, completed=done, figures=figures)
+        if not self._console.is_terminal and (done == self._n_steps or time.monotonic() - self._last_line >= _PLAIN_LINE_SECONDS):
+            self._last_line = time.monotonic()
+            left = (self._last_line - self._started) / (done - self._first_step) * (self._n_steps - done)
+            line = f"{self._config.stage} step {done}/{self._n_steps}  {figures}  {left / 60:.1f} min left"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class DeviceScalars:
+    """A few scalars on their way to the host; `read` waits for these alone, not for work queued after them."""
+
+    def __init__(self, *scalars: Tensor) -> None:
+        values = torch.stack(scalars)
+        self._event = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class _Backend:
+    """One of the optional loggers. A failure is said once and never stops the training."""
+
+    def __init__(self, name: str, log: Any, close: Any) -> None:
+        self.name, self._log, self._close, self._failed = name, log, close, False
+
+    def write(self, row: Row) -> None:
+        self._guarded(self._log, row)
+
+    def close(self) -> None:
+        self._guarded(self._close)
+
+    def _guarded(self, call: Any, *args: Any) -> None:
+        if self._failed:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # whatever a network logger raises is not worth a training run
+            self._failed = True
+            Console(stderr=True).print(f"log.backends: {self.name} failed and is off from here on ({error}); metrics.jsonl goes on")
+
+
+def check_backends(log: LogConfig) -> None:
+    """Raises UserError for a backend that is not installed."""
+    modules = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+    for name in log.backends:
+        try:
+            importlib.import_module(modules[name])
+        except ImportError:
+            raise UserError(f"log.backends: {name} is not installed; run pip install 'fastllava[{name}]' or take it off the list") from None
+
+
+def _open_backend(name: str, config: Config) -> _Backend:
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(config.output_dir / "tensorboard"))
+        return _Backend(name, lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()], writer.close)
+    module: Any = importlib.import_module(name)
+    module.init(project=config.log.project, name=config.output_dir.name, config=config.model_dump(mode="json"))
+    return _Backend(name, lambda row: module.log(dict(row)), module.finish)

@@ -1,0 +1,64 @@
+"""The two stages: what each trains, what it starts from and what it leaves behind."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastllava.config import Config
+from fastllava.errors import UserError
+from fastllava.model.llava import Llava
+from fastllava.model.weights import read_origin, write_checkpoint, write_projector
+
+COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check_start(config: Config) -> None:
+    """Raises UserError, before any weight is read, when stage finetune has no projector to start from; pretrain draws one."""
+    plain_llm = read_origin(config.model).layout == "llm"
+    if config.stage == "finetune" and config.model.projector is None and config.model.projector_type != "identity" and plain_llm:
+        raise UserError(
+            "model.projector: is missing; stage finetune starts from stage pretrain's projector: write "
+            "model.projector=OUTPUT_DIR_OF_PRETRAIN/mm_projector.safetensors, or model.projector=fresh to start from a new one"
+        )
+
+
+def prepare_stage(model: Llava, config: Config) -> dict[str, nn.Parameter]:
+    """Freeze and unfreeze; the parameters that train, by internal name.
+
+    pretrain trains the projector, finetune the projector and the whole decoder with embedding and head; the tower never
+    trains (llava/train/train.py of the original). What trains is kept in fp32, the master weights, made from weights that
+    were rounded to the compute dtype as the original's are; what is frozen stays in the compute dtype.
+    """
+    model.requires_grad_(False)
+    for part in [model.projector] if config.stage == "pretrain" else [model.projector, model.llm]:
+        part.float().requires_grad_(True)
+    model.recompute = config.train.recompute == "full"
+    model.train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise UserError("model.projector_type: identity has no weights, so stage pretrain has nothing to train; run stage finetune")
+    return trained
+
+
+def write_result(model: Llava, config: Config) -> list[Path]:
+    """Write what the stage leaves in output_dir, in the compute dtype as the original does; the paths to show the user.
+
+    pretrain: mm_projector.safetensors and mm_projector.bin. finetune: those and a whole checkpoint in the original's layout.
+    """
+    dtype = COMPUTE_DTYPE[config.train.precision]
+    write_projector(model.projector, config.output_dir, dtype)
+    if config.stage == "pretrain":
+        return [config.output_dir / "mm_projector.safetensors", config.output_dir / "mm_projector.bin"]
+    write_checkpoint(
+        model,
+        "llava",
+        config.output_dir,
+        dtype,
+        source=config.model,
+        template=config.data.template,
+        image_policy=config.data.image_policy,
+        max_tokens=config.data.max_tokens,
+        legacy=config.data.legacy,
+    )
+    return [config.output_dir]

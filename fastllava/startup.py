@@ -1,0 +1,64 @@
+"""What a run does before its first step: choose the device, prepare the data, say what is about to happen."""
+
+import os
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastllava.batch import ImageSpec
+from fastllava.config import Config
+from fastllava.data.plan import Plan
+from fastllava.data.prepared import PreparedSet, prepare
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.errors import UserError
+from fastllava.model.llava import Llava
+from fastllava.model.weights import read_image_spec
+
+Say = Callable[[str], None]
+
+
+def speaker(console: Console) -> Say:
+    """Prints a line as it is: no markup, no wrapping."""
+    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def choose_device(config: Config) -> torch.device:
+    """`train.device`, or the GPU when there is one. Raises UserError when it is not there, or in one of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun, as fastllava train CONFIG")
+    wanted = config.train.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device: 'cuda' is not available here; write train.device=cpu or auto, or install a CUDA build of torch")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
+    """The tokenizer, what the tower wants to see, and the prepared set, made or reused."""
+    tokenizer = Tokenizer.load(config.model.tokenizer or config.model.llm, config.data.legacy)
+    spec = read_image_spec(config.model)
+    return tokenizer, spec, prepare(config.data, tokenizer, spec, say)
+
+
+def announce(
+    config: Config, model: Llava, trained: dict[str, nn.Parameter], prepared: PreparedSet, plan: Plan, device: torch.device, say: Say
+) -> None:
+    """Say what is trained and frozen, on what data, in which steps, by which optimizer."""
+    n_trained = sum(parameter.numel() for parameter in trained.values())
+    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trained
+    parts = " and ".join(sorted({name.split(".")[0] for name in trained}))
+    rows, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
+    optim, train = config.optim, config.train
+    projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
+    say(f"{config.stage} on {device}, {train.precision}: trains {parts}: {n_trained:,} parameters, kept in fp32; {n_frozen:,} are frozen")
+    say(f"projector: {model.projector.kind}, {model.projector_source}")
+    say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
+    say(
+        f"plan: {plan.n_steps:,} steps of {train.global_batch} samples, about {rows * train.global_batch // plan.n_samples:,} rows each, "
+        f"in micro-batches of at most {train.micro_batch_tokens:,} rows"
+    )
+    say(
+        f"optim: AdamW, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, {optim.schedule}, "
+        f"warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, recompute {train.recompute}"
+    )

@@ -1,0 +1,255 @@
+"""The training of one stage: the step, and the loop around it that records, saves, resumes and stops."""
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastllava import checkpoint, resume
+from fastllava.batch import Batch, ImageSpec
+from fastllava.checkpoint import RUN_CONFIG, write_json
+from fastllava.config import Config
+from fastllava.data.loader import steps
+from fastllava.data.plan import Plan, Step
+from fastllava.data.prepared import PreparedSet
+from fastllava.errors import UserError
+from fastllava.metrics import DeviceScalars, Metrics, check_backends
+from fastllava.model.llava import Llava
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava
+from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
+from fastllava.stages import COMPUTE_DTYPE, check_start, prepare_stage, write_result
+from fastllava.startup import announce, choose_device, prepare_data, speaker
+from fastllava.stopping import stop_requests
+from fastllava.summary import plot_loss, write_summary
+
+
+def train_step(
+    model: Llava,
+    optimizer: torch.optim.Optimizer,
+    guard: FiniteGuard,
+    batches: Sequence[Batch],
+    device: torch.device,
+    max_norm: float | None,
+) -> DeviceScalars:
+    """One optimizer step over its micro-batches: fp32 loss, gradient norm before clipping, and whether the guard has tripped.
+
+    The batches' weights already hold the step's normalisation, so losses and gradients only add up. Nothing here waits
+    for the device.
+    """
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        part = model(batch.to(device))
+        part.backward()
+        loss += part.detach()
+    params = parameters(optimizer)
+    norm = gradient_norm(params)
+    tripped = guard.watch(loss, norm)
+    if max_norm is not None:
+        clip_gradients(params, norm, max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return DeviceScalars(loss, norm, tripped)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    output_dir: Path
+    stopped_by: signal.Signals | None
+    """The signal that asked it to stop, or None when it is complete."""
+    summary: dict[str, Any]
+
+
+def run(config: Config, console: Console | None = None) -> RunResult:
+    """Train one stage from `config`: prepare the data when needed, resume when output_dir holds the run, leave the result there.
+
+    Raises UserError for whatever the user can mend. After SIGINT or SIGTERM the step is finished and a checkpoint written.
+    """
+    console = console or Console()
+    say = speaker(console)
+    device, dtype = choose_device(config), COMPUTE_DTYPE[config.train.precision]
+    ops = choose_ops(config.kernels, device, dtype)
+    check_backends(config.log)
+    check_start(config)
+    _, spec, prepared = prepare_data(config, say)
+    plan = Plan(prepared, config.data, config.train)
+    with resume.locked(config.output_dir):
+        if (summary := resume.completed(config, prepared.digest)) is not None:
+            say(f"{config.output_dir} holds this run, complete: nothing to do")
+            return RunResult(config.output_dir, None, summary)
+        found = resume.find_checkpoint(config, prepared.digest, say)
+        model = load_llava(config.model, ops, dtype, config.train.seed)
+        trained = prepare_stage(model, config)
+        model.to(device)
+        optimizer = build_optimizer(trained.items(), config.optim)
+        announce(config, model, trained, prepared, plan, device, say)
+        say("kernels: " + ", ".join(f"{room}={implementation}" for room, implementation in ops.chosen.items()))
+        if found is not None:
+            checkpoint.restore(found, trained, optimizer)
+            say(f"resuming before step {found.step} from {found.folder}")
+        write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json"))
+        return Trainer(config, model, trained, optimizer, plan, prepared, spec, device, found.step if found else 0, console).train()
+
+
+class Trainer:
+    """The loop of one stage. `next_step` is the number of the step that the state in memory comes before."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Llava,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        prepared: PreparedSet,
+        spec: ImageSpec,
+        device: torch.device,
+        first_step: int,
+        console: Console,
+    ) -> None:
+        self.config, self.model, self.trained, self.optimizer = config, model, trained, optimizer
+        self.plan, self.prepared, self.spec, self.device = plan, prepared, spec, device
+        self.console, self.say = console, speaker(console)
+        self.next_step = self._saved_step = first_step
+        self._saved_at = time.monotonic()
+
+    def train(self) -> RunResult:
+        """Run every step that is left and write the result."""
+        out = self.config.output_dir
+        try:
+            with stop_requests() as stopped, Metrics(self.config, self.next_step, self.plan.n_steps, self.console) as metrics:
+                self._steps(metrics, lambda: bool(stopped))
+        except UserError:
+            # Something of the user's broke on the way: what was trained so far is kept.
+            self._save()
+            self._summarize("failed")
+            raise
+        plot_loss(out, f"{self.config.stage}: {out}")
+        if self.next_step < self.plan.n_steps:
+            if not self._save():
+                raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
+            self.say(
+                f"stopped by {stopped[0].name} before step {self.next_step} of {self.plan.n_steps}; the same command goes on from there"
+            )
+            return RunResult(out, stopped[0], self._summarize("interrupted"))
+        try:
+            left = write_result(self.model, self.config)
+        except OSError as error:
+            self._save()
+            raise UserError(f"output_dir: {out} did not take the result ({error}); make room and start the same command again") from None
+        summary = self._summarize("complete")
+        self.say(
+            f"complete: loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
+            f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        )
+        for path in left:
+            self.say(f"left {path}")
+        return RunResult(out, None, summary)
+
+    def _steps(self, metrics: Metrics, stop: Callable[[], bool]) -> None:
+        guard = FiniteGuard(self.optimizer, self.device)
+        pending: Callable[[], None] = _nothing
+        began = time.perf_counter()
+        on_gpu = self.device.type == "cuda"
+        for step, batches in steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu):
+            waited = time.perf_counter() - began
+            factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
+            set_lr(self.optimizer, factor)
+            scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm)
+            # The row of the step before: its numbers have arrived while this step was being launched.
+            pending()
+            pending = self._recorder(metrics, step, scalars, factor, waited, began)
+            self.next_step = step.index + 1
+            began = time.perf_counter()
+            if stop() or self._save_due():
+                pending()
+                pending = _nothing
+                if stop():
+                    return
+                self._save()
+                began = time.perf_counter()
+        pending()
+
+    def _recorder(
+        self, metrics: Metrics, step: Step, scalars: DeviceScalars, factor: float, waited: float, began: float
+    ) -> Callable[[], None]:
+        """Writes the step's row when called, once its numbers are on the host."""
+        seconds = time.perf_counter() - began
+
+        def record() -> None:
+            loss, norm, tripped = scalars.read()
+            if tripped:
+                self._fail_on_non_finite(step, loss, norm)
+            row: dict[str, float | int] = {
+                "step": step.index,
+                "loss": loss,
+                "grad_norm": norm,
+                "lr": self.config.optim.lr * factor,
+                "samples": len(step.samples),
+                "tokens": int(self.prepared.n_tokens[step.samples].sum()),
+                "supervised_tokens": int(self.prepared.n_supervised[step.samples].sum()),
+                "micro_batches": len(step.micro_batches),
+                "step_seconds": seconds,
+                "data_wait_seconds": waited,
+            }
+            if self.device.type == "cuda":
+                row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            metrics.write(row)
+
+        return record
+
+    def _fail_on_non_finite(self, step: Step, loss: float, norm: float) -> None:
+        """The guard has kept the optimizer still since before `step`, so the state in memory is the one before it."""
+        self.next_step = step.index
+        ids = [self.prepared.row(int(i)).id for i in step.samples]
+        path = self.config.output_dir / f"non_finite_step_{step.index}.json"
+        write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
+        raise UserError(
+            f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, checkpoint-{step.index} holds the state "
+            f"before it; look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
+        )
+
+    def _save_due(self) -> bool:
+        train = self.config.train
+        by_step = train.checkpoint_steps is not None and self.next_step % train.checkpoint_steps == 0
+        by_time = train.checkpoint_minutes is not None and time.monotonic() - self._saved_at >= 60 * train.checkpoint_minutes
+        return (by_step or by_time) and self.next_step < self.plan.n_steps
+
+    def _save(self) -> bool:
+        """Write a checkpoint; a disk that fails is reported and never stops the training."""
+        if self.next_step == self._saved_step:
+            return True
+        self._saved_at = time.monotonic()
+        out = self.config.output_dir
+        try:
+            folder = checkpoint.save(out, self.next_step, self.config, self.prepared.digest, self.trained, self.optimizer)
+            checkpoint.keep_last(out, self.config.train.keep_checkpoints)
+        except OSError as error:
+            self.say(f"checkpoint before step {self.next_step} could not be written ({error}); older ones are untouched, training goes on")
+            return False
+        self._saved_step = self.next_step
+        self.say(f"wrote {folder}")
+        return True
+
+    def _summarize(self, status: str) -> dict[str, Any]:
+        facts = {
+            "config": self.config.model_dump(mode="json"),
+            "prepared_digest": self.prepared.digest,
+            "prepared": str(self.prepared.folder),
+            "records": self.plan.n_samples,
+            "quarantined": self.prepared.manifest["quarantined"],
+            "planned_steps": self.plan.n_steps,
+        }
+        return write_summary(self.config.output_dir, status, facts)
+
+
+def _nothing() -> None:
+    pass

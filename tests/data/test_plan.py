@@ -1,0 +1,136 @@
+"""The plan: which samples form a step, their packing and weights."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fastllava.config import check_config
+from fastllava.data.plan import Plan, first_fit_decreasing, group_by_modality
+from fastllava.errors import UserError
+
+
+@dataclass
+class Lengths:
+    n_tokens: np.ndarray
+    n_supervised: np.ndarray
+    length_key: np.ndarray
+
+
+def make_plan(n=103, seed=1, **train):
+    rng = np.random.default_rng(seed)
+    lengths = Lengths(
+        n_tokens=rng.integers(10, 900, n).astype(np.int32),
+        n_supervised=rng.integers(1, 60, n).astype(np.int32),
+        length_key=(rng.integers(1, 200, n) * rng.choice([-1, 1], n)).astype(np.int32),
+    )
+    data = {"records": "r", **train.pop("data", {})}
+    config = check_config(
+        {
+            "stage": "finetune",
+            "output_dir": "o",
+            "model": {"llm": "l"},
+            "data": data,
+            "train": {"global_batch": 16, "reference_micro_batch": 4, "micro_batch_tokens": 2000, **train},
+        }
+    )
+    return Plan(lengths, config.data, config.train)
+
+
+def test_group_by_modality_is_the_originals_order(golden):
+    expected = json.loads((golden / "sampler.json").read_text())
+    generator = torch.Generator().manual_seed(expected["seed"])
+    order = group_by_modality(expected["lengths"], expected["batch_size"], expected["world"], generator)
+    assert order == expected["indices"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_group_by_modality_with_one_modality_holds_each_sample_once(sign):
+    order = group_by_modality([sign * n for n in range(1, 38)], 4, 2, torch.Generator().manual_seed(3))
+    assert sorted(order) == list(range(37))
+
+
+@pytest.mark.parametrize("data", [{}, {"group_by_modality": False}, {"shuffle": False}])
+def test_an_epoch_holds_each_sample_once_and_steps_are_whole(data):
+    plan = make_plan(data=data, epochs=2)
+    sizes = [len(plan.step(k).samples) for k in range(plan.n_steps)]
+    assert sizes == [16, 16, 16, 16, 16, 16, 7] * 2
+    for first in (0, 7):
+        seen = np.concatenate([plan.step(k).samples for k in range(first, first + 7)])
+        assert sorted(seen.tolist()) == list(range(103))
+
+
+def test_steps_are_of_one_modality_but_for_the_left_over():
+    plan = make_plan()
+    mixed = [len(set(np.sign(plan.lengths.length_key[plan.step(k).samples]).tolist())) for k in range(plan.n_steps)]
+    # 103 samples in two modalities: all whole groups are pure, what is left of both comes last.
+    assert mixed[:4] == [1, 1, 1, 1]
+
+
+def test_a_step_depends_on_its_number_alone():
+    forward, backward = make_plan(epochs=3), make_plan(epochs=3)
+    for k in reversed(range(backward.n_steps)):
+        ours, theirs = backward.step(k), forward.step(k)
+        assert np.array_equal(ours.samples, theirs.samples)
+        assert len(ours.micro_batches) == len(theirs.micro_batches)
+    assert not np.array_equal(forward.step(0).samples, forward.step(7).samples), "epochs are shuffled apart"
+    assert not np.array_equal(
+        forward.step(0).samples, make_plan(epochs=3, seed=1, data={}, max_steps=None, precision="fp32").step(1).samples
+    )
+
+
+def test_another_seed_is_another_order():
+    one, other = make_plan(), make_plan()
+    other.train = other.train.model_copy(update={"seed": 7})
+    assert not np.array_equal(one.step(0).samples, other.step(0).samples)
+
+
+def test_file_order():
+    plan = make_plan(data={"shuffle": False})
+    assert plan.step(1).samples.tolist() == list(range(16, 32))
+
+
+@pytest.mark.parametrize("budget", [1, 500, 2000, 10**6])
+def test_micro_batches_hold_each_sample_once_within_the_budget(budget):
+    plan = make_plan(micro_batch_tokens=budget)
+    for k in range(plan.n_steps):
+        step = plan.step(k)
+        assert sorted(np.concatenate(step.micro_batches).tolist()) == list(range(len(step.samples)))
+        tokens = plan.lengths.n_tokens[step.samples]
+        for positions in step.micro_batches:
+            assert tokens[positions].sum() <= budget or len(positions) == 1
+
+
+def test_first_fit_decreasing_by_hand():
+    bins = first_fit_decreasing(np.array([3, 7, 5, 5], np.int32), 10)
+    assert [b.tolist() for b in bins] == [[0, 1], [2, 3]]
+
+
+def test_weights_of_loss_norm_token_sum_to_one_over_the_step():
+    plan = make_plan()
+    for k in range(plan.n_steps):
+        step = plan.step(k)
+        assert len(set(step.weights.tolist())) == 1
+        assert np.dot(step.weights, plan.lengths.n_supervised[step.samples]) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_weights_of_loss_norm_llava_are_the_mean_of_the_micro_batches_means():
+    plan = make_plan(loss_norm="llava")
+    last = plan.step(plan.n_steps - 1)  # 7 samples: micro-batches of 4 and 3
+    supervised = plan.lengths.n_supervised[last.samples]
+    losses = np.random.default_rng(0).random(7)  # mean loss of each sample's tokens
+    first = (losses[:4] * supervised[:4]).sum() / supervised[:4].sum()
+    second = (losses[4:] * supervised[4:]).sum() / supervised[4:].sum()
+    assert np.dot(last.weights, losses * supervised) == pytest.approx((first + second) / 2, rel=1e-12)
+
+
+def test_max_steps_replaces_epochs():
+    assert make_plan(max_steps=30).n_steps == 30
+    assert len(make_plan(max_steps=30).step(29).samples) == 16
+
+
+def test_no_sample_is_an_error_that_names_the_key():
+    with pytest.raises(UserError, match=r"data\.records"):
+        make_plan(n=0)

@@ -1,0 +1,243 @@
+"""What a run writes, says and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fastllava import checkpoint
+from fastllava.config import check_config
+from fastllava.errors import UserError
+from fastllava.metrics import read_metrics
+from fastllava.train import run
+
+FASTLLAVA = Path(sys.executable).with_name("fastllava")
+
+
+def quiet():
+    return Console(file=open(os.devnull, "w"))  # noqa: PTH123
+
+
+def train(values):
+    return run(check_config(values), quiet())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_loss_falls_and_the_files_of_a_run_are_there(stage, settings, tmp_path):
+    result = train(settings(stage, train={"epochs": 4}))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(result.summary["planned_steps"]))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert {"loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds"} <= rows[0].keys()
+    assert rows[0]["lr"] == 0.0 and rows[0]["samples"] == 4
+    assert all(0 <= row["data_wait_seconds"] <= row["step_seconds"] for row in rows)
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
+    assert summary["status"] == "complete" and summary["samples"] == sum(row["samples"] for row in rows)
+    assert summary["versions"]["torch"] == torch.__version__ and summary["config"]["stage"] == stage
+    names = {"mm_projector.safetensors", "mm_projector.bin"} | ({"config.json", "model.safetensors"} if stage == "finetune" else set())
+    assert names <= {path.name for path in (tmp_path / "run").iterdir()}
+    projector = load_file(tmp_path / "run" / "mm_projector.safetensors")
+    assert sorted(projector) == [f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("bias", "weight")]
+    again = torch.load(tmp_path / "run" / "mm_projector.bin", weights_only=True)
+    assert all(torch.equal(again[name], tensor) for name, tensor in projector.items())
+
+
+def test_stage_2_starts_from_stage_1_and_trains_decoder_and_projector(settings, world, tmp_path):
+    train(settings("pretrain", output_dir=str(tmp_path / "one")))
+    handed = tmp_path / "one" / "mm_projector.safetensors"
+    train(settings("finetune", output_dir=str(tmp_path / "two"), model={"projector": str(handed)}, train={"max_steps": 3}))
+    before, after = load_file(world / "llm" / "model.safetensors"), load_file(tmp_path / "two" / "model.safetensors")
+    unchanged = [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
+    assert unchanged == [], "every weight of the decoder trains in stage 2"
+    start = load_file(handed)
+    assert not torch.equal(start["model.mm_projector.0.weight"], after["model.mm_projector.0.weight"])
+    tower = load_file(world / "clip" / "model.safetensors")
+    for name, tensor in tower.items():
+        plain = name.removeprefix("vision_model.")
+        assert torch.equal(tensor, after[f"model.vision_tower.vision_tower.vision_model.{plain}"]), "the tower never trains"
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_masters(settings, tmp_path):
+    result = train(settings("finetune", train={"precision": "bf16", "max_steps": 4, "checkpoint_steps": 2}))
+    _, weights = checkpoint.read_model(tmp_path / "run" / "checkpoint-2")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    moved = weights["llm.lm_head.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float()), "the masters hold more than bf16 can"
+    assert load_file(tmp_path / "run" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert result.summary["final_loss"] == pytest.approx(read_metrics(tmp_path / "run")[-1]["loss"])
+
+
+@pytest.mark.parametrize("loss_norm", ["token", "llava"])
+def test_packing_and_recompute_change_nothing_but_rounding(loss_norm, settings, tmp_path):
+    losses, weights = [], []
+    for name, change in {"one": {"micro_batch_tokens": 1}, "all": {"micro_batch_tokens": 10**6}, "again": {"recompute": "full"}}.items():
+        train(settings("finetune", output_dir=str(tmp_path / name), train={"max_steps": 6, "loss_norm": loss_norm, **change}))
+        losses.append([row["loss"] for row in read_metrics(tmp_path / name)])
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for other, tensors in zip(losses[1:], weights[1:], strict=True):
+        assert other == pytest.approx(losses[0], rel=1e-5)
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, weights[0][key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_finished_run_is_left_alone(settings, tmp_path):
+    train(settings(train={"max_steps": 2}))
+    written = (tmp_path / "run" / "mm_projector.safetensors").stat().st_mtime_ns
+    assert train(settings(train={"max_steps": 2})).stopped_by is None
+    assert (tmp_path / "run" / "mm_projector.safetensors").stat().st_mtime_ns == written
+
+
+def test_another_training_in_the_same_output_dir_is_refused(settings):
+    train(settings(train={"max_steps": 2}))
+    with pytest.raises(UserError, match=r"output_dir: .*optim\.lr was 0\.01 and is now 0\.02.*another output_dir"):
+        train(settings(optim={"lr": 2e-2}, train={"max_steps": 2}))
+
+
+def test_changed_records_in_the_same_output_dir_are_refused(settings, world, tmp_path):
+    records = json.loads((world / "captions.json").read_text())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(records))
+    train(settings(data={"records": str(path)}, train={"max_steps": 2}))
+    path.write_text(json.dumps(records[1:]))
+    with pytest.raises(UserError, match=r"data\.records: the prepared data is not the same"):
+        train(settings(data={"records": str(path)}, train={"max_steps": 2}))
+
+
+def test_finetune_without_a_projector_is_refused(settings):
+    with pytest.raises(UserError, match=r"model\.projector: is missing.*mm_projector\.safetensors"):
+        train(settings("finetune", model={"projector": None}))
+
+
+def test_identity_has_nothing_to_pretrain(settings):
+    with pytest.raises(UserError, match=r"model\.projector_type: identity"):
+        train(settings("pretrain", model={"projector_type": "identity"}))
+
+
+def test_cuda_where_there_is_none_is_refused(settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"train\.device: 'cuda'"):
+        train(settings(train={"device": "cuda"}))
+
+
+def test_several_processes_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        train(settings())
+
+
+def test_a_second_run_in_the_same_output_dir_is_refused(settings, tmp_path):
+    from fastllava.resume import locked
+
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="another run is writing"):
+        train(settings())
+
+
+def test_an_image_that_vanishes_is_named_and_nothing_is_lost(settings, world, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (world / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    values = settings(data={"images": str(images), "shuffle": False, "workers": 1})
+    from fastllava.startup import prepare_data
+
+    prepare_data(check_config(values), lambda _: None)
+    (images / "9.png").unlink()
+    with pytest.raises(UserError, match=r"record cap9: image .*9\.png"):
+        train(values)
+    # Steps 0 and 1 are whole and kept; the third has the image.
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+    assert checkpoint.newest(tmp_path / "run").step == 2
+    (images / "9.png").write_bytes((world / "images" / "9.png").read_bytes())
+    train(values)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(6))
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_names_its_samples(settings, tmp_path, monkeypatch):
+    from fastllava.model.llava import Llava
+
+    calls = []
+    honest = Llava.forward
+
+    def forward(self, batch):
+        calls.append(1)
+        return honest(self, batch) * (float("nan") if len(calls) == 6 else 1.0)
+
+    values = settings(train={"micro_batch_tokens": 10**6, "checkpoint_steps": 100})
+    monkeypatch.setattr(Llava, "forward", forward)
+    with pytest.raises(UserError, match=r"step 5: loss nan.*optim\.lr") as error:
+        train(values)
+    assert len(str(error.value).splitlines()) == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(5))
+    noted = json.loads((tmp_path / "run" / "non_finite_step_5.json").read_text())
+    assert len(noted["samples"]) == 4 and all(name.startswith("cap") for name in noted["samples"])
+    monkeypatch.setattr(Llava, "forward", honest)
+    train(values)
+    resumed = load_file(tmp_path / "run" / "mm_projector.safetensors")
+    train({**values, "output_dir": str(tmp_path / "whole")})
+    unbroken = load_file(tmp_path / "whole" / "mm_projector.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items()), "the state kept was the one before the bad step"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_by_signal_saves_and_goes_on(number, code, settings, tmp_path):
+    values = settings("finetune", data={"workers": 2}, train={"epochs": 200})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    process = subprocess.Popen([FASTLLAVA, "train", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err and "the same command goes on" in out
+    rows = read_metrics(tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run").step == len(rows)
+    assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "interrupted"
+
+
+def wait_for_steps(output_dir, count, process):
+    for _ in range(600):
+        if len(read_metrics(output_dir)) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no steps within a minute")
+
+
+def test_the_step_never_waits_for_the_device(settings, monkeypatch):
+    """On the CPU: no `.item()`, `.tolist()` or nonzero in train_step but in the reference of attention, which says so."""
+    import fastllava.train as module
+
+    waits = []
+    inside = []
+    honest = module.train_step
+
+    def watched(*args):
+        inside.append(1)
+        try:
+            return honest(*args)
+        finally:
+            inside.pop()
+
+    for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(tensor, *args, _original=original, _name=name, **kwargs):
+            caller = sys._getframe(1).f_code.co_filename
+            if inside and "attention" not in caller and "/torch/" not in caller:
+                waits.append((_name, caller))
+            return _original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    monkeypatch.setattr(module, "train_step", watched)
+    train(settings("finetune", optim={"max_grad_norm": 1.0}, train={"max_steps": 2}))
+    assert waits == []
