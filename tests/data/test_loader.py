@@ -21,13 +21,15 @@ def test_two_samples_by_hand():
     batch = pack([sample([1, IMAGE_ID, 5, 6], [[2, 4]], 0.5), sample([1, 8, 9], [[1, 3]], 0.25)], SPEC, 100)
     assert batch.token_ids.tolist() == [1, 0, 0, 0, 5, 6, 1, 8, 9]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
-    assert batch.cu_seqlens.tolist() == [0, 6, 9] and batch.max_seqlen == 6
+    assert batch.cu_seqlens.tolist() == [0, 6, 9]
+    assert batch.max_seqlen == 6
     assert batch.patch_rows.tolist() == [1, 2, 3]
     assert batch.text_rows.tolist() == [0, 4, 5, 6, 7, 8]
     assert batch.supervised_rows.tolist() == [3, 4, 6, 7]
     assert batch.targets.tolist() == [5, 6, 8, 9]
     assert batch.weights.tolist() == [0.5, 0.5, 0.25, 0.25]
-    assert batch.pixels.shape == (1, 3, 4, 4) and batch.pixels.dtype == torch.uint8
+    assert batch.pixels.shape == (1, 3, 4, 4)
+    assert batch.pixels.dtype == torch.uint8
 
 
 def test_the_cut_takes_patches_text_and_targets_beyond_it():
@@ -36,7 +38,8 @@ def test_the_cut_takes_patches_text_and_targets_beyond_it():
     assert batch.cu_seqlens.tolist() == [0, 4, 6]
     assert batch.patch_rows.tolist() == [2, 3, 6]
     assert batch.text_rows.tolist() == [0, 1, 4, 5]
-    assert batch.targets.tolist() == [9] and batch.supervised_rows.tolist() == [4]
+    assert batch.targets.tolist() == [9]
+    assert batch.supervised_rows.tolist() == [4]
 
 
 def test_first_token_is_never_a_target():
@@ -47,7 +50,9 @@ def test_first_token_is_never_a_target():
 def test_no_images_and_nothing_supervised_keep_their_shapes():
     batch = pack([sample([1, 2], [])], SPEC, 100)
     assert batch.pixels.shape == (0, 3, 4, 4)
-    assert batch.patch_rows.shape == (0,) and batch.targets.shape == (0,) and batch.weights.shape == (0,)
+    assert batch.patch_rows.shape == (0,)
+    assert batch.targets.shape == (0,)
+    assert batch.weights.shape == (0,)
     assert [t.dtype for t in (batch.patch_rows, batch.targets, batch.weights)] == [torch.int32, torch.int64, torch.float32]
 
 

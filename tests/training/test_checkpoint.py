@@ -50,7 +50,8 @@ def test_round_trip_is_bitwise(config, saved):
             assert torch.equal(other_optimizer.state[others[name]][key], value)
     read_config, weights = checkpoint.read_model(found.folder)
     assert read_config == config
-    assert all(torch.equal(weights[name], parameter) for name, parameter in params.items()) and len(weights) == 2
+    assert all(torch.equal(weights[name], parameter) for name, parameter in params.items())
+    assert len(weights) == 2
 
 
 FILES = ["tensors/__0_0.distcp", "tensors/.metadata", "state.json", "run_config.json"]
@@ -64,7 +65,8 @@ def test_one_flipped_bit_is_found_and_the_older_checkpoint_used(name, saved):
     path.write_bytes(content)
     said = []
     assert checkpoint.newest(saved, said.append).step == 3
-    assert name in said[0] and "changed after it was written" in said[0]
+    assert name in said[0]
+    assert "changed after it was written" in said[0]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -38,12 +38,15 @@ def test_loss_falls_and_the_files_of_a_run_are_there(stage, settings, tmp_path):
     assert [row["step"] for row in rows] == list(range(result.summary["planned_steps"]))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert {"loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds"} <= rows[0].keys()
-    assert rows[0]["lr"] == 0.0 and rows[0]["samples"] == 4
+    assert rows[0]["lr"] == 0.0
+    assert rows[0]["samples"] == 4
     assert all(0 <= row["data_wait_seconds"] <= row["step_seconds"] for row in rows)
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
-    assert summary["status"] == "complete" and summary["samples"] == sum(row["samples"] for row in rows)
-    assert summary["versions"]["torch"] == torch.__version__ and summary["config"]["stage"] == stage
+    assert summary["status"] == "complete"
+    assert summary["samples"] == sum(row["samples"] for row in rows)
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["config"]["stage"] == stage
     names = {"mm_projector.safetensors", "mm_projector.bin"} | ({"config.json", "model.safetensors"} if stage == "finetune" else set())
     assert names <= {path.name for path in (tmp_path / "run").iterdir()}
     projector = load_file(tmp_path / "run" / "mm_projector.safetensors")
@@ -179,7 +182,8 @@ def test_a_step_that_is_not_finite_moves_nothing_and_names_its_samples(settings,
     assert len(str(error.value).splitlines()) == 1
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(5))
     noted = json.loads((tmp_path / "run" / "non_finite_step_5.json").read_text())
-    assert len(noted["samples"]) == 4 and all(name.startswith("cap") for name in noted["samples"])
+    assert len(noted["samples"]) == 4
+    assert all(name.startswith("cap") for name in noted["samples"])
     monkeypatch.setattr(Llava, "forward", honest)
     train(values)
     resumed = load_file(tmp_path / "run" / "mm_projector.safetensors")
@@ -198,7 +202,8 @@ def test_a_stop_by_signal_saves_and_goes_on(number, code, settings, tmp_path):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    assert "Traceback" not in err and "the same command goes on" in out
+    assert "Traceback" not in err
+    assert "the same command goes on" in out
     rows = read_metrics(tmp_path / "run")
     assert checkpoint.newest(tmp_path / "run").step == len(rows)
     assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "interrupted"
