@@ -14,13 +14,13 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, m
     # Reads cu_seqlens on the host: a reference may wait for the device, an implementation for training may not.
     lengths = cu_seqlens.diff().tolist()
     grouped = q_THK.shape[1] != k_TGK.shape[1]
-    if lengths and all(length == max_seqlen for length in lengths):
-        split = (x.unflatten(0, (len(lengths), max_seqlen)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
-        out = F.scaled_dot_product_attention(*split, is_causal=causal, enable_gqa=grouped)
+    if all(length == max_seqlen for length in lengths):
+        q, k, v = (x.unflatten(0, (len(lengths), max_seqlen)).transpose(1, 2) for x in (q_THK, k_TGK, v_TGK))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
     outs = []
-    for q, k, v in zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True):
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=grouped)
+    for sample in zip(q_THK.split(lengths), k_TGK.split(lengths), v_TGK.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in sample)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         outs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outs)

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def masked_linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
+def masked_linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor
+) -> Tensor:
     """fp32 scalar: `sum_i weights[i] * CE(hidden[supervised_rows[i]] @ weight.T, targets[i])`, logits in fp32.
 
     hidden: [T, D] after the final norm; weight: [V, D] of the lm_head; supervised_rows: int32 [M]; targets: int64 [M];

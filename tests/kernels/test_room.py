@@ -1,0 +1,85 @@
+"""How rooms are found and chosen: what is asked for by name runs or is refused, never replaced."""
+
+import re
+
+import pytest
+import torch
+
+from fastllava_kernels import Implementation, Room, choose, rooms
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def first(x: int) -> int:
+    return x
+
+
+def second(x: int) -> int:
+    return -x
+
+
+def only_on_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    return None if dtype == torch.bfloat16 else f"has no {dtype} kernel"
+
+
+ROOM = Room("op", "An op", {"fast": Implementation(first, only_on_gpu), "reference": Implementation(second)})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "dtype", "chosen"),
+    [
+        ("auto", GPU, torch.bfloat16, "fast"),
+        ("auto", GPU, torch.float32, "reference"),
+        ("auto", CPU, torch.bfloat16, "reference"),
+        ("fast", GPU, torch.bfloat16, "fast"),
+        ("reference", GPU, torch.bfloat16, "reference"),
+        ("reference", CPU, torch.float32, "reference"),
+    ],
+)
+def test_choice(wanted: str, device: torch.device, dtype: torch.dtype, chosen: str) -> None:
+    assert choose(ROOM, wanted, device, dtype) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"), [(CPU, torch.bfloat16, "needs a GPU"), (GPU, torch.float32, "has no torch.float32 kernel")]
+)
+def test_what_cannot_run_is_refused_with_the_reason_and_the_remedy(device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"kernels.op: 'fast' cannot run here ({reason}); write kernels.op=auto")):
+        choose(ROOM, "fast", device, dtype)
+
+
+def test_unknown_implementation_is_refused_with_the_list() -> None:
+    with pytest.raises(ValueError, match=re.escape("kernels.op: no implementation 'triton'; write one of auto, fast, reference")):
+        choose(ROOM, "triton", CPU, torch.float32)
+
+
+def test_a_room_without_reference_cannot_be_built() -> None:
+    with pytest.raises(ValueError, match="room op: no implementation named 'reference'"):
+        Room("op", "An op", {"fast": Implementation(first)})
+
+
+def test_rooms_are_the_folders(repo) -> None:
+    folders = sorted(path.parent.name for path in (repo / "kernels" / "fastllava_kernels").glob("*/__init__.py"))
+    assert list(rooms()) == folders
+    assert len(folders) >= 8
+    for name, room in rooms().items():
+        assert room.name == name
+        assert room.summary
+        assert "\n" not in room.summary
+
+
+@pytest.mark.parametrize("name", rooms())
+def test_a_room_s_files_are_named_as_the_op_is_found(repo, name: str) -> None:
+    """One word leads to everything: folder, reference and function have one name, and no file shadows triton."""
+    folder = repo / "kernels" / "fastllava_kernels" / name
+    assert f"def {name}(" in (folder / "reference.py").read_text(encoding="utf-8")
+    assert not (folder / "triton.py").exists()
+
+
+@pytest.mark.parametrize("name", rooms())
+def test_references_run_anywhere(name: str) -> None:
+    for device in (CPU, GPU):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert choose(rooms()[name], "reference", device, dtype) == "reference"
