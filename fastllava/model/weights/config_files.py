@@ -1,0 +1,216 @@
+"""The JSON beside the weights of a checkpoint: config.json, generation_config.json, and llava-hf's processor files."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllava.config import ModelConfig
+from fastllava.model.llama import Llama3Rope
+from fastllava.model.llava import Llava
+from fastllava.model.weights.configs import family_of
+from fastllava.model.weights.read import Origin
+from fastllava.model.weights.tokenizer_files import WrittenTokenizer
+
+# The conversation of template v1; its system prompt and separators are the original's (llava/conversation.py, vicuna_v1).
+CHAT_TEMPLATE_V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %} "
+    "{% elif message['role'] == 'assistant' %}ASSISTANT: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Fields of a LLaVA or of a loader, which say nothing about the decoder.
+_NOT_TEXT = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "rope_parameters", "image_aspect_ratio", "use_mm_proj")
+_NOT_TEXT_PREFIXES = ("mm_", "tune_", "freeze_", "unfreeze_", "tokenizer_", "image_grid")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of embedding and head on disk."""
+
+    kept: int
+    """The model's first rows, written as they are."""
+    rows: int
+    """Rows written; those beyond are each the mean of the rows kept."""
+
+    def fit(self, table: Tensor) -> Tensor:
+        """[rows, D] of a table [V, D]. The mean is what the original gives new tokens (llava_arch.py, initialize_vision_tokenizer)."""
+        table = table[: self.kept]
+        if self.rows == self.kept:
+            return table
+        return torch.cat((table, table.float().mean(0, keepdim=True).to(table.dtype).expand(self.rows - self.kept, -1)))
+
+
+def vocabulary_of(model: Llava, layout: str, tokenizer: WrittenTokenizer | None) -> Vocabulary:
+    """How many rows `layout` writes.
+
+    llava-hf has rows for the image and the pad token and is padded to a multiple of 64; the original has neither.
+    """
+    vocab, image = model.llm.config.vocab_size, model.origin.image_token
+    if layout == "llava" or tokenizer is None:
+        padding_only = image is not None and vocab % 64 == 0 and 0 < vocab - image <= 64
+        return Vocabulary(image, image) if padding_only else Vocabulary(vocab, vocab)
+    needed = max(vocab, tokenizer.image + 1, tokenizer.pad + 1)
+    return Vocabulary(vocab, vocab if needed == vocab else -(-needed // 64) * 64)
+
+
+def config_files(
+    model: Llava,
+    layout: str,
+    dtype: torch.dtype,
+    *,
+    source: ModelConfig,
+    vocabulary: Vocabulary,
+    image_policy: str,
+    max_tokens: int,
+    tokenizer: WrittenTokenizer | None,
+    home: Path,
+    report: Callable[[str], object],
+) -> dict[str, Mapping[str, Any]]:
+    """JSON by file name. `home` is the folder that the checkpoint will lie in."""
+    text = _text_config(model) | {"vocab_size": vocabulary.rows}
+    name = str(dtype).removeprefix("torch.")
+    generation = _generation_config(model.origin, text, report)
+    if layout == "llava":
+        return {
+            "config.json": _original_config(model, text, source, image_policy, max_tokens, home) | {"torch_dtype": name},
+            "generation_config.json": generation,
+        }
+    pad = {"pad_token_id": tokenizer.pad} if tokenizer else {}
+    return {
+        "config.json": _hf_config(model, text | {"torch_dtype": name}, tokenizer) | {"torch_dtype": name} | pad,
+        "generation_config.json": generation | pad,
+        "preprocessor_config.json": _preprocessor(model, image_policy),
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "patch_size": model.origin.clip.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+    }
+
+
+def tower_config(model: Llava) -> dict[str, Any]:
+    """config.json of the tower alone."""
+    origin = model.origin
+    return {**origin.vision, **asdict(origin.clip), "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+
+
+def _text_config(model: Llava) -> dict[str, Any]:
+    """The decoder's config.json: what it came with, and every field that decides the computation spelled out."""
+    llama, given = model.llm.config, model.origin.text
+    text = {k: v for k, v in given.items() if k not in _NOT_TEXT and not k.startswith(_NOT_TEXT_PREFIXES)}
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta"):
+        text[name] = getattr(llama, name)
+    if "head_dim" in text or llama.head_dim != llama.hidden_size // llama.num_attention_heads:
+        text["head_dim"] = llama.head_dim
+    # transformers 4's spelling, which 5 reads too; the original's version knows "type" and no other key for linear.
+    text["rope_scaling"] = llama.rope_scaling
+    if isinstance(llama.rope_scaling, Llama3Rope):
+        text["rope_scaling"] = {"rope_type": "llama3", **asdict(llama.rope_scaling)}
+    elif llama.rope_scaling is not None:
+        text["rope_scaling"] = {"type": "linear", "factor": llama.rope_scaling}
+    return {**text, "model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
+
+
+def _original_config(model: Llava, text: Mapping[str, Any], source: ModelConfig, image_policy: str, max_tokens: int, home: Path) -> dict[str, Any]:
+    origin: Origin = model.origin
+    of_llava = origin.text if origin.layout == "llava" else {}
+    family = text["model_type"]
+    return {
+        **{k: v for k, v in of_llava.items() if k not in ("dtype", "rope_parameters")},
+        **text,
+        "architectures": of_llava.get("architectures") or [f"Llava{family.capitalize()}ForCausalLM"],
+        "model_type": of_llava.get("model_type") or f"llava_{family}",
+        "mm_vision_tower": _tower_name(origin, source, home),
+        "mm_hidden_size": origin.clip.hidden_size,
+        "mm_vision_select_layer": origin.select_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_projector_type": model.projector.kind,
+        "mm_projector_lr": of_llava.get("mm_projector_lr"),
+        "mm_patch_merge_type": "flat",
+        "use_mm_proj": True,
+        "image_aspect_ratio": image_policy,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": max_tokens,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+    }
+
+
+def _tower_name(origin: Origin, source: ModelConfig, home: Path) -> str:
+    """What the original's builder will look the tower up by: a folder that is there, or the name of a hub model."""
+    if source.vision_tower is not None:
+        return os.path.abspath(source.vision_tower)
+    if origin.tower_folder is None:
+        return os.path.abspath(home / "vision_tower")
+    if origin.mm_vision_tower and origin.mm_vision_tower.startswith(("openai/", "laion/")):
+        return origin.mm_vision_tower
+    return os.path.abspath(origin.tower_folder)
+
+
+def _hf_config(model: Llava, text: Mapping[str, Any], tokenizer: WrittenTokenizer | None) -> dict[str, Any]:
+    origin: Origin = model.origin
+    vision = {k: v for k, v in tower_config(model).items() if k not in ("architectures", "_name_or_path", "dtype", "torch_dtype", "transformers_version")}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": tokenizer.image if tokenizer else origin.image_token,
+        "image_seq_length": origin.clip.patches,
+        "ignore_index": -100,
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": origin.select_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "text_config": {k: v for k, v in text.items() if k != "transformers_version"},
+        "vision_config": vision,
+    }
+
+
+def _generation_config(origin: Origin, text: Mapping[str, Any], report: Callable[[str], object]) -> dict[str, Any]:
+    """The LLM's, without what transformers refuses to save: settings of sampling where sampling is off (Vicuna's has them)."""
+    given = {k: v for k, v in origin.generation.items() if k != "_from_model_config"}
+    for name in ("bos_token_id", "eos_token_id"):
+        if text.get(name) is not None:
+            given.setdefault(name, text[name])
+    if given.get("do_sample"):
+        return given
+    dropped = [name for name in _SAMPLING if given.get(name) is not None]
+    if dropped:
+        report(f"generation_config.json: left out {', '.join(dropped)}, which do_sample=false contradicts")
+    return {k: v for k, v in given.items() if k not in _SAMPLING}
+
+
+def _preprocessor(model: Llava, image_policy: str) -> dict[str, Any]:
+    spec = model.spec
+    return {
+        "image_processor_type": "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_pad": image_policy == "pad",
+        "do_resize": True,
+        "size": {"shortest_edge": spec.size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": spec.size, "width": spec.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }

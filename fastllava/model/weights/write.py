@@ -1,0 +1,184 @@
+"""From a model to files: the projector alone, or a whole checkpoint in the original's layout or in llava-hf's.
+
+Everything is written beside its place, synced, and renamed; a config.json comes last, so a folder that has one is whole.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastllava.config import ModelConfig
+from fastllava.errors import UserError
+from fastllava.model.llava import Llava
+from fastllava.model.projector import Projector
+from fastllava.model.weights.config_files import CHAT_TEMPLATE_V1, Vocabulary, config_files, tower_config, vocabulary_of
+from fastllava.model.weights.files import dump_json, sync
+from fastllava.model.weights.layouts import to_disk
+from fastllava.model.weights.tokenizer_files import WrittenTokenizer, find_tokenizer, write_hf, write_original
+
+SHARD_BYTES = 5 * 10**9
+"""A checkpoint's files are cut here, as transformers cuts them."""
+
+
+def write_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
+    """`mm_projector.safetensors` and `mm_projector.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`."""
+    tensors = {f"model.mm_projector.{name}": _on_cpu(tensor, dtype) for name, tensor in projector.state_dict().items()}
+    with _beside(folder) as beside:
+        save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
+        torch.save(tensors, beside / "mm_projector.bin")
+
+
+def write_checkpoint(
+    model: Llava,
+    layout: str,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    source: ModelConfig,
+    template: str,
+    image_policy: str,
+    max_tokens: int,
+    legacy: bool | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> None:
+    """The whole model in `folder`, which may hold other files: weights in `dtype`, configs, tokenizer.
+
+    layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
+    processor files). `source` says where the tokenizer is; template, image_policy and max_tokens are those of training,
+    legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed.
+    Raises UserError before any weight is written when the layout cannot hold this model.
+    """
+    if layout == "hf" and model.projector.kind != "mlp2x_gelu":
+        raise UserError(f"--layout: hf holds mlp2x_gelu projectors only, this one is {model.projector.kind}; write --layout llava")
+    with _beside(folder) as beside:
+        tokenizer = _write_tokenizer(model, layout, beside, source, template, max_tokens, legacy, report)
+        vocabulary = vocabulary_of(model, layout, tokenizer)
+        _write_tensors(disk_tensors(model, layout, dtype, vocabulary), beside)
+        files = config_files(
+            model,
+            layout,
+            dtype,
+            source=source,
+            vocabulary=vocabulary,
+            image_policy=image_policy,
+            max_tokens=max_tokens,
+            tokenizer=tokenizer,
+            home=folder,
+            report=report,
+        )
+        for name, value in files.items():
+            dump_json(value, beside / name)
+        if layout == "llava" and source.vision_tower is None and model.origin.tower_folder is None:
+            _write_tower(model, beside / "vision_tower", dtype)
+
+
+def disk_tensors(model: Llava, layout: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Iterator[tuple[str, Tensor]]:
+    """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
+    for name, tensor in model.state_dict().items():
+        if name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
+            tensor = vocabulary.fit(tensor)  # noqa: PLW2901
+        yield to_disk(name, layout), _on_cpu(tensor, dtype)
+
+
+def _write_tokenizer(
+    model: Llava,
+    layout: str,
+    folder: Path,
+    source: ModelConfig,
+    template: str,
+    max_tokens: int,
+    legacy: bool | None,
+    report: Callable[[str], object],
+) -> WrittenTokenizer | None:
+    found = find_tokenizer(source, legacy)
+    if found is None and layout == "hf":
+        place = source.tokenizer or source.llm
+        raise UserError(f"model.tokenizer: no tokenizer.model or tokenizer.json in {place}, and --layout hf writes a processor; put one there")
+    if found is None:
+        report(f"tokenizer: none written, as {source.tokenizer or source.llm} holds none")
+        return None
+    if layout == "llava":
+        write_original(found, folder, max_tokens)
+        return None
+    if template in ("v1", "vicuna_v1"):
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE_V1, encoding="utf-8")
+    else:
+        report(f"chat_template.jinja: not written, as template {template} has none; v1 has one")
+    return write_hf(found, folder, model.origin.image_token, max_tokens)
+
+
+def _write_tower(model: Llava, folder: Path, dtype: torch.dtype) -> None:
+    """The tower as a folder of its own: the original's loader wants one besides the weights in the checkpoint."""
+    folder.mkdir()
+    save_file({name: _on_cpu(tensor, dtype) for name, tensor in model.tower.state_dict().items()}, folder / "model.safetensors")
+    dump_json(tower_config(model), folder / "config.json")
+    spec = model.spec
+    published = {"image_processor_type": "CLIPImageProcessor", "crop_size": spec.size, "size": {"shortest_edge": spec.size}}
+    dump_json({**published, "resample": 3, "image_mean": spec.mean, "image_std": spec.std}, folder / "preprocessor_config.json")
+
+
+def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    total = 0
+    for name, tensor in tensors:
+        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > SHARD_BYTES:
+            shards.append(_write_shard(waiting, folder / f"{len(shards)}.shard"))
+        waiting[name] = tensor
+        total += tensor.nbytes
+    shards.append(_write_shard(waiting, folder / f"{len(shards)}.shard"))
+    if len(shards) == 1:
+        (folder / "0.shard").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"{number}.shard").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    dump_json({"metadata": {"total_size": total}, "weight_map": weight_map}, folder / "model.safetensors.index.json")
+
+
+def _write_shard(tensors: dict[str, Tensor], file: Path) -> list[str]:
+    """Write and forget `tensors`; their names."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    names = list(tensors)
+    tensors.clear()
+    return names
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`; when the block ends well its files move to `folder`, config.json last, else it vanishes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_run in folder.glob(".writing-*"):
+        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+    try:
+        yield beside
+        files = sorted((path for path in beside.rglob("*") if path.is_file()), key=lambda path: path == beside / "config.json")
+        for path in files:
+            path.chmod(0o644)
+            sync(path)
+        if (beside / "config.json").exists():
+            # An earlier checkpoint in the same folder may have been cut otherwise, and its files would be read first.
+            for pattern in ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+                for stale in folder.glob(pattern):
+                    stale.unlink()
+        for path in files:
+            place = folder / path.relative_to(beside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        sync(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
