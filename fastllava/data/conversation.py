@@ -1,0 +1,251 @@
+"""A record and a template to token ids and the ranges of them that are supervised.
+
+The template is written down as segments, each supervised or not, so the labels come from how the text was made; the
+original finds them again by splitting and re-tokenizing the finished text (llava/train/train.py, preprocess_*).
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from fastllava.batch import IMAGE_ID
+from fastllava.data.checks import BadRecord, Record
+from fastllava.data.templates import TEMPLATES, Template, template
+from fastllava.data.tokenizer import Tokenizer
+
+__all__ = ["TEMPLATES", "Encoded", "Segment", "Template", "encode_record", "encode_segments", "prompt", "segments", "template"]
+
+IMAGE = "<image>"
+
+
+class Segment(NamedTuple):
+    """A stretch of a conversation."""
+
+    text: str
+    supervised: bool = False
+    mark: bool = False
+    """A control token or the image, not text."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as ids."""
+
+    ids: list[int]
+    """Token ids; IMAGE_ID where the image stands."""
+    supervised: list[tuple[int, int]]
+    """Ascending half-open ranges into `ids`; the image is in none of them."""
+
+
+def encode_record(record: Record, form: Template, tokenizer: Tokenizer, max_tokens: int) -> Encoded:
+    """The record's ids, and which are supervised, as the original makes them.
+
+    A text-only record is cut at `max_tokens` ids here, as the original's tokenizer call cuts it; one with an image is
+    not: it is cut when the image has become patches. Raises BadRecord where the original would raise, mask the whole
+    record, take a user's text for a control token, or give the record another one's image.
+    """
+    try:
+        parts = segments(record, form, tokenizer.literals)
+        encoded = encode_segments(parts, tokenizer)
+    except UnicodeEncodeError:
+        raise BadRecord("json_encoding", "a text holds half a character (a lone surrogate such as \\ud83d); repair its encoding") from None
+    if tokenizer.unk_id is not None and tokenizer.unk_id in encoded.ids:
+        at = encoded.ids.index(tokenizer.unk_id)
+        raise BadRecord("unknown_token", f"token {at} is unknown to the tokenizer; take the character out, or use a model that knows it")
+    if record.image is None:
+        encoded = cut(encoded, max_tokens)
+    if not any(end > max(begin, 1) for begin, end in encoded.supervised):
+        raise BadRecord("nothing_supervised", f"no supervised token among the first {max_tokens}; shorten the question")
+    return encoded
+
+
+def cut(encoded: Encoded, length: int) -> Encoded:
+    """The first `length` ids."""
+    if len(encoded.ids) <= length:
+        return encoded
+    return Encoded(encoded.ids[:length], [(begin, min(end, length)) for begin, end in encoded.supervised if begin < length])
+
+
+def prompt(form: Template | str, question: str, has_image: bool, tokenizer: Tokenizer) -> list[int]:
+    """Ids that ask `question`, ending where the answer begins: the form that training with this template has taught.
+
+    The image stands before the question, as in training; template plain has no questions, so there it stands alone.
+    Whatever the question spells is text.
+    """
+    form = template(form) if isinstance(form, str) else form
+    text = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip() if has_image else question
+    opened = [*_opening(form), *_round(form, 0, _with_image(text, form) if has_image else [Segment(text)], None)]
+    if form.style == "plain":
+        opened = [Segment(IMAGE, mark=True)] if has_image else []
+    return encode_segments(opened, tokenizer).ids
+
+
+def segments(record: Record, form: Template, literals: frozenset[str] = frozenset()) -> list[Segment]:
+    """The record written out in `form`. Raises BadRecord; `literals`: what no text may spell."""
+    turns = record.turns
+    if form.style in ("v1", "llama_2", "mpt") and turns and turns[0][0] == "gpt":
+        # The original leaves out an answer that comes before the first question.
+        turns = turns[1:]
+    _check_turns(turns, form)
+    _check_images(record, turns, form)
+    for _, text in turns:
+        if found := _spelled(literals | form.separators).search(text):
+            raise BadRecord("control_literal", f"the text spells the control token {found[0]}; take it out or spell it otherwise")
+    if form.style == "plain":
+        return [Segment(IMAGE, mark=True), *_pieces(turns[1][1], form, record, True), Segment("\n", True)]
+    written = [(role, _pieces(text, form, record, role == "gpt")) for role, text in turns]
+    parts = _opening(form)
+    if form.style == "v0":
+        for role, pieces in written:
+            parts += _turn_v0(form, role, pieces)
+        # The original closes with an open turn and supervises it.
+        return [*parts, Segment("### ", True)]
+    for number in range(0, len(turns), 2):
+        _check_separator(form, turns[number][1], turns[number + 1][1])
+        parts += _round(form, number // 2, written[number][1], written[number + 1][1])
+    return parts
+
+
+def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
+    """Ids of the segments in order, after <s> where the tokenizer begins texts with it.
+
+    Text between two marks is tokenized as one, and after the image like the start of a text (`tokenizer_image_token`
+    of the original, llava/mm_utils.py). A mark that the tokenizer has no token for is text.
+    """
+    ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ranges: list[tuple[int, int]] = []
+    pending: list[Segment] = []
+    continues = False
+
+    def add(count: int, supervised: bool) -> None:
+        begin = len(ids) - count
+        if supervised and count:
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, len(ids)))
+
+    def flush() -> None:
+        if pending:
+            new, counts = tokenizer.encode_parts([part.text for part in pending], continues)
+            at = 0
+            for part, count in zip(pending, counts, strict=True):
+                ids.extend(new[at : at + count])
+                add(count, part.supervised)
+                at += count
+            pending.clear()
+
+    for part in parts:
+        token = IMAGE_ID if part.mark and part.text == IMAGE else tokenizer.control(part.text) if part.mark else None
+        if token is None:
+            pending.append(part)
+            continue
+        flush()
+        ids.append(token)
+        add(1, part.supervised)
+        continues = token != IMAGE_ID
+    flush()
+    return Encoded(ids, ranges)
+
+
+def _opening(form: Template) -> list[Segment]:
+    match form.style:
+        case "v0":
+            return [Segment(f"{form.system}\n\n")]
+        case "mpt":
+            return [Segment("<|im_start|>", mark=True), Segment(f"system\n{form.system}"), Segment("<|im_end|>", mark=True)]
+    return []
+
+
+def _round(form: Template, number: int, question: list[Segment], answer: list[Segment] | None) -> list[Segment]:
+    """A question and its answer; `answer` None leaves it open."""
+    close: list[Segment] = []
+    match form.style:
+        case "v1":
+            ask = [Segment(f"{form.system} {form.human}:" if number == 0 else f"{form.human}:"), Segment(" "), *question]
+            ask.append(Segment(f" {form.gpt}:"))
+            answer = answer and [Segment(" ", True), *answer]
+            close = [Segment("</s>", True, mark=True)]
+        case "llama_2":
+            system = f"<<SYS>>\n{form.system}\n<</SYS>>\n\n" if form.system and number == 0 else ""
+            begin = [Segment(form.begin, mark=True)] if form.begin and number else []
+            ask = [*begin, Segment(f"[INST] {system}"), *question, Segment(" [/INST]")]
+            answer = answer and [Segment(" ", True), *answer, Segment(" ", True)]
+            close = [Segment("</s>", True, mark=True)]
+        case "mpt":
+            start = Segment("<|im_start|>", mark=True)
+            ask = [start, Segment(f"{form.human}\n"), *question, Segment("<|im_end|>", mark=True), start, Segment(f"{form.gpt}\n")]
+            close = [Segment("<|im_end|>", True, mark=True)]
+        case _:
+            ask = [*_turn_v0(form, "human", question), Segment(f"### {form.gpt}:")]
+    return ask if answer is None else [*ask, *answer, *close]
+
+
+def _turn_v0(form: Template, role: str, pieces: list[Segment]) -> list[Segment]:
+    """Of a question the original masks all but its first two tokens, which are the ### it begins with."""
+    gpt = role == "gpt"
+    return [Segment("###", True), Segment(f" {form.gpt if gpt else form.human}: ", gpt), *pieces, Segment("\n", gpt)]
+
+
+def _pieces(text: str, form: Template, record: Record, supervised: bool) -> list[Segment]:
+    """A turn's text, its <image> at the front and a mark (`preprocess_multimodal` of the original). Text-only records hold no mark."""
+    if record.image is None or IMAGE not in text:
+        return [Segment(text, supervised)]
+    return _with_image(f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip(), form, supervised)
+
+
+def _with_image(text: str, form: Template, supervised: bool = False) -> list[Segment]:
+    before, after = ("<Image>", "</Image>") if form.mmtag else ("", "")
+    return [Segment(before, supervised), Segment(IMAGE, mark=True), Segment(after + text.removeprefix(IMAGE), supervised)]
+
+
+def _check_turns(turns: list[tuple[str, str]], form: Template) -> None:
+    roles = [role for role, _ in turns]
+    if "gpt" not in roles:
+        raise BadRecord("no_answer", "has no answer of gpt; give it one or take the record out")
+    if form.style == "plain":
+        if roles != ["human", "gpt"]:
+            raise BadRecord("plain_turns", f"has {len(turns)} turns ({', '.join(roles[:4])}); template plain wants one human and one gpt turn")
+        return
+    if form.style == "v0":
+        # Each turn names its speaker, so the original takes any order here, and silence too.
+        return
+    for number, role in enumerate(roles):
+        if role != ("human", "gpt")[number % 2]:
+            raise BadRecord("role_order", f"two {role} turns in a row; join them or write the turn between them")
+    if roles[-1] == "human":
+        raise BadRecord("unanswered", "ends with a human turn; answer it or take it out")
+    for role, text in turns:
+        if not text:
+            raise BadRecord("empty_turn", f"a {role} turn is empty; write its text or take the round out")
+
+
+def _check_images(record: Record, turns: list[tuple[str, str]], form: Template) -> None:
+    """One <image> for one image. In a text-only record <image> is text, but template plain shows an image always."""
+    if record.image is None:
+        if form.style == "plain":
+            raise BadRecord("image_count", "has no image; template plain wants one in every record")
+        return
+    counts = [text.count(IMAGE) for _, text in turns]
+    if sum(counts) != 1:
+        raise BadRecord("image_count", f"{sum(counts)} {IMAGE} in the turns and 1 image; write {IMAGE} once, where the image belongs")
+    if form.style == "plain" and not counts[0]:
+        raise BadRecord("image_count", f"{IMAGE} stands in the answer; template plain wants it in the human turn")
+
+
+def _check_separator(form: Template, question: str, answer: str) -> None:
+    """The original finds the answer by splitting at these, and masks the whole record where that does not give two parts."""
+    if form.style == "v1":
+        before, separator, after = f"{form.human}: {question}", f" {form.gpt}: ", answer
+    elif form.style == "llama_2":
+        before, separator, after = f"[INST] {question} ", "[/INST] ", f"{answer} "
+    else:
+        return
+    if f"{before}{separator}{after}".split(separator) != [before, after]:
+        raise BadRecord("separator_in_text", f"the text holds '{separator.strip()}', which the template separates turns with; spell it otherwise")
+
+
+@lru_cache
+def _spelled(literals: frozenset[str]) -> re.Pattern[str]:
+    """Finds any of the literals; where there are none, nothing."""
+    return re.compile("|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True)) or r"(?!)")

@@ -1,0 +1,190 @@
+"""The two kinds of tokenizer model behind `Tokenizer`: sentencepiece and tokenizers (tokenizer.json)."""
+
+import bisect
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from fastllava.errors import UserError
+
+_SPACE = "▁"
+_LONGEST_REMEMBERED = 300
+# Protocol buffers merge a field that comes twice, the last value winning; so these bytes after a sentencepiece model
+# set normalizer_spec.add_dummy_prefix (field 3 of ModelProto, then field 3 of NormalizerSpec).
+_WITH_PREFIX = b"\x1a\x02\x18\x01"
+_WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
+# Text that normalisers other than the identity change.
+_PROBE = "ﬁ½Ａ\u3000e\u0301 \u200b\t\n  x"
+
+
+class Encoder(Protocol):
+    """Text to ids, knowing nothing of templates."""
+
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    size: int
+    """Ids are below this."""
+
+    def controls(self) -> dict[str, int]:
+        """Spelling and id of the tokens that no text becomes, and of those added to the vocabulary."""
+        ...
+
+    def specials(self) -> set[str]:
+        """Those of them that the original would find in a text."""
+        ...
+
+    def encode_parts(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def piece(self, token: int) -> str: ...
+
+
+class SentencePieceEncoder:
+    """sentencepiece: `bare` text gets no leading space."""
+
+    def __init__(self, model: bytes, legacy: bool, where: str) -> None:
+        try:
+            # The slow LlamaTokenizer of transformers leaves the leading space to the model when legacy, and else adds it itself.
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model if legacy else model + _WITH_PREFIX)
+            self._bare: Any = sentencepiece.SentencePieceProcessor(model_proto=model + _WITHOUT_PREFIX)
+        except (RuntimeError, TypeError, ValueError):
+            raise UserError(f"{where}: is no sentencepiece model; give a tokenizer.model of sentencepiece, or a tokenizer.json") from None
+        self.size = int(self._model.vocab_size())
+        ids = (self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
+        self.bos_id, self.eos_id, self.unk_id = (None if i < 0 else int(i) for i in ids)
+        kinds = (self._model.is_control, self._model.is_unknown)
+        self._controls = {self._model.id_to_piece(i): i for i in range(self.size) if any(kind(i) for kind in kinds)}
+        plain = [self._model.id_to_piece(i) for i in range(self.size) if not self._model.is_byte(i) and not self._model.is_control(i)]
+        self._pairs = {piece[i : i + 2] for piece in plain for i in range(len(piece) - 1)}
+        self._remember = lru_cache(maxsize=16384)(self._encode)
+        self._identity = self._bare.normalize(_PROBE) == _PROBE.replace(" ", _SPACE)
+
+    def controls(self) -> dict[str, int]:
+        return dict(self._controls)
+
+    def specials(self) -> set[str]:
+        return set(self._controls)
+
+    def encode_parts(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]:
+        """Ids of the joined parts and their number in each part, as if the whole were encoded at once.
+
+        Where no piece of the vocabulary spans a border, no merge can cross it, and the two sides are encoded apart.
+        """
+        ids: list[int] = []
+        counts = [0] * len(parts)
+        filled = [i for i, part in enumerate(parts) if part]
+        at = 0
+        while at < len(filled):
+            end = at + 1
+            while end < len(filled) and not self._is_border(parts[filled[end - 1]][-1], parts[filled[end]][0]):
+                end += 1
+            group = filled[at:end]
+            without = bare or at > 0
+            new = self._encode_short("".join(parts[i] for i in group), without)
+            begin = 0
+            for n, i in enumerate(group[:-1], 1):
+                before = self._encode_short("".join(parts[j] for j in group[:n]), without)
+                stop = max(begin, min(len(before), len(new)))
+                counts[i], begin = stop - begin, stop
+            counts[group[-1]] = len(new) - begin
+            ids += new
+            at = end
+        return ids, counts
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def piece(self, token: int) -> str:
+        return self._model.id_to_piece(token) if token < self.size else f"[{token}]"
+
+    def _encode_short(self, text: str, bare: bool) -> list[int]:
+        """Templates and short questions come again and again."""
+        return self._remember(text, bare) if len(text) <= _LONGEST_REMEMBERED else self._encode(text, bare)
+
+    def _encode(self, text: str, bare: bool) -> list[int]:
+        return (self._bare if bare else self._model).encode(text)
+
+    def _is_border(self, left: str, right: str) -> bool:
+        pair = (left + right).replace(" ", _SPACE)
+        return self._identity and pair not in self._pairs
+
+
+class JsonEncoder:
+    """tokenizers: `bare` text gets no leading space where the model would put one."""
+
+    def __init__(self, model: bytes, legacy: bool, where: str) -> None:
+        try:
+            spec = json.loads(model)
+            self._model = _text_only(tokenizers.Tokenizer.from_str(json.dumps(spec)))
+            self._bare = _text_only(tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(spec))))
+        except Exception as error:  # tokenizers raises plain Exception
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{where}: is no tokenizer.json of the tokenizers library ({reason}); give the file or folder of one") from None
+        self.size = self._model.get_vocab_size(with_added_tokens=True)
+        added = self._model.get_added_tokens_decoder()
+        self._controls = {token.content: i for i, token in added.items()}
+        ids = self._model.encode("", add_special_tokens=True).ids
+        self.bos_id = ids[0] if ids else None
+        self.eos_id = next((self._controls[name] for name in ("</s>", "<|im_end|>", "<|endoftext|>") if name in self._controls), None)
+        unk = getattr(self._model.model, "unk_token", None)
+        self.unk_id = None if unk is None else self._model.token_to_id(unk)
+
+    def controls(self) -> dict[str, int]:
+        return dict(self._controls)
+
+    def specials(self) -> set[str]:
+        # The others (runs of spaces, say) are text to this tokenizer.
+        return {token.content for token in self._model.get_added_tokens_decoder().values() if token.special}
+
+    def encode_parts(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]:
+        """Ids of the joined parts and their number in each part."""
+        encoded = (self._bare if bare else self._model).encode("".join(parts), add_special_tokens=False)
+        borders, length = [], 0
+        for part in parts:
+            length += len(part)
+            borders.append(length)
+        starts = [start for start, _ in encoded.offsets]
+        ends = [bisect.bisect_left(starts, border) for border in borders[:-1]] + [len(starts)]
+        return list(encoded.ids), [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        return self._model.id_to_token(token) or f"[{token}]"
+
+
+def legacy_of_json(model: bytes) -> bool:
+    """Whether a tokenizer.json puts its leading space after control tokens too, not at the start of the text alone."""
+    return b'"prepend_scheme":"first"' not in b"".join(model.split())
+
+
+def _text_only(model: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Reads the spelling of a control token as text."""
+    model.encode_special_tokens = True
+    model.no_truncation()
+    model.no_padding()
+    return model
+
+
+def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer.json without the space it puts before a text."""
+
+    def change(part: Any) -> Any:
+        match part:
+            case {"type": "Sequence"}:
+                key = "normalizers" if "normalizers" in part else "pretokenizers"
+                return {**part, key: [changed for inner in part[key] if (changed := change(inner)) is not None]}
+            case {"type": "Prepend"}:
+                return None
+            case {"type": "Metaspace"}:
+                return {**part, "prepend_scheme": "never"}
+            case {"type": "ByteLevel"}:
+                return {**part, "add_prefix_space": False}
+        return part
+
+    return {**spec, "normalizer": change(spec.get("normalizer")), "pre_tokenizer": change(spec.get("pre_tokenizer"))}

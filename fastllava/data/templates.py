@@ -1,0 +1,106 @@
+"""The conversation templates of the original, by its names (llava/conversation.py, conv_templates)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastllava.errors import UserError
+
+Style = Literal["plain", "v0", "v1", "llama_2", "mpt"]
+"""How turns are written and masked: the original's preprocess_plain, preprocess, preprocess_v1, _llama_2, _mpt (llava/train/train.py)."""
+
+_CURIOUS = (
+    "A chat between a curious {one} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {one}'s questions."
+)
+# "language.The" without a space between: so the models that use it were trained.
+_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+_LLAVA_LLAMA_2 = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+# The two spaces after "safe." are Llama 2's own.
+_LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to write a conversation as text."""
+
+    name: str
+    style: Style
+    system: str = ""
+    human: str = ""
+    """How a question begins."""
+    gpt: str = ""
+    """How an answer begins."""
+    begin: str = ""
+    """llama_2 alone: what stands before every round but the first."""
+    mmtag: bool = False
+    """Write the image as <Image> image </Image>."""
+
+    @property
+    def separators(self) -> frozenset[str]:
+        """What the original splits the conversation at, so that a text must not hold it."""
+        return {
+            "plain": frozenset[str](),
+            "v0": frozenset[str](),
+            "v1": frozenset({"</s>"}),
+            "llama_2": frozenset({"</s>"}),
+            "mpt": frozenset({"<|im_end|>", "<|im_start|>"}),
+        }[self.style]
+
+
+def _v0(name: str, system: str, mmtag: bool = False) -> Template:
+    return Template(name, "v0", system, "Human", "Assistant", mmtag=mmtag)
+
+
+def _v1(name: str, system: str, mmtag: bool = False) -> Template:
+    return Template(name, "v1", system, "USER", "ASSISTANT", mmtag=mmtag)
+
+
+def _chatml(name: str, system: str) -> Template:
+    return Template(name, "mpt", system, "user", "assistant")
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("plain", "plain"),
+        Template("v0_plain", "plain"),
+        _v1("v1", _CURIOUS.format(one="user")),
+        _v1("vicuna_v1", _CURIOUS.format(one="user")),
+        _v1("llava_v1", _CURIOUS.format(one="human")),
+        _v1("v1_mmtag", _MMTAG, mmtag=True),
+        # default and v0 carry an example conversation in the original, for inference alone: training never sees it.
+        _v0("default", _CURIOUS.format(one="human")),
+        _v0("v0", _CURIOUS.format(one="human")),
+        _v0("llava_v0", _CURIOUS.format(one="human")),
+        _v0("v0_mmtag", _MMTAG, mmtag=True),
+        Template("llama_2", "llama_2", _LLAMA_2, begin="<s>"),
+        Template("llava_llama_2", "llama_2", _LLAVA_LLAMA_2, begin="<s>"),
+        Template("mistral_instruct", "llama_2"),
+        _chatml("mpt", _MPT),
+        _chatml("chatml_direct", "Answer the questions."),
+        _chatml("mistral_direct", "Answer the questions."),
+    )
+}
+
+
+def template(name: str) -> Template:
+    """The template called `name`. Raises UserError that lists the names."""
+    if name not in TEMPLATES:
+        raise UserError(f"data.template: no template '{name}'; write one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
