@@ -1,0 +1,193 @@
+"""README: its commands run, in a small world laid out at the very paths they name, and what it says of files and keys is so."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from fastllava import cli
+from fastllava.config import keys
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.metrics import read_metrics
+from fastllava_kernels import rooms
+
+REPO = Path(__file__).resolve().parents[1]
+README = (REPO / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()]
+
+# Not run here, and why.
+ELSEWHERE = {
+    "make demo": "minutes; tests/demo runs the demo, tests/test_house.py what make does",
+    "make test": "is what runs this",
+    "python3 -m venv .venv": "has been done where this runs; tests/test_house.py tries it as make does it",
+    ".venv/bin/pip install -e .": "has been done where this runs; tests/test_house.py tries it as make does it",
+}
+
+
+def test_every_command_is_run_or_said_to_be_run_elsewhere() -> None:
+    ours = [command for command in COMMANDS if "fastllava " in command]
+    assert sorted(COMMANDS) == sorted([*ours, *ELSEWHERE])
+    assert len(ours) >= 8
+    for name in ("train", "prepare", "inspect", "export", "toggles"):
+        assert any(f"fastllava {name}" in command for command in ours)
+
+
+def conversation(i: int, question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": f"{answer} {i}."}]
+
+
+def lay_out(root: Path) -> None:
+    """Stand-ins for the real models and data, at the paths of README and configs: an LLM 32 wide, a tower of 28 pixels, 12 records."""
+    data = root / "playground" / "data"
+    captions, chats = [], []
+    for folder in (data / "LLaVA-Pretrain" / "images", data / "coco" / "train2017"):
+        folder.mkdir(parents=True)
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / "LLaVA-Pretrain" / "images" / f"{i}.png")
+        Image.fromarray(pixels).save(data / "coco" / "train2017" / f"{i}.png")
+        captions.append({"id": str(i), "image": f"{i}.png", "conversations": conversation(i, "<image>\nDescribe it.", "noise of width")})
+        chat = {"id": str(i), "conversations": conversation(i, "Say a number.", "it is")}
+        if i % 3:
+            chat |= {"image": f"coco/train2017/{i}.png", "conversations": conversation(i, "<image>\nWhat is it?", "noise")}
+        chats.append(chat)
+    (data / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
+    (data / "llava_v1_5_mix665k.json").write_text(json.dumps(chats))
+
+    llm = root / "lmsys" / "vicuna-7b-v1.5"
+    llm.mkdir(parents=True)
+    corpus = [turn["value"] for record in captions + chats for turn in record["conversations"]]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus),
+        model_prefix=str(llm / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (llm / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    vocab_size = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model")).vocab_size()
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=2, **small)).save_pretrained(llm)
+    clip = CLIPVisionConfig(num_hidden_layers=3, image_size=28, patch_size=14, **small)
+    CLIPVisionModel(clip).save_pretrained(root / "openai" / "clip-vit-large-patch14-336")
+
+
+def fastllava(*words: str) -> tuple[int, str]:
+    """What the console script does with these words: its exit code and what it printed."""
+    printed = io.StringIO()
+    before = sys.argv
+    sys.argv = ["fastllava", *words]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            cli.main()
+        code: object = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    return (code if isinstance(code, int) else 1), printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of someone who did what README says, with small models and data."""
+    root = tmp_path_factory.mktemp("readme")
+    lay_out(root)
+    shutil.copytree(REPO / "configs", root / "configs")
+    return root
+
+
+@pytest.fixture
+def within(world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    monkeypatch.chdir(world)
+    return fastllava
+
+
+def test_commands_run_in_order(within: Callable[..., tuple[int, str]], world: Path) -> None:
+    for command in COMMANDS:
+        if command in ELSEWHERE:
+            continue
+        program, *words = shlex.split(command)
+        assert Path(program).name == "fastllava"
+        code, printed = within(*words)
+        assert code == 0, f"{command}\n{printed}"
+        assert printed.strip(), command
+
+    first, second = world / "runs" / "llava15-7b-pretrain", world / "runs" / "llava15-7b-finetune"
+    for name in ("mm_projector.safetensors", "mm_projector.bin", "metrics.jsonl", "loss.png", "run_summary.json", "run_config.json"):
+        assert (first / name).is_file(), name
+        assert (second / name).is_file(), name
+    for folder in (second, world / "runs" / "llava15-7b-hf", world / "runs" / "llava15-7b-llava"):
+        assert (folder / "config.json").is_file(), folder
+        assert list(folder.glob("model*.safetensors")), folder
+
+    said = re.search(r"A line of `metrics.jsonl` holds (.*?)\.\n", README, re.DOTALL)
+    assert said is not None
+    row = read_metrics(second)[0]
+    assert set(re.findall(r"`(\w+)`", said[1])) == row.keys() | {"peak_memory_bytes"}
+
+
+def test_worked_example(within: Callable[..., tuple[int, str]], world: Path) -> None:
+    """The record of README, its rendering and the mask under it, read from README itself."""
+    record = re.search(r"```json\n(.*?)```", README, re.DOTALL)
+    rendered = re.search(r"```text\n(.*)\n( *)(\^+)\n```", README)
+    assert record is not None
+    assert rendered is not None
+    (world / "example.jsonl").write_text(json.dumps(json.loads(record[1])) + "\n")
+    words = ("example.jsonl", "--tokenizer", "lmsys/vicuna-7b-v1.5", "--template", "v1", "--format", "jsonl")
+    code, printed = within("inspect", *words)
+    assert code == 0, printed
+    row = json.loads(printed)
+    tokenizer = Tokenizer.load(world / "lmsys" / "vicuna-7b-v1.5")
+    ids, ((start, end),) = row["input_ids"], row["supervised"]
+    text, under = rendered[1].replace("\\n", "\n"), len(rendered[2]) - 1  # one character less: the \n
+    assert tokenizer.decode(ids[start:end]).strip() + "</s>" == text[under:]
+    assert len(rendered[3]) == len(text[under:])
+    assert ids[end - 1] == tokenizer.eos_id
+    assert ids[0] == tokenizer.bos_id
+    where = ids.index(-200)
+    opening, closing = text.removeprefix("<s>").split("<image>")
+    assert tokenizer.decode(ids[:where]).startswith(opening.split(" ... ")[0])
+    assert tokenizer.decode(ids[:where]).strip().endswith(opening.split(" ... ")[1].strip())
+    assert tokenizer.decode(ids[where + 1 :]).strip() == closing.strip().removesuffix("</s>")
+
+
+def test_the_files_it_names_exist() -> None:
+    texts = README + (REPO / "kernels" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|configs|kernels|benches)/[\w./]+)`", texts)) | {
+        "CHANGELOG.md",
+        ".ci/run",
+        "pyproject.toml",
+        "LICENSE",
+    }
+    assert [name for name in sorted(named) if not (REPO / name).exists()] == []
+    assert len(named) > 10
+
+
+def test_the_config_keys_it_names_exist() -> None:
+    known = set(keys()) | {f"kernels.{name}" for name in rooms()}
+    for document in (README, (REPO / "CHANGELOG.md").read_text(encoding="utf-8")):
+        named = set(re.findall(r"\b((?:model|data|optim|train|log)\.[a-z]\w+)\b(?!\.\w)", document)) - {"model.safetensors"}
+        assert named
+        assert named <= known
+
+
+def test_the_kernels_readme_lists_every_room() -> None:
+    text = (REPO / "kernels" / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Rooms") : text.index("## Lab book")]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(rooms())
