@@ -36,6 +36,8 @@ class Encoded:
     """Token ids; IMAGE_ID where the image stands."""
     supervised: list[tuple[int, int]]
     """Ascending half-open ranges into `ids`; the image is in none of them."""
+    length: int
+    """Ids there were before any cut."""
 
 
 def encode_record(record: Record, form: Template, tokenizer: Tokenizer, max_tokens: int) -> Encoded:
@@ -64,7 +66,7 @@ def cut(encoded: Encoded, length: int) -> Encoded:
     """The first `length` ids."""
     if len(encoded.ids) <= length:
         return encoded
-    return Encoded(encoded.ids[:length], [(begin, min(end, length)) for begin, end in encoded.supervised if begin < length])
+    return Encoded(encoded.ids[:length], [(begin, min(end, length)) for begin, end in encoded.supervised if begin < length], encoded.length)
 
 
 def prompt(form: Template | str, question: str, has_image: bool, tokenizer: Tokenizer) -> list[int]:
@@ -145,7 +147,7 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
         add(1, part.supervised)
         continues = token != IMAGE_ID
     flush()
-    return Encoded(ids, ranges)
+    return Encoded(ids, ranges, len(ids))
 
 
 def _opening(form: Template) -> list[Segment]:

@@ -53,6 +53,7 @@ def resolve_image(root: Path, relative: str) -> Path:
     if not relative or "\0" in relative or relative.isspace():
         raise BadRecord("image_path", f"the image path {relative!r} is no path; write one below data.images")
     try:
+        relative.encode()
         if os.path.isabs(relative):
             raise BadRecord("image_path", f"the image path {relative} is absolute; write it as it goes on from data.images")
         real = os.path.realpath(os.path.join(root, relative))

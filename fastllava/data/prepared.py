@@ -1,0 +1,203 @@
+"""Makes a prepared set from records, or finds the one that was made before.
+
+A set lies in a folder named by the hash of everything it depends on, so it is found again when nothing has changed and
+made anew when something has. It is written beside and renamed, so a folder of that name is always whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pyarrow as pa
+import sentencepiece
+
+import fastllava
+from fastllava.batch import ImageSpec
+from fastllava.config import DataConfig
+from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet
+from fastllava.data.quarantine import refuse, summary
+from fastllava.data.records import read_records
+from fastllava.data.rows import SCHEMA, Preparer, prepare_batches
+from fastllava.data.templates import template
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.errors import UserError
+
+__all__ = ["PreparedRow", "PreparedSet", "prepare"]
+
+FORMAT = 1
+"""Goes up when the same source would give other rows, so that old sets are not taken for new ones."""
+_SMALL_SOURCE = 8 * 2**20
+"""Below this, starting worker processes takes longer than they save."""
+_SAY_EVERY = 15.0
+
+Report = Callable[[str], None]
+
+
+def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Report = print) -> PreparedSet:
+    """The prepared set of `data.records`, reused where it has been made before. `report` gets what happens, line by line.
+
+    Bad records are left out and listed in the set's quarantine.jsonl. Raises UserError when more than
+    `data.max_quarantined_share` are bad, when none is usable, and for every mistake in the settings or the files.
+    """
+    template(data.template)
+    if data.images is not None and not data.images.is_dir():
+        raise UserError(f"data.images: {data.images} is no folder; give the one that the records' image paths start from")
+    root = data.prepared_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastllava" / "prepared"
+    content = _content(data, tokenizer, spec)
+    images = None if data.images is None else str(data.images.resolve())
+    folder = root.absolute() / hashlib.sha256(json.dumps([content, images], sort_keys=True).encode()).hexdigest()[:32]
+    preparer = Preparer(data, tokenizer, spec.patches)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_suffix(".lock")):
+            prepared = _find(folder, preparer, report)
+            if prepared is None:
+                report(f"preparing {data.records} with template {data.template} into {folder}")
+                prepared = _make(folder, content, images, preparer, report)
+    except OSError as error:
+        raise UserError(f"data.prepared_dir: {root} cannot be used ({error.strerror or error}); make room there or choose another") from None
+    report(summary(prepared))
+    refuse(prepared, data.max_quarantined_share)
+    return prepared
+
+
+def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[str, Any]:
+    """Everything that the rows depend on, but for the image files."""
+    try:
+        with data.records.open("rb") as file:
+            source = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+    except OSError as error:
+        raise UserError(f"data.records: {data.records} cannot be read ({error.strerror}); give the path of a LLaVA JSON file") from None
+    limits = ("max_image_bytes", "max_image_pixels", "min_image_side", "max_image_aspect")
+    return {
+        "format": FORMAT,
+        "source": source,
+        "tokenizer": tokenizer.digest,
+        "vocab_size": tokenizer.vocab_size,
+        "template": data.template,
+        "image_policy": data.image_policy,
+        "image_spec": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()},
+        "max_tokens": data.max_tokens,
+        "limits": {key: getattr(data, key) for key in limits},
+    }
+
+
+def _find(folder: Path, preparer: Preparer, report: Report) -> PreparedSet | None:
+    """The set in `folder` if it is whole and the images it refused are still as bad as they were."""
+    if not folder.exists():
+        return None
+    try:
+        prepared = PreparedSet.open(folder)
+        if not prepared.verify():
+            raise UserError("rows.arrow has changed")
+        if any(reason.startswith("image_") for reason in prepared.manifest["reasons"]):
+            for line in (folder / QUARANTINE).read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                if not _files(entry["reason"]):
+                    continue
+                problem = preparer.image_problem(entry["image"], entry["id"])
+                if problem is None or problem.reason != entry["reason"]:
+                    report(f"image {entry['image']} is not what it was when {folder} was made: making it anew")
+                    return None
+    except (UserError, OSError, ValueError, KeyError) as error:
+        report(f"{folder} is damaged ({error}): making it anew")
+        return None
+    report(f"prepared set {folder}: nothing has changed, used again")
+    return prepared
+
+
+def _files(reason: str) -> bool:
+    """Whether a reason is about an image file, which may have changed since."""
+    return reason.startswith("image_") and reason not in ("image_count", "image_type", "image_key")
+
+
+def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: Preparer, report: Report) -> PreparedSet:
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    counts = _write_rows(partial, preparer, report)
+    with (partial / ROWS).open("rb") as file:
+        counts |= {"rows_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "rows_bytes": file.tell()}
+    versions = {"fastllava": fastllava.__version__, "pillow": PIL.__version__, "sentencepiece": sentencepiece.__version__}
+    where = {"records": str(preparer.data.records.absolute()), "images": images}
+    manifest = {**content, **counts, "where": where, "made_with": versions}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    for file in partial.iterdir():
+        _sync(file)
+    _sync(partial)
+    if folder.exists():
+        stale = folder.with_suffix(".stale")
+        shutil.rmtree(stale, ignore_errors=True)
+        folder.rename(stale)
+        partial.rename(folder)
+        # A run that reads the old rows keeps them: its memory map holds on to the file.
+        shutil.rmtree(stale, ignore_errors=True)
+    else:
+        partial.rename(folder)
+    _sync(folder.parent)
+    return PreparedSet.open(folder)
+
+
+def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, Any]:
+    """Writes rows and quarantine; what the manifest says of them."""
+    data = preparer.data
+    before = data.records.stat()
+    workers = data.workers if before.st_size > _SMALL_SOURCE else 0
+    reasons: Counter[str] = Counter()
+    records = rows = truncated = 0
+    said = started = time.monotonic()
+    with (
+        pa.OSFile(str(partial / ROWS), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        (partial / QUARANTINE).open("w", encoding="utf-8") as quarantine,
+    ):
+        for batch in prepare_batches(read_records(data.records), preparer, workers):
+            table = pa.ipc.read_record_batch(pa.py_buffer(batch.rows), SCHEMA)
+            if table.num_rows:
+                writer.write_batch(table)
+            for entry in batch.quarantined:
+                # Escaped: a text may hold half a character.
+                quarantine.write(json.dumps(entry) + "\n")
+                reasons[entry["reason"]] += 1
+            records += batch.records
+            rows += table.num_rows
+            truncated += batch.truncated
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                report(f"  {records:,} records, {records / (said - started):,.0f} a second")
+    after = data.records.stat()
+    if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+        raise UserError(f"data.records: {data.records} changed while it was read; start again when it is complete")
+    return {
+        "records": records,
+        "rows": rows,
+        "quarantined": records - rows,
+        "reasons": dict(sorted(reasons.items())),
+        "truncated": truncated,
+    }
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time makes a set; the others wait and then find it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""A prepared set as training reads it: rows in memory-mapped Arrow IPC, and a manifest that says what they were made from."""
+
+import bisect
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fastllava.errors import UserError
+
+ROWS, MANIFEST, QUARANTINE = "rows.arrow", "manifest.json", "quarantine.jsonl"
+_NOT_CONTENT = ("where", "made_with")
+"""Parts of the manifest that say nothing about the content, so that a set may move."""
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """One sample."""
+
+    id: str
+    ids: NDArray[np.int32]
+    """[n] token ids, IMAGE_ID where the image stands; read-only."""
+    supervised: NDArray[np.int32]
+    """[k, 2] half-open ranges into `ids`; read-only."""
+    image: str | None
+    """Path below the image folder; None where there is no image, or where the cut took it away whole."""
+
+
+class PreparedSet:
+    """N samples, in the order of the source. Cheap to open; a pickled one opens again on the other side."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], table: pa.Table) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.digest = digest_of(manifest)
+        """Hash of the manifest, places aside: what a checkpoint stores."""
+        images = manifest["where"]["images"]
+        self.images_root = None if images is None else Path(images)
+        self._table = table
+        self._chunks: dict[int, tuple[NDArray, ...]] = {}
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in table.column("ids").chunks]).tolist()
+        self.n_tokens: NDArray[np.int32] = self._column("n_tokens", np.int32)
+        """[N] rows of each sample once the image has become patches and all is cut at max_tokens."""
+        self.n_supervised: NDArray[np.int32] = self._column("n_supervised", np.int32)
+        """[N] targets of each sample that count in the loss."""
+        self.n_images: NDArray[np.int8] = self._column("n_images", np.int8)
+        """[N] images of each sample."""
+        self.length_key: NDArray[np.int32] = self._column("length_key", np.int32)
+        """[N] the original's modality_lengths: whitespace words, negative when text-only."""
+
+    @classmethod
+    def open(cls, folder: Path) -> "PreparedSet":
+        """The set in `folder`. Raises UserError when there is none or a file is not as it was written (sizes are compared)."""
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            if (folder / ROWS).stat().st_size != manifest["rows_bytes"]:
+                raise ValueError(f"{ROWS} has lost bytes")
+            table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise UserError(f"{folder}: holds no whole prepared set ({error}); delete the folder and run fastllava prepare") from None
+        return cls(folder, manifest, table)
+
+    def verify(self) -> bool:
+        """Whether every byte of the rows is as it was written."""
+        with (self.folder / ROWS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.manifest["rows_sha256"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedSet.open, (self.folder,)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def row(self, i: int) -> PreparedRow:
+        """Sample `i`, 0 <= i < N; its arrays look into the file."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        number = bisect.bisect_right(self._starts, i) - 1
+        at = i - self._starts[number]
+        id_begin, ids, supervised_begin, supervised = self._lists(number)
+        chunk = {name: self._table.column(name).chunk(number) for name in ("id", "image")}
+        return PreparedRow(
+            id=chunk["id"][at].as_py(),
+            ids=ids[id_begin[at] : id_begin[at + 1]],
+            supervised=supervised[supervised_begin[at] : supervised_begin[at + 1]].reshape(-1, 2),
+            image=chunk["image"][at].as_py(),
+        )
+
+    def _column(self, name: str, dtype: type) -> NDArray:
+        return self._table.column(name).to_numpy().astype(dtype, copy=False)
+
+    def _lists(self, number: int) -> tuple[NDArray, ...]:
+        """Offsets and values of the two list columns of a chunk, without a copy."""
+        if number not in self._chunks:
+            lists = [self._table.column(name).chunk(number) for name in ("ids", "supervised")]
+            self._chunks[number] = tuple(part.to_numpy() for column in lists for part in (column.offsets, column.values))
+        return self._chunks[number]
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest, without what depends on where and with which versions the set was made."""
+    content = {key: value for key, value in manifest.items() if key not in _NOT_CONTENT}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,69 @@
+"""What is said about a prepared set's bad records, and when they are too many."""
+
+import io
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from fastllava.data.checks import REASONS
+from fastllava.data.prepared_set import QUARANTINE, PreparedSet
+from fastllava.errors import UserError
+
+
+def summary(prepared: PreparedSet) -> str:
+    """Counts of the set, and a table of the reasons for which records were quarantined, with an example each."""
+    manifest = prepared.manifest
+    text_only = int((prepared.length_key < 0).sum())
+    lines = [
+        f"{len(prepared):,} of {manifest['records']:,} records usable ({text_only:,} text-only): {int(prepared.n_tokens.sum()):,} tokens, "
+        f"{int(prepared.n_supervised.sum()):,} supervised; {manifest['truncated']:,} cut at {manifest['max_tokens']} tokens"
+    ]
+    if manifest["quarantined"]:
+        lines += [_table(prepared), f"every one of them: {prepared.folder / QUARANTINE}"]
+    return "\n".join(lines)
+
+
+def refuse(prepared: PreparedSet, max_share: float) -> None:
+    """Raises UserError when the set is empty, or its quarantined records are a larger share than `max_share`."""
+    manifest = prepared.manifest
+    records, quarantined = manifest["records"], manifest["quarantined"]
+    if not records:
+        raise UserError(f"data.records: {manifest['where']['records']} holds no record; give a file of LLaVA records")
+    counted = ", ".join(f"{reason} {count:,}" for reason, count in manifest["reasons"].items())
+    listed = f"({counted}), listed in {prepared.folder / QUARANTINE}"
+    if not len(prepared):
+        raise UserError(f"data.records: none of the {records:,} records is usable {listed}; mend them")
+    if quarantined > max_share * records:
+        share = f"{quarantined / records:.2%}"
+        raise UserError(
+            f"data.max_quarantined_share: {quarantined:,} of {records:,} records ({share}) are bad {listed}, and {max_share:.2%} may be; "
+            f"mend them, or write data.max_quarantined_share={_round_up(quarantined / records)}"
+        )
+
+
+def _table(prepared: PreparedSet) -> str:
+    manifest = prepared.manifest
+    examples: dict[str, str] = {}
+    with (prepared.folder / QUARANTINE).open(encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            examples.setdefault(entry["reason"], f"line {entry['line']}, {entry['id']}: {entry['detail']}")
+            if len(examples) == len(manifest["reasons"]):
+                break
+    table = Table("reason", "records", "share", "what it means", "first of them", title="quarantined records")
+    for reason, count in sorted(manifest["reasons"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, f"{count:,}", f"{count / manifest['records']:.2%}", REASONS[reason], _printable(examples[reason]))
+    out = io.StringIO()
+    Console(file=out, width=140, highlight=False, markup=False).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def _printable(text: str) -> str:
+    """Without half characters and control characters, which a terminal would act on."""
+    return "".join(c if c.isprintable() else "·" for c in text)
+
+
+def _round_up(share: float) -> str:
+    """A share just above, to write into a config."""
+    return f"{min(1.0, share + 0.0001):.4f}"

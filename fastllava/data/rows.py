@@ -1,0 +1,212 @@
+"""From records to rows of a prepared set, in worker processes or here; the rows do not depend on which."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fastllava.batch import IMAGE_ID
+from fastllava.config import DataConfig
+from fastllava.data.checks import BadRecord, Record, check_record
+from fastllava.data.conversation import Encoded, cut, encode_record
+from fastllava.data.images import check_image, resolve_image
+from fastllava.data.records import Raw
+from fastllava.data.templates import template
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.int32())),
+        ("image", pa.string()),
+        ("n_tokens", pa.int32()),
+        ("n_supervised", pa.int32()),
+        ("n_images", pa.int8()),
+        ("length_key", pa.int32()),
+    ]
+)
+"""One row a usable record; `index` is its number in the source, `supervised` its ranges one after another."""
+
+_BATCH_RECORDS = 1024
+_BATCH_SIZE = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A record's ids when the image has become patches and the whole has been cut at `data.max_tokens` rows."""
+
+    encoded: Encoded
+    n_tokens: int
+    n_supervised: int
+    """Targets that count in the loss: labels[1:] != -100 in the original."""
+    n_images: int
+    truncated: bool
+
+
+def fit(encoded: Encoded, patches: int, max_tokens: int) -> Fitted:
+    """Cut as `prepare_inputs_labels_for_multimodal` of the original cuts; a partly cut image keeps its mark."""
+    extra, kept = 0, max_tokens
+    if IMAGE_ID in encoded.ids and (at := encoded.ids.index(IMAGE_ID)) < max_tokens:
+        extra = patches - 1
+        kept = max(at + 1, max_tokens - extra)
+    n_tokens = min(len(encoded.ids) + extra, max_tokens)
+    encoded = cut(encoded, kept)
+    n_supervised = sum(end - max(begin, 1) for begin, end in encoded.supervised)
+    return Fitted(encoded, n_tokens, n_supervised, encoded.ids.count(IMAGE_ID), n_tokens < encoded.length + extra)
+
+
+@dataclass
+class Batch:
+    """What a stretch of records became."""
+
+    rows: bytes
+    """An Arrow record batch of SCHEMA, serialized."""
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    """One line of quarantine.jsonl each."""
+    records: int = 0
+    truncated: int = 0
+    """Rows that lost tokens to `data.max_tokens`."""
+
+
+class Preparer:
+    """Turns records into rows. Picklable."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, patches: int) -> None:
+        self._state = (data, tokenizer, patches)
+        self.data, self.tokenizer, self.patches = data, tokenizer, patches
+        self.form = template(data.template)
+        self.root = None if data.images is None else data.images.resolve()
+        self._checked = lru_cache(maxsize=65536)(self._check)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Preparer, self._state
+
+    def batch(self, raws: list[Raw]) -> Batch:
+        """Raises UserError where no record could be used for want of a setting."""
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        result = Batch(b"", records=len(raws))
+        for raw in raws:
+            try:
+                result.truncated += self._add(columns, raw)
+            except BadRecord as problem:
+                result.quarantined.append(_quarantined(raw, problem))
+        result.rows = pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA).serialize().to_pybytes()
+        return result
+
+    def image_problem(self, relative: str, name: Any) -> BadRecord | None:
+        """Why the image `relative` of the record called `name` cannot be used, or None."""
+        if self.root is None:
+            raise UserError(f"data.images: is not set, and record {name} has the image {relative}; give the folder that image paths start from")
+        try:
+            path = resolve_image(self.root, relative)
+            found = path.stat()
+        except BadRecord as problem:
+            return problem
+        except (OSError, ValueError):
+            return self._check(os.path.join(self.root, relative))
+        # Many records share an image; one that is the same file still, byte count and times included, is judged once.
+        return self._checked(str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def _check(self, path: str, *_: int) -> BadRecord | None:
+        return check_image(Path(path), self.data)
+
+    def _add(self, columns: dict[str, list[Any]], raw: Raw) -> bool:
+        """Appends the record's row; whether it was cut. Raises BadRecord."""
+        if raw.problem is not None:
+            raise raw.problem
+        record: Record = check_record(raw.value, raw.index)
+        encoded = encode_record(record, self.form, self.tokenizer, self.data.max_tokens)
+        fitted = fit(encoded, self.patches, self.data.max_tokens)
+        if not fitted.n_supervised:
+            raise BadRecord("nothing_supervised", f"no supervised token among the first {self.data.max_tokens} rows, image included; shorten it")
+        if record.image is not None and (problem := self.image_problem(record.image, record.id)):
+            raise problem
+        ids = fitted.encoded.ids
+        row = {
+            "index": raw.index,
+            "id": str(record.id).encode(errors="replace").decode(),
+            "ids": ids,
+            "supervised": [place for span in fitted.encoded.supervised for place in span],
+            "image": record.image if fitted.n_images else None,
+            "n_tokens": fitted.n_tokens,
+            "n_supervised": fitted.n_supervised,
+            "n_images": fitted.n_images,
+            "length_key": record.length_key,
+        }
+        for name, value in row.items():
+            columns[name].append(value)
+        return fitted.truncated
+
+
+def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> Iterator[Batch]:
+    """The rows of all records, in order. `workers` 0 works in this process."""
+    batches = _cut_batches(raws)
+    if workers == 0:
+        yield from map(preparer.batch, batches)
+        return
+    # Spawned, not forked: by now threads may run here, and a fork would inherit their locks.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(preparer,))
+    pending: deque[Future[Batch]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_work, batch))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("data.workers: a worker process died, perhaps for want of memory; write fewer, or 0") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cut_batches(raws: Iterable[Raw]) -> Iterator[list[Raw]]:
+    batch: list[Raw] = []
+    size = 0
+    for raw in raws:
+        batch.append(raw)
+        size += raw.size
+        if len(batch) == _BATCH_RECORDS or size >= _BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
+    value = raw.value if isinstance(raw.value, dict) else {}
+    name, image = value.get("id"), value.get("image")
+    entry = {
+        "index": raw.index,
+        "line": raw.line,
+        "id": name if isinstance(name, (str, int)) else f"#{raw.index}",
+        "reason": problem.reason,
+        "detail": problem.detail,
+    }
+    return {**entry, "image": image} if isinstance(image, str) else entry
+
+
+_worker: list[Preparer] = []
+
+
+def _start_worker(preparer: Preparer) -> None:
+    # Ctrl-C reaches the whole group; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker[:] = [preparer]
+
+
+def _work(raws: list[Raw]) -> Batch:
+    return _worker[0].batch(raws)
