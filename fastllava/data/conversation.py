@@ -207,7 +207,8 @@ def _check_turns(turns: list[tuple[str, str]], form: Template) -> None:
         raise BadRecord("no_answer", "has no answer of gpt; give it one or take the record out")
     if form.style == "plain":
         if roles != ["human", "gpt"]:
-            raise BadRecord("plain_turns", f"has {len(turns)} turns ({', '.join(roles[:4])}); template plain wants one human and one gpt turn")
+            given = f"has {len(turns)} turns ({', '.join(roles[:4])})"
+            raise BadRecord("plain_turns", f"{given}; template plain wants one human and one gpt turn")
         return
     if form.style == "v0":
         # Each turn names its speaker, so the original takes any order here, and silence too.
@@ -244,7 +245,8 @@ def _check_separator(form: Template, question: str, answer: str) -> None:
     else:
         return
     if f"{before}{separator}{after}".split(separator) != [before, after]:
-        raise BadRecord("separator_in_text", f"the text holds '{separator.strip()}', which the template separates turns with; spell it otherwise")
+        spelled = separator.strip()
+        raise BadRecord("separator_in_text", f"the text holds '{spelled}', which the template separates turns with; spell it otherwise")
 
 
 @lru_cache

@@ -54,13 +54,14 @@ def resolve_image(root: Path, relative: str) -> Path:
         raise BadRecord("image_path", f"the image path {relative!r} is no path; write one below data.images")
     try:
         relative.encode()
-        if os.path.isabs(relative):
+        if relative.startswith("/"):
             raise BadRecord("image_path", f"the image path {relative} is absolute; write it as it goes on from data.images")
-        real = os.path.realpath(os.path.join(root, relative))
+        inside = f"{root}".rstrip("/") + "/"
+        real = os.path.realpath(inside + relative)
     except (UnicodeEncodeError, OSError) as error:
         raise BadRecord("image_path", f"the image path {relative!r} cannot be followed ({type(error).__name__}); mend it") from None
-    if not real.startswith(os.path.join(root, "")):
-        raise BadRecord("image_path", f"the image path {relative} leads out of data.images; put the file there, or choose a folder that holds it")
+    if not real.startswith(inside):
+        raise BadRecord("image_path", f"the image path {relative} leads out of data.images; put the file there, or choose another folder")
     return Path(real)
 
 
@@ -122,7 +123,7 @@ def _open(path: Path, limits: DataConfig) -> Iterator[tuple[BinaryIO, Image.Imag
 def _open_file(path: Path, limits: DataConfig) -> Iterator[BinaryIO]:
     """The regular file at `path`, opened without waiting for whoever writes a pipe. Raises BadRecord."""
     try:
-        found = os.stat(path)
+        found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise BadRecord("image_not_a_file", "is no regular file; give an image file")
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

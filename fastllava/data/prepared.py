@@ -65,7 +65,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
                 report(f"preparing {data.records} with template {data.template} into {folder}")
                 prepared = _make(folder, content, images, preparer, report)
     except OSError as error:
-        raise UserError(f"data.prepared_dir: {root} cannot be used ({error.strerror or error}); make room there or choose another") from None
+        reason = error.strerror or error
+        raise UserError(f"data.prepared_dir: {root} cannot be used ({reason}); make room there or choose another") from None
     report(summary(prepared))
     refuse(prepared, data.max_quarantined_share)
     return prepared

@@ -188,7 +188,8 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Raw]:
         if len(data) > MAX_RECORD_BYTES:
             while data and not data.endswith(b"\n"):
                 data = file.readline(_CHUNK)
-            problem = BadRecord("json_too_large", f"the line is larger than {MAX_RECORD_BYTES >> 20} MiB; shorten it, or end lines with \\n")
+            size = f"{MAX_RECORD_BYTES >> 20} MiB"
+            problem = BadRecord("json_too_large", f"the line is larger than {size}; shorten it, or end each record's line with \\n")
             yield Raw(index, line, MAX_RECORD_BYTES, None, problem)
         elif stripped := data.strip():
             value, problem = _line(decoder, stripped)

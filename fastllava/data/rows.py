@@ -1,7 +1,6 @@
 """From records to rows of a prepared set, in worker processes or here; the rows do not depend on which."""
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -108,14 +107,15 @@ class Preparer:
     def image_problem(self, relative: str, name: Any) -> BadRecord | None:
         """Why the image `relative` of the record called `name` cannot be used, or None."""
         if self.root is None:
-            raise UserError(f"data.images: is not set, and record {name} has the image {relative}; give the folder that image paths start from")
+            given = f"is not set, and record {name} has the image {relative}"
+            raise UserError(f"data.images: {given}; write the folder that image paths start from")
         try:
             path = resolve_image(self.root, relative)
             found = path.stat()
         except BadRecord as problem:
             return problem
         except (OSError, ValueError):
-            return self._check(os.path.join(self.root, relative))
+            return self._check(f"{self.root}/{relative}")
         # Many records share an image; one that is the same file still, byte count and times included, is judged once.
         return self._checked(str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
@@ -130,7 +130,8 @@ class Preparer:
         encoded = encode_record(record, self.form, self.tokenizer, self.data.max_tokens)
         fitted = fit(encoded, self.patches, self.data.max_tokens)
         if not fitted.n_supervised:
-            raise BadRecord("nothing_supervised", f"no supervised token among the first {self.data.max_tokens} rows, image included; shorten it")
+            cut = f"among the first {self.data.max_tokens} rows, those of the image included"
+            raise BadRecord("nothing_supervised", f"no supervised token {cut}; shorten the question")
         if record.image is not None and (problem := self.image_problem(record.image, record.id)):
             raise problem
         ids = fitted.encoded.ids
