@@ -144,7 +144,9 @@ class ClipVision(nn.Module):
             raise UserError(f"model.vision_tower: hidden_act {config.hidden_act!r} in config.json; a CLIP tower has quick_gelu or gelu")
         states = config.num_hidden_layers + 1
         if not -states <= select_layer < states:
-            raise UserError(f"model.select_layer: {select_layer}, but this tower has hidden states {-states} to {states - 1}; write -2 for LLaVA-1.5's")
+            raise UserError(
+                f"model.select_layer: {select_layer}, but this tower has hidden states {-states} to {states - 1}; write -2 for LLaVA-1.5's"
+            )
         self.config, self.blocks_needed = config, select_layer % states
         self.vision_model = ClipTransformer(config, ops)
 

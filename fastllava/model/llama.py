@@ -5,6 +5,7 @@ Shape letters: T packed rows, D width, H query heads, G key/value heads, K head 
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -162,8 +163,10 @@ class Llama(nn.Module):
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
         recompute = recompute and torch.is_grad_enabled()
         for layer in self.model.layers:
-            if recompute:
-                x_TD = checkpoint(layer, x_TD, packing, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-            else:
-                x_TD = layer(x_TD, packing)
+            x_TD = _recomputed(layer, x_TD, packing) if recompute else layer(x_TD, packing)
         return self.model.norm(x_TD)
+
+
+def _recomputed(layer: nn.Module, x_TD: Tensor, packing: Packing) -> Tensor:
+    # No random numbers are drawn in a layer, so their state need not be kept.
+    return cast("Tensor", checkpoint(layer, x_TD, packing, use_reentrant=False, preserve_rng_state=False))

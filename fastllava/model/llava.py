@@ -66,7 +66,10 @@ class Llava(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         window = self.llm.config.window
         if window is not None and batch.max_seqlen > window:
-            raise UserError(f"data.max_tokens: a sample of {batch.max_seqlen} rows is longer than this LLM's attention window of {window}; write {window}")
+            raise UserError(
+                f"data.max_tokens: a sample of {batch.max_seqlen} rows is longer than this LLM's attention window of {window}; "
+                f"write data.max_tokens={window}"
+            )
         spliced = self.ops.projector_splice(
             self.features(batch.pixels).flatten(0, 1),
             self.projector.layers(self.dtype),

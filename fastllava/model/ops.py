@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fastllava_kernels import choose, rooms
 
 from fastllava.errors import UserError
+from fastllava_kernels import choose, rooms
 
 
 class Ops:

@@ -31,24 +31,27 @@ class Projector(nn.Module):
         elif kind != "identity":
             raise UserError(f"model.projector_type: {kind!r} is no projector; write linear, identity or mlpNx_gelu, such as mlp2x_gelu")
         elif inputs != outputs:
-            raise UserError(f"model.projector_type: identity needs a tower as wide as the LLM, here {inputs} and {outputs}; write mlp2x_gelu")
+            raise UserError(
+                f"model.projector_type: identity needs a tower as wide as the LLM, here {inputs} and {outputs}; write mlp2x_gelu"
+            )
 
     def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """(weight [out, in], bias [out]) of each Linear in order, in `dtype`."""
-        holders = [self] if self.kind == "linear" else list(self.children())
-        return [(holder.weight.to(dtype), holder.bias.to(dtype)) for holder in holders]  # pyright: ignore
+        tensors = [parameter.to(dtype) for parameter in self.parameters()]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def draw(self, seed: int) -> dict[str, Tensor]:
         """Fresh fp32 weights by name: `nn.Linear`'s own initialisation, from a generator of their own seeded with `seed`."""
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
-        # nn.Linear draws the weight, then the bias, both uniform in +-1/sqrt(fan_in); so the numbers are the very ones
+        # nn.Linear draws the weight, then the bias, and both names come in this order; so the numbers are the very ones
         # that torch.manual_seed(seed) followed by nn.Linear(...) gives.
+        fan_in = self.inputs
         for name, parameter in self.named_parameters():
+            value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
             if name.endswith("weight"):
-                bound = 1 / math.sqrt(parameter.shape[1])
-                value = torch.empty(parameter.shape, dtype=torch.float32)
+                fan_in = parameter.shape[1]
                 drawn[name] = nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
             else:
-                drawn[name] = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                drawn[name] = value.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in), generator=generator)
         return drawn

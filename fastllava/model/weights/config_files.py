@@ -1,6 +1,5 @@
 """The JSON beside the weights of a checkpoint: config.json, generation_config.json, and llava-hf's processor files."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,18 @@ _NOT_TEXT = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype
 _NOT_TEXT_PREFIXES = ("mm_", "tune_", "freeze_", "unfreeze_", "tokenizer_", "image_grid")
 
 
+_TEXT = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+)
+_NOT_VISION = ("architectures", "_name_or_path", "dtype", "torch_dtype", "transformers_version")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The rows of embedding and head on disk."""
@@ -59,8 +70,10 @@ def vocabulary_of(model: Llava, layout: str, tokenizer: WrittenTokenizer | None)
     """
     vocab, image = model.llm.config.vocab_size, model.origin.image_token
     if layout == "llava" or tokenizer is None:
-        padding_only = image is not None and vocab % 64 == 0 and 0 < vocab - image <= 64
-        return Vocabulary(image, image) if padding_only else Vocabulary(vocab, vocab)
+        # Of a vocabulary padded to a multiple of 64, the image's row and those after it hold no text.
+        padded = image is not None and vocab % 64 == 0 and 0 < vocab - image <= 64
+        rows = image if image is not None and padded else vocab
+        return Vocabulary(rows, rows)
     needed = max(vocab, tokenizer.image + 1, tokenizer.pad + 1)
     return Vocabulary(vocab, vocab if needed == vocab else -(-needed // 64) * 64)
 
@@ -112,8 +125,7 @@ def _text_config(model: Llava) -> dict[str, Any]:
     """The decoder's config.json: what it came with, and every field that decides the computation spelled out."""
     llama, given = model.llm.config, model.origin.text
     text = {k: v for k, v in given.items() if k not in _NOT_TEXT and not k.startswith(_NOT_TEXT_PREFIXES)}
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta"):
-        text[name] = getattr(llama, name)
+    text |= {name: getattr(llama, name) for name in _TEXT}
     if "head_dim" in text or llama.head_dim != llama.hidden_size // llama.num_attention_heads:
         text["head_dim"] = llama.head_dim
     # transformers 4's spelling, which 5 reads too; the original's version knows "type" and no other key for linear.
@@ -125,7 +137,9 @@ def _text_config(model: Llava) -> dict[str, Any]:
     return {**text, "model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
 
 
-def _original_config(model: Llava, text: Mapping[str, Any], source: ModelConfig, image_policy: str, max_tokens: int, home: Path) -> dict[str, Any]:
+def _original_config(
+    model: Llava, text: Mapping[str, Any], source: ModelConfig, image_policy: str, max_tokens: int, home: Path
+) -> dict[str, Any]:
     origin: Origin = model.origin
     of_llava = origin.text if origin.layout == "llava" else {}
     family = text["model_type"]
@@ -155,17 +169,17 @@ def _original_config(model: Llava, text: Mapping[str, Any], source: ModelConfig,
 def _tower_name(origin: Origin, source: ModelConfig, home: Path) -> str:
     """What the original's builder will look the tower up by: a folder that is there, or the name of a hub model."""
     if source.vision_tower is not None:
-        return os.path.abspath(source.vision_tower)
+        return str(source.vision_tower.absolute())
     if origin.tower_folder is None:
-        return os.path.abspath(home / "vision_tower")
+        return str((home / "vision_tower").absolute())
     if origin.mm_vision_tower and origin.mm_vision_tower.startswith(("openai/", "laion/")):
         return origin.mm_vision_tower
-    return os.path.abspath(origin.tower_folder)
+    return str(origin.tower_folder.absolute())
 
 
 def _hf_config(model: Llava, text: Mapping[str, Any], tokenizer: WrittenTokenizer | None) -> dict[str, Any]:
     origin: Origin = model.origin
-    vision = {k: v for k, v in tower_config(model).items() if k not in ("architectures", "_name_or_path", "dtype", "torch_dtype", "transformers_version")}
+    vision = {k: v for k, v in tower_config(model).items() if k not in _NOT_VISION}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",

@@ -1,4 +1,4 @@
-"""What a config.json says, in our terms: the decoder, the tower, and how pixels are normalised. Raises UserError on what is not supported."""
+"""What a config.json says, in our terms: the decoder, the tower, how pixels are normalised. Refuses what is not supported."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +25,12 @@ _ORIGINAL_FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral":
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
     """The decoder family, "llama", "mistral" or "qwen2", of a config.json's model_type (the original LLaVA's names included)."""
-    model_type = config.get("model_type", "llama")
+    model_type = str(config.get("model_type", "llama"))
     family = _ORIGINAL_FAMILIES.get(model_type, model_type)
     if family not in FAMILIES:
-        raise UserError(f"{where}: model_type {model_type!r} is not supported; give a model of type {', '.join(FAMILIES)} or a LLaVA checkpoint of one")
+        raise UserError(
+            f"{where}: model_type {model_type!r} is not supported; give a model of type {', '.join(FAMILIES)}, or a LLaVA checkpoint of one"
+        )
     return family
 
 
@@ -88,12 +90,19 @@ def _rope(given: Mapping[str, Any], where: str) -> tuple[float, float | Llama3Ro
     raise UserError(f"{where}: rope scaling {kind!r} is not supported; a model with none, linear or llama3 is")
 
 
+def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The vision part of a whole CLIP's config.json; any other config as it is."""
+    if config.get("model_type") != "clip":
+        return config
+    return {**(config.get("vision_config") or config.get("vision_config_dict") or {}), "model_type": "clip_vision_model"}
+
+
 def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
     """The tower that `config` describes: a clip_vision_model, or the vision part of a whole clip."""
-    if config.get("model_type") == "clip":
-        config = config.get("vision_config") or config.get("vision_config_dict") or {}
-    elif config.get("model_type") != "clip_vision_model":
-        raise UserError(f"{where}: model_type {config.get('model_type')!r} is no CLIP vision model; give one of type clip or clip_vision_model")
+    config = vision_part(config)
+    if config.get("model_type") != "clip_vision_model":
+        kind = config.get("model_type")
+        raise UserError(f"{where}: model_type {kind!r} is no CLIP vision model; give one of type clip or clip_vision_model")
     fields = ClipConfig.__dataclass_fields__
     found = ClipConfig(**{name: config[name] for name in fields if config.get(name) is not None})
     for name, field in fields.items():
@@ -121,8 +130,9 @@ def image_spec(config: ClipConfig, preprocessor: Mapping[str, Any], where: str) 
     if not sides <= {None, config.image_size}:
         raise UserError(f"{where}: crop_size {crop} of the preprocessor is not the tower's image_size {config.image_size}; make them equal")
     if abs(preprocessor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or preprocessor.get("do_normalize") is False:
-        raise UserError(f"{where}: the preprocessor does not scale pixels by 1/255 and normalise them; give CLIP's own preprocessor_config.json")
-    mean, std = (tuple(preprocessor.get(name) or published) for name, published in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)))
+        raise UserError(f"{where}: the preprocessor does not scale pixels by 1/255 and normalise them; give CLIP's own")
+    mean = tuple(preprocessor.get("image_mean") or CLIP_MEAN)
+    std = tuple(preprocessor.get("image_std") or CLIP_STD)
     if len(mean) != 3 or len(std) != 3:
         raise UserError(f"{where}: image_mean and image_std of the preprocessor need three numbers each")
     return ImageSpec(config.image_size, config.patches, mean, std)

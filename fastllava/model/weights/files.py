@@ -62,6 +62,12 @@ class TensorFiles:
                         raise UserError(f"{self.key}: {file} lacks {name}, which the index says it holds; fetch the folder again")
                     yield name, tensors.get_tensor(name)
 
+    def one(self, name: str) -> Tensor:
+        """The tensor of that name; it lies in the mapped file."""
+        file = next(file for file, names in self.files.items() if name in names)
+        with self._open(Path(file)) as tensors:
+            return tensors.get_tensor(name)
+
     def _names(self, file: Path) -> list[str]:
         with self._open(file) as tensors:
             return list(tensors.keys())
@@ -88,7 +94,8 @@ class TensorFiles:
                 yield _LoadedBin(file)
         except pickle.UnpicklingError:
             raise UserError(
-                f"{self.key}: {file} holds more than plain tensors and was not loaded; save its tensors as .safetensors, or as a .bin of a dict of tensors"
+                f"{self.key}: {file} holds more than plain tensors and was not loaded; "
+                "save its tensors as .safetensors, or as a .bin that is a dict of tensors"
             ) from None
         except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.key}: {file} cannot be read as weights ({_one_line(error)}); fetch it again") from None

@@ -32,7 +32,10 @@ _READ: Mapping[str, tuple[tuple[str, str], ...]] = {
         (r"(model\.)?vision_tower\.(vision_model\.)?", "tower.vision_model."),
     ),
     # A whole CLIP has a text half besides, of no use here.
-    "clip": ((r"vision_model\.", "tower.vision_model."), (r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "tower.vision_model.")),
+    "clip": (
+        (r"vision_model\.", "tower.vision_model."),
+        (r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "tower.vision_model."),
+    ),
     # Whatever a trainer wrapped around it: base_model.model.model.mm_projector.0.weight is the same tensor.
     "projector": (
         (r"(.*\.)?mm_projector\.", "projector."),
@@ -54,7 +57,9 @@ _WRITE: Mapping[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 # Buffers that old files hold and that are computed, and the text half of a whole CLIP.
-_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*|(text|visual)_projection\.weight|logit_scale")
+_IGNORED = re.compile(
+    r".*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*|(text|visual)_projection\.weight|logit_scale"
+)
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:

@@ -16,7 +16,7 @@ from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
-from fastllava.model.weights.configs import clip_config, image_spec, llama_config, read_preprocessor
+from fastllava.model.weights.configs import clip_config, image_spec, llama_config, read_preprocessor, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
 
@@ -73,7 +73,7 @@ def read_origin(config: ModelConfig) -> Origin:
     return Origin(
         layout=layout,
         text=text,
-        vision=(vision.get("vision_config") or vision.get("vision_config_dict")) if vision.get("model_type") == "clip" else vision,
+        vision=vision_part(vision),
         generation=read_optional_json(folder / "generation_config.json", key),
         preprocessor=preprocessor,
         tower_folder=tower_folder,
@@ -107,15 +107,20 @@ def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> 
     model.origin = origin
     files = TensorFiles(config.llm, "model.llm")
     found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
-    if origin.llama.tied:
-        found = {name: ours for name, ours in found.items() if ours != "llm.lm_head.weight"}
+    heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llama.tied else []
+    for name in heads:
+        del found[name]
     parts = {"llm"} | {str(ours).split(".")[0] for ours in found.values()} & {"tower", "projector"}
     if config.projector is not None and "projector" in parts:
         parts.remove("projector")
         found = {name: ours for name, ours in found.items() if not str(ours).startswith("projector.")}
     _fill(model, parts, files, found, dtype)
+    for name in heads:
+        if not torch.equal(files.one(name).to(dtype), llm.head_weight):
+            raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
     if "tower" not in parts:
-        assert origin.tower_folder is not None
+        if origin.tower_folder is None:
+            raise UserError(f"model.vision_tower: is missing, and {config.llm} holds no weights of one; give the folder of its CLIP model")
         files = TensorFiles(origin.tower_folder, "model.vision_tower")
         _fill(model, {"tower"}, files, {name: to_ours(name, "clip") for name in files.names if not ignored(name)}, dtype)
     if "projector" in parts:
@@ -137,7 +142,7 @@ def projector_file(path: Path) -> Path:
         for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"model.projector: no mm_projector.safetensors or mm_projector.bin in {path}; give the output_dir of a pretrain run or the file")
+        raise UserError(f"model.projector: no mm_projector.safetensors and no mm_projector.bin in {path}; give the file of a pretrain run")
     return path
 
 
@@ -159,28 +164,39 @@ def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) ->
             return place
     raise UserError(
         f"model.vision_tower: is missing, and the tower {name!r} of {config.llm} is in none of "
-        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model"
+        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model, or put it there"
     )
 
 
 def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str) -> None:
     """Refuse a whole LLaVA that was trained in a way this model does not compute, or with another setting than the config's."""
-    names = ("vision_feature_layer", "vision_feature_select_strategy") if layout == "hf" else ("mm_vision_select_layer", "mm_vision_select_feature")
-    layer, feature = given.get(names[0], -2), given.get(names[1], "default" if layout == "hf" else "patch")
+    if layout == "hf":
+        layer, feature = given.get("vision_feature_layer", -2), given.get("vision_feature_select_strategy", "default")
+        kind = "mlp2x_gelu"
+    else:
+        layer, feature = given.get("mm_vision_select_layer", -2), given.get("mm_vision_select_feature", "patch")
+        kind = given.get("mm_projector_type", "linear")
     if layer != config.select_layer:
-        raise UserError(f"model.select_layer: {config.select_layer}, but {where.split(': ')[1]} was trained with {layer}; write model.select_layer={layer}")
-    if feature not in ("default", "patch"):
-        raise UserError(f"{where}: {names[1]} {feature!r} is not supported; only patches go to the projector")
-    kind = given.get("mm_projector_type", "linear") if layout == "llava" else "mlp2x_gelu"
+        raise UserError(
+            f"model.select_layer: {config.select_layer}, but {config.llm} was trained with {layer}; write model.select_layer={layer}"
+        )
     if config.projector is None and kind != config.projector_type:
-        raise UserError(f"model.projector_type: {config.projector_type!r}, but {where.split(': ')[1]} has {kind!r}; write model.projector_type={kind}")
-    for name in ("mm_use_im_start_end", "mm_use_im_patch_token"):
-        if given.get(name):
-            raise UserError(f"{where}: {name} is true, which is not supported; LLaVA-1.5 has it false")
-    if given.get("mm_patch_merge_type", "flat") != "flat" or str(given.get("image_aspect_ratio", "pad")).startswith("anyres"):
-        raise UserError(f"{where}: it was trained on several crops an image (anyres), which is not supported; give a LLaVA-1.5 checkpoint")
-    if layout == "hf" and given.get("projector_hidden_act", "gelu") != "gelu":
-        raise UserError(f"{where}: projector_hidden_act {given['projector_hidden_act']!r} is not supported; LLaVA-1.5 has gelu")
+        raise UserError(
+            f"model.projector_type: {config.projector_type!r}, but {config.llm} has {kind!r}; write model.projector_type={kind}"
+        )
+    unsupported = {
+        "the class row goes to its projector": feature not in ("default", "patch"),
+        "it has tokens around its images (mm_use_im_start_end or mm_use_im_patch_token)": any(
+            given.get(name) for name in ("mm_use_im_start_end", "mm_use_im_patch_token")
+        ),
+        "it was trained on several crops an image (anyres)": given.get("mm_patch_merge_type", "flat") != "flat"
+        or str(given.get("image_aspect_ratio")).startswith("anyres"),
+        "its projector has another activation than gelu": given.get("projector_hidden_act", "gelu") != "gelu",
+        "its projector has no bias": not given.get("multimodal_projector_bias", True),
+    }
+    for what, holds in unsupported.items():
+        if holds:
+            raise UserError(f"{where}: {what}, which is not supported; give a checkpoint of LLaVA-1.5's kind")
 
 
 def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str, str | None], dtype: torch.dtype) -> None:
@@ -203,7 +219,9 @@ def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str,
                 _set(model, ours, tensor.to(dtype, copy=True))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        remedy = "give a projector trained with this tower, this LLM and this model.projector_type" if parts == {"projector"} else "give weights that fit the config.json"
+        remedy = "give weights that fit the config.json"
+        if parts == {"projector"}:
+            remedy = "give a projector trained with this tower, this LLM and this model.projector_type"
         raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
 
 

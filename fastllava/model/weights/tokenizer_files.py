@@ -106,7 +106,9 @@ def write_hf(source: SourceTokenizer, folder: Path, image: int | None, max_token
     add_pad(tokenizer, names["pad_token"])
     found, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(names["pad_token"])
     if found is None or pad is None or image not in (None, found):
-        raise UserError(f"{_KEY}: {source.file} gives {IMAGE} the id {found}, the checkpoint has image_token_index {image}; give its own tokenizer")
+        raise UserError(
+            f"{_KEY}: {source.file} gives {IMAGE} the id {found}, the checkpoint has image_token_index {image}; give its own tokenizer"
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     decoder = {
         str(index): {name: getattr(token, name) for name in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}

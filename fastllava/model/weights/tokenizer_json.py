@@ -27,7 +27,9 @@ def load_sentencepiece(file: Path) -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_proto=file.read_bytes())
     except (RuntimeError, OSError) as error:
-        raise UserError(f"model.tokenizer: {file} cannot be read as a sentencepiece model ({' '.join(str(error).split())[:100]}); fetch it again") from None
+        raise UserError(
+            f"model.tokenizer: {file} cannot be read as a sentencepiece model ({' '.join(str(error).split())[:100]}); fetch it again"
+        ) from None
 
 
 def controls_of(pieces: SentencePieceProcessor) -> dict[int, str]:
@@ -66,7 +68,9 @@ def from_sentencepiece(file: Path, added: Mapping[int, str], legacy: bool, add_b
     for index, token in sorted(added.items()):
         if index >= size and token not in (IMAGE, PAD):
             if index != tokenizer.get_vocab_size(with_added_tokens=True):
-                raise UserError(f"model.tokenizer: the token {token!r} beside {file} has the id {index}, which leaves a gap; give it the next free id")
+                raise UserError(
+                    f"model.tokenizer: the token {token!r} beside {file} has the id {index}, which leaves a gap; give it the next free id"
+                )
             tokenizer.add_special_tokens([_special(token)])
     if add_bos and pieces.bos_id() >= 0:
         bos = spelled[pieces.bos_id()]
@@ -75,7 +79,10 @@ def from_sentencepiece(file: Path, added: Mapping[int, str], legacy: bool, add_b
         )
     for sample in _SAMPLES:
         if tokenizer.encode(sample, add_special_tokens=False).ids != pieces.encode(sample):
-            raise UserError(f"model.tokenizer: {file} cannot be written as tokenizer.json (it would tokenize {sample!r} differently); write --layout llava")
+            raise UserError(
+                f"model.tokenizer: {file} cannot be written as tokenizer.json, which would tokenize {sample!r} differently; "
+                "write --layout llava"
+            )
     return add_image(tokenizer, legacy)
 
 

@@ -3,7 +3,6 @@
 Everything is written beside its place, synced, and renamed; a config.json comes last, so a folder that has one is whole.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +27,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def write_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
-    """`mm_projector.safetensors` and `mm_projector.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`."""
+    """`mm_projector.safetensors` and `.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`."""
     tensors = {f"model.mm_projector.{name}": _on_cpu(tensor, dtype) for name, tensor in projector.state_dict().items()}
     with _beside(folder) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
@@ -82,9 +81,8 @@ def write_checkpoint(
 def disk_tensors(model: Llava, layout: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
     for name, tensor in model.state_dict().items():
-        if name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight"):
-            tensor = vocabulary.fit(tensor)  # noqa: PLW2901
-        yield to_disk(name, layout), _on_cpu(tensor, dtype)
+        is_table = name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+        yield to_disk(name, layout), _on_cpu(vocabulary.fit(tensor) if is_table else tensor, dtype)
 
 
 def _write_tokenizer(
@@ -100,7 +98,9 @@ def _write_tokenizer(
     found = find_tokenizer(source, legacy)
     if found is None and layout == "hf":
         place = source.tokenizer or source.llm
-        raise UserError(f"model.tokenizer: no tokenizer.model or tokenizer.json in {place}, and --layout hf writes a processor; put one there")
+        raise UserError(
+            f"model.tokenizer: no tokenizer.model or tokenizer.json in {place}, and --layout hf writes a processor; put one there"
+        )
     if found is None:
         report(f"tokenizer: none written, as {source.tokenizer or source.llm} holds none")
         return None
@@ -174,7 +174,7 @@ def _beside(folder: Path) -> Iterator[Path]:
         for path in files:
             place = folder / path.relative_to(beside)
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            path.replace(place)
         sync(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""`fastllava export`: a run's result, or any whole LLaVA checkpoint, in a layout that other tools load; read back and compared."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastllava.config import Config, ModelConfig, check_config
+from fastllava.errors import UserError
+from fastllava.export.check import Check
+from fastllava.model.llava import Llava
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava, write_checkpoint
+from fastllava.model.weights.configs import read_preprocessor
+from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
+from fastllava.model.weights.layouts import layout_of
+from fastllava_kernels import rooms
+from fastllava_kernels.room import REFERENCE
+
+_REMEDY = "give the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint"
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is exported, and how it was trained."""
+
+    model: ModelConfig
+    weights: dict[str, Tensor]
+    """Trained weights of a checkpoint-N, to be laid over what `model` loads."""
+    dtype: torch.dtype
+    template: str
+    image_policy: str
+    max_tokens: int
+    legacy: bool | None
+
+
+def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], object] = print) -> None:
+    """Write `checkpoint` to the folder `out`, new or empty, in `layout` "llava" (the original's) or "hf" (llava-hf's), and check it.
+
+    checkpoint: the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint in either layout. The check reads
+    `out` back and compares every tensor bit for bit and the logits of a fixed image and prompt; for hf also those of
+    transformers, its missing and unexpected keys and its tokenization. `report` gets a line for each step.
+    Raises UserError when something does not fit, and when a check fails; `out` is then left empty.
+    """
+    if layout not in ("llava", "hf"):
+        raise UserError(f"--layout: {layout!r} is no layout; write hf or llava")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists and is not an empty folder; give a new one")
+    subject = _subject(checkpoint, report)
+    model = _load(subject, report)
+    check = Check(model, layout, subject.dtype, subject.model, subject.legacy)
+    existed = out.exists()
+    try:
+        write_checkpoint(
+            model,
+            layout,
+            out,
+            subject.dtype,
+            source=subject.model,
+            template=subject.template,
+            image_policy=subject.image_policy,
+            max_tokens=subject.max_tokens,
+            legacy=subject.legacy,
+            report=report,
+        )
+        report(f"wrote {out} in layout {layout}, {str(subject.dtype).removeprefix('torch.')}")
+        check.run(out, report)
+    except BaseException as error:
+        _empty(out, existed)
+        if isinstance(error, OSError):
+            raise UserError(f"--out: {out} cannot be written ({error.strerror or error}); free space or give another folder") from None
+        raise
+    if layout == "llava" and "llava" not in out.name.lower():
+        report(f"note: the original code picks its loader by the folder's name; before you load {out.name} there, put 'llava' in its name")
+
+
+def _subject(checkpoint: Path, report: Callable[[str], object]) -> _Subject:
+    if not checkpoint.is_dir():
+        raise UserError(f"CHECKPOINT: {checkpoint} is no folder; {_REMEDY}")
+    if (checkpoint / "manifest.json").is_file() and (checkpoint / "tensors").is_dir():
+        from fastllava.checkpoint import read_model
+
+        run, weights = read_model(checkpoint)
+        report(f"{checkpoint} is a checkpoint of stage {run.stage}")
+        return _of_run(run, run.model, weights)
+    run_config = read_optional_json(checkpoint / "run_config.json", "CHECKPOINT")
+    run = check_config(run_config) if run_config else None
+    if (checkpoint / "config.json").is_file():
+        return _of_folder(checkpoint, run, report)
+    if run is None:
+        raise UserError(f"CHECKPOINT: {checkpoint} holds no run_config.json and no config.json; {_REMEDY}")
+    projector = checkpoint / "mm_projector.safetensors"
+    if not projector.is_file():
+        raise UserError(f"CHECKPOINT: the run in {checkpoint} has not ended; let it end, or give one of its checkpoint-N folders")
+    report(f"{checkpoint} is the output_dir of stage {run.stage}")
+    return _of_run(run, run.model.model_copy(update={"projector": projector}), {})
+
+
+def _of_run(run: Config, model: ModelConfig, weights: dict[str, Tensor]) -> _Subject:
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    return _Subject(model, weights, dtype, run.data.template, run.data.image_policy, run.data.max_tokens, run.data.legacy)
+
+
+def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]) -> _Subject:
+    """A folder with a config.json: the output_dir of stage finetune, or a checkpoint from elsewhere."""
+    given = read_json(folder / "config.json", "CHECKPOINT")
+    layout = layout_of(given)
+    if layout == "llm":
+        raise UserError(f"CHECKPOINT: {folder} holds an LLM without tower and projector; {_REMEDY}")
+    kind = given.get("mm_projector_type", "linear") if layout == "llava" else "mlp2x_gelu"
+    layer = given.get("mm_vision_select_layer" if layout == "llava" else "vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise UserError(f"CHECKPOINT: {folder}/config.json selects the tower's layers {layer}; only one layer is supported")
+    model = ModelConfig(llm=folder, projector_type=kind, select_layer=layer)  # pyright: ignore[reportCallIssue]
+    if run is not None:
+        report(f"{folder} is the output_dir of stage {run.stage}")
+        return _of_run(run, model, {})
+    if layout == "llava":
+        policy, length = given.get("image_aspect_ratio", "square"), given.get("tokenizer_model_max_length", 2048)
+    else:
+        policy, length = "pad" if read_preprocessor(folder, "CHECKPOINT").get("do_pad") else "square", 2048
+    policy = policy if policy == "pad" else "square"
+    report(f"{folder} is a LLaVA checkpoint in layout {layout}; image policy {policy}, and template v1, as it names none")
+    return _Subject(model, {}, _stored_dtype(folder), "v1", policy, length, None)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every tensor of the checkpoint."""
+    found: torch.dtype | None = None
+    for _, tensor in TensorFiles(folder, "CHECKPOINT").stream():
+        if tensor.is_floating_point():
+            found = tensor.dtype if found is None else torch.promote_types(found, tensor.dtype)
+    return found or torch.float32
+
+
+def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
+    ops = choose_ops(dict.fromkeys(rooms(), REFERENCE), torch.device("cpu"), subject.dtype)
+    model = load_llava(subject.model, ops, subject.dtype, seed=0)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in subject.weights.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                llm = subject.model.llm
+                raise UserError(f"CHECKPOINT: its {name} {list(tensor.shape)} does not fit {llm}; restore the model it was trained from")
+            parameters[name].copy_(tensor)
+    model.requires_grad_(False)
+    tower = model.origin.tower_folder or subject.model.llm
+    report(f"read {sum(p.numel() for p in parameters.values()):,} parameters; the vision tower's config.json is {tower}'s")
+    return model
+
+
+def _empty(out: Path, existed: bool) -> None:
+    """Take away what was written; `out` was new or empty before."""
+    if not existed:
+        shutil.rmtree(out, ignore_errors=True)
+        return
+    for path in out.iterdir():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
