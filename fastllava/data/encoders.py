@@ -2,8 +2,8 @@
 
 import bisect
 import json
+import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import sentencepiece
@@ -12,7 +12,9 @@ import tokenizers
 from fastllava.errors import UserError
 
 _SPACE = "▁"
-_LONGEST_REMEMBERED = 300
+_WORD = re.compile(r"\n| *[^ \n]+| +")
+_LONGEST_WORD = 40
+_MOST_WORDS = 2**17
 # Protocol buffers merge a field that comes twice, the last value winning; so these bytes after a sentencepiece model
 # set normalizer_spec.add_dummy_prefix (field 3 of ModelProto, then field 3 of NormalizerSpec).
 _WITH_PREFIX = b"\x1a\x02\x18\x01"
@@ -60,8 +62,8 @@ class SentencePieceEncoder:
         self._controls = {self._model.id_to_piece(i): i for i in range(self.size) if any(kind(i) for kind in kinds)}
         plain = [self._model.id_to_piece(i) for i in range(self.size) if not self._model.is_byte(i) and not self._model.is_control(i)]
         self._pairs = {piece[i : i + 2] for piece in plain for i in range(len(piece) - 1)}
-        self._remember = lru_cache(maxsize=16384)(self._encode)
         self._identity = self._bare.normalize(_PROBE) == _PROBE.replace(" ", _SPACE)
+        self._words: dict[str, list[int]] | None = {} if self._can_go_by_word(plain) else None
 
     def controls(self) -> dict[str, int]:
         return dict(self._controls)
@@ -84,10 +86,10 @@ class SentencePieceEncoder:
                 end += 1
             group = filled[at:end]
             without = bare or at > 0
-            new = self._encode_short("".join(parts[i] for i in group), without)
+            new = self._encode("".join(parts[i] for i in group), without)
             begin = 0
             for n, i in enumerate(group[:-1], 1):
-                before = self._encode_short("".join(parts[j] for j in group[:n]), without)
+                before = self._encode("".join(parts[j] for j in group[:n]), without)
                 stop = max(begin, min(len(before), len(new)))
                 counts[i], begin = stop - begin, stop
             counts[group[-1]] = len(new) - begin
@@ -101,12 +103,35 @@ class SentencePieceEncoder:
     def piece(self, token: int) -> str:
         return self._model.id_to_piece(token) if token < self.size else f"[{token}]"
 
-    def _encode_short(self, text: str, bare: bool) -> list[int]:
-        """Templates and short questions come again and again."""
-        return self._remember(text, bare) if len(text) <= _LONGEST_REMEMBERED else self._encode(text, bare)
-
     def _encode(self, text: str, bare: bool) -> list[int]:
-        return (self._bare if bare else self._model).encode(text)
+        if self._words is None or _SPACE in text:
+            return (self._bare if bare else self._model).encode(text)
+        words = self._words
+        ids: list[int] = []
+        for word in _WORD.findall(text if bare or not text else " " + text):
+            known = words.get(word)
+            if known is None:
+                known = self._bare.encode(word)
+                if len(word) <= _LONGEST_WORD:
+                    if len(words) >= _MOST_WORDS:
+                        words.clear()
+                    words[word] = known
+            ids += known
+        return ids
+
+    def _can_go_by_word(self, plain: list[str]) -> bool:
+        """Whether no merge crosses from a word to the space after it or over a line end, so that words can be looked up.
+
+        That needs pieces with spaces at their front alone, line ends as bytes, and byte-pair merges (whose scores are
+        whole numbers): a unigram model weighs the text as a whole.
+        """
+        return (
+            self._identity
+            and not any(_SPACE in piece.lstrip(_SPACE) or "\n" in piece for piece in plain)
+            and self._model.is_byte(self._model.piece_to_id("<0x0A>"))
+            and all(float(self._model.get_score(i)).is_integer() for i in range(self.size))
+            and self._model.encode("x") == self._bare.encode(" x")
+        )
 
     def _is_border(self, left: str, right: str) -> bool:
         pair = (left + right).replace(" ", _SPACE)

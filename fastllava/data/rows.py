@@ -2,15 +2,18 @@
 
 import multiprocessing
 import signal
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from fastllava.batch import IMAGE_ID
@@ -38,6 +41,7 @@ SCHEMA = pa.schema(
 )
 """One row a usable record; `index` is its number in the source, `supervised` its ranges one after another."""
 
+_LISTS = ("ids", "supervised")
 _BATCH_RECORDS = 1024
 _BATCH_SIZE = 8 * 2**20
 
@@ -79,6 +83,32 @@ class Batch:
     """Rows that lost tokens to `data.max_tokens`."""
 
 
+class _Columns:
+    """Rows as they gather; lists lie flat, as Arrow keeps them."""
+
+    def __init__(self) -> None:
+        self.plain: dict[str, list[Any]] = {field.name: [] for field in SCHEMA if field.name not in _LISTS}
+        self.flat = {name: array("i") for name in _LISTS}
+        self.offsets = {name: array("i", [0]) for name in _LISTS}
+
+    def add(self, plain: tuple[Any, ...], *lists: Iterable[int]) -> None:
+        for column, value in zip(self.plain.values(), plain, strict=True):
+            column.append(value)
+        for name, values in zip(_LISTS, lists, strict=True):
+            self.flat[name].extend(values)
+            self.offsets[name].append(len(self.flat[name]))
+
+    def serialize(self) -> bytes:
+        arrays = []
+        for column in SCHEMA:
+            if column.name in _LISTS:
+                offsets, flat = (pa.array(np.frombuffer(part[column.name], np.int32)) for part in (self.offsets, self.flat))
+                arrays.append(pa.ListArray.from_arrays(offsets, flat))
+            else:
+                arrays.append(pa.array(self.plain[column.name], column.type))
+        return pa.record_batch(arrays, schema=SCHEMA).serialize().to_pybytes()
+
+
 class Preparer:
     """Turns records into rows. Picklable."""
 
@@ -94,14 +124,14 @@ class Preparer:
 
     def batch(self, raws: list[Raw]) -> Batch:
         """Raises UserError where no record could be used for want of a setting."""
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        columns = _Columns()
         result = Batch(b"", records=len(raws))
         for raw in raws:
             try:
                 result.truncated += self._add(columns, raw)
             except BadRecord as problem:
                 result.quarantined.append(_quarantined(raw, problem))
-        result.rows = pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA).serialize().to_pybytes()
+        result.rows = columns.serialize()
         return result
 
     def image_problem(self, relative: str, name: Any) -> BadRecord | None:
@@ -122,7 +152,7 @@ class Preparer:
     def _check(self, path: str, *_: int) -> BadRecord | None:
         return check_image(Path(path), self.data)
 
-    def _add(self, columns: dict[str, list[Any]], raw: Raw) -> bool:
+    def _add(self, columns: _Columns, raw: Raw) -> bool:
         """Appends the record's row; whether it was cut. Raises BadRecord."""
         if raw.problem is not None:
             raise raw.problem
@@ -134,20 +164,11 @@ class Preparer:
             raise BadRecord("nothing_supervised", f"no supervised token {cut}; shorten the question")
         if record.image is not None and (problem := self.image_problem(record.image, record.id)):
             raise problem
-        ids = fitted.encoded.ids
-        row = {
-            "index": raw.index,
-            "id": str(record.id).encode(errors="replace").decode(),
-            "ids": ids,
-            "supervised": [place for span in fitted.encoded.supervised for place in span],
-            "image": record.image if fitted.n_images else None,
-            "n_tokens": fitted.n_tokens,
-            "n_supervised": fitted.n_supervised,
-            "n_images": fitted.n_images,
-            "length_key": record.length_key,
-        }
-        for name, value in row.items():
-            columns[name].append(value)
+        name = str(record.id).encode(errors="replace").decode()
+        image = record.image if fitted.n_images else None
+        counts = (fitted.n_tokens, fitted.n_supervised, fitted.n_images, record.length_key)
+        encoded = fitted.encoded
+        columns.add((raw.index, name, image, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
         return fitted.truncated
 
 
