@@ -76,6 +76,8 @@ def lay_out(root: Path) -> None:
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
+        normalization_rule_name="identity",  # as Llama's
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     (llm / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False}))
