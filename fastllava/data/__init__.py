@@ -1,0 +1,1 @@
+"""From LLaVA JSON and images to packed micro-batches; knows nothing of `fastllava.model`."""
