@@ -23,8 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastllava import __version__
 from fastllava.config import Config, check_config
@@ -54,7 +58,7 @@ def save(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        _dcp_save(_tensors(trained, optimizer), beside / _TENSORS)
+        _write_tensors(_tensors(trained, optimizer), beside / _TENSORS)
         versions = {"fastllava": __version__, "torch": torch.__version__}
         write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, **versions})
         write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
@@ -121,19 +125,19 @@ def restore(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter], optimiz
             "exp_avg_sq": moment.clone(),
         }
     with torch.no_grad():
-        _dcp_load(_tensors(trained, optimizer), checkpoint.folder / _TENSORS)
+        _read_tensors(_tensors(trained, optimizer), checkpoint.folder / _TENSORS)
 
 
 def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """The configuration and trained weights (internal names, as stored) of `checkpoint-N`, verified first."""
     checkpoint = verify(folder)
-    metadata = dcp.FileSystemReader(folder / _TENSORS).read_metadata()
+    metadata = FileSystemReader(folder / _TENSORS).read_metadata()
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith("weight/") and hasattr(entry, "size")
+        if name.startswith("weight/") and isinstance(entry, TensorStorageMetadata)
     }
-    _dcp_load(weights, folder / _TENSORS)
+    _read_tensors(weights, folder / _TENSORS)
     return checkpoint.config, {name.removeprefix("weight/"): tensor for name, tensor in weights.items()}
 
 
@@ -146,24 +150,24 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
     return flat
 
 
-def _dcp_save(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     with _one_process():
         try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
-        except dcp.CheckpointException as error:
+            dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
+        except CheckpointException as error:
             # It derives from BaseException, so an `except OSError` further up would let it through.
             raise OSError(f"checkpoint could not be written: {_cause(error)}") from None
 
 
-def _dcp_load(tensors: dict[str, Tensor], folder: Path) -> None:
+def _read_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     with _one_process():
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        except dcp.CheckpointException as error:
+            dcp_load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+        except CheckpointException as error:
             raise UserError(f"{folder}: does not fit this model ({_cause(error)}); use the config that wrote it") from None
 
 
-def _cause(error: dcp.CheckpointException) -> str:
+def _cause(error: CheckpointException) -> str:
     return "; ".join(" ".join(str(exception).split()) for exception, _ in error.failures.values())
 
 

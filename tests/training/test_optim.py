@@ -16,12 +16,6 @@ NAMES = [
     "llm.model.layers.0.input_layernorm.weight",
     "llm.lm_head.weight",
 ]
-    "projector.0.weight",
-    "projector.0.bias",
-    "llm.model.embed_tokens.weight",
-    "llm.model.layers.0.input_layernorm.weight",
-    "llm.lm_head.weight",
-]
 
 
 def named():

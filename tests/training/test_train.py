@@ -36,7 +36,8 @@ def test_loss_falls_and_the_files_of_a_run_are_there(stage, settings, tmp_path):
     result = train(settings(stage, train={"epochs": 4}))
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(result.summary["planned_steps"]))
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    # Stage 1 trains the projector alone, in front of a decoder that knows nothing.
+    assert rows[-1]["loss"] < rows[0]["loss"] - {"pretrain": 0.2, "finetune": 1.0}[stage]
     assert {"loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds"} <= rows[0].keys()
     assert rows[0]["lr"] == 0.0
     assert rows[0]["samples"] == 4
