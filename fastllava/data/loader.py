@@ -124,11 +124,8 @@ class _MicroBatches(Dataset):
                 raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
             try:
                 images.append(load_image(root / row.image, self.data.image_policy, self.spec, self.data))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise UserError(
-                    f"record {row.id}: image {root / row.image} could be read when the data was prepared and cannot be now "
-                    f"({error}); restore the file and start the same command again"
-                ) from None
+            except UserError as error:
+                raise UserError(f"record {row.id}: its image was readable when the data was prepared and is not now: {error}") from None
         return Sample(row.ids, row.supervised, images, weight)
 
 

@@ -156,7 +156,7 @@ def test_an_image_that_vanishes_is_named_and_nothing_is_lost(settings, world, tm
 
     prepare_data(check_config(values), lambda _: None)
     (images / "9.png").unlink()
-    with pytest.raises(UserError, match=r"record cap9: image .*9\.png"):
+    with pytest.raises(UserError, match=r"record cap9: its image .*9\.png"):
         train(values)
     # Steps 0 and 1 are whole and kept; the third has the image.
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
