@@ -106,6 +106,10 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
         raise BadRecord("turn", f"turn {number}: {key} {given}; write {{from: human or gpt, value: text}}")
     if role not in ("human", "gpt"):
         raise BadRecord("role", f"turn {number} is from {role[:40]!r}; write human or gpt")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecord("json_encoding", f"turn {number} holds half a character (such as \\ud83d alone); repair the encoding") from None
     return role, text
 
 

@@ -47,11 +47,7 @@ def encode_record(record: Record, form: Template, tokenizer: Tokenizer, max_toke
     not: it is cut when the image has become patches. Raises BadRecord where the original would raise, mask the whole
     record, take a user's text for a control token, or give the record another one's image.
     """
-    try:
-        parts = segments(record, form, tokenizer.literals)
-        encoded = encode_segments(parts, tokenizer)
-    except UnicodeEncodeError:
-        raise BadRecord("json_encoding", "a text holds half a character (a lone surrogate such as \\ud83d); repair its encoding") from None
+    encoded = encode_segments(segments(record, form, tokenizer.literals), tokenizer)
     if tokenizer.unk_id is not None and tokenizer.unk_id in encoded.ids:
         at = encoded.ids.index(tokenizer.unk_id)
         raise BadRecord("unknown_token", f"token {at} is unknown to the tokenizer; take the character out, or use a model that knows it")

@@ -13,6 +13,7 @@ What a file's pixels become (`convert("RGB")` of the original, but for the secon
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastllava.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Decoders that are let near a file; Pillow would try some forty, PostScript among them."""
+_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError)
 """What Pillow raises at broken files."""
@@ -107,9 +109,14 @@ def _open(path: Path, limits: DataConfig) -> Iterator[tuple[BinaryIO, Image.Imag
     """The file and its image, header read, bounds checked. Raises BadRecord."""
     with _open_file(path, limits) as file:
         try:
-            image = Image.open(file, formats=FORMATS)
+            with warnings.catch_warnings():
+                # The bound below is the tighter one, or the user's will.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
-            raise BadRecord("image_format", f"is no JPEG, PNG, WebP, GIF or BMP (begins with {_begin(file)!r}); convert it") from None
+            if (begin := _begin(file)).startswith(_HEADS):
+                raise BadRecord("image_unreadable", "the header is broken; restore the file") from None
+            raise BadRecord("image_format", f"is no JPEG, PNG, WebP, GIF or BMP (begins with {begin!r}); convert it") from None
         except Image.DecompressionBombError:
             raise BadRecord("image_pixels", "has far too many pixels; shrink it") from None
         except _DECODE_ERRORS as error:

@@ -24,7 +24,7 @@ import sentencepiece
 import fastllava
 from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
-from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet
+from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet, checksum_of, file_sha256
 from fastllava.data.quarantine import refuse, summary
 from fastllava.data.records import read_records
 from fastllava.data.rows import SCHEMA, Preparer, prepare_batches
@@ -100,7 +100,7 @@ def _find(folder: Path, preparer: Preparer, report: Report) -> PreparedSet | Non
     try:
         prepared = PreparedSet.open(folder)
         if not prepared.verify():
-            raise UserError("rows.arrow has changed")
+            raise UserError("a file has changed")
         if any(reason.startswith("image_") for reason in prepared.manifest["reasons"]):
             for line in (folder / QUARANTINE).read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
@@ -127,11 +127,12 @@ def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: P
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     counts = _write_rows(partial, preparer, report)
-    with (partial / ROWS).open("rb") as file:
-        counts |= {"rows_sha256": hashlib.file_digest(file, "sha256").hexdigest(), "rows_bytes": file.tell()}
+    counts["rows_bytes"] = (partial / ROWS).stat().st_size
+    counts |= {f"{Path(name).stem}_sha256": file_sha256(partial / name) for name in (ROWS, QUARANTINE)}
     versions = {"fastllava": fastllava.__version__, "pillow": PIL.__version__, "sentencepiece": sentencepiece.__version__}
     where = {"records": str(preparer.data.records.absolute()), "images": images}
     manifest = {**content, **counts, "where": where, "made_with": versions}
+    manifest["checksum"] = checksum_of(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     for file in partial.iterdir():
         _sync(file)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastllava.errors import UserError
 
 ROWS, MANIFEST, QUARANTINE = "rows.arrow", "manifest.json", "quarantine.jsonl"
-_NOT_CONTENT = ("where", "made_with")
+_NOT_CONTENT = ("where", "made_with", "checksum")
 """Parts of the manifest that say nothing about the content, so that a set may move."""
 
 
@@ -58,6 +58,8 @@ class PreparedSet:
         folder = Path(folder)
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
+            if manifest["checksum"] != checksum_of(manifest):
+                raise ValueError(f"{MANIFEST} has changed")
             if (folder / ROWS).stat().st_size != manifest["rows_bytes"]:
                 raise ValueError(f"{ROWS} has lost bytes")
             table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
@@ -66,9 +68,8 @@ class PreparedSet:
         return cls(folder, manifest, table)
 
     def verify(self) -> bool:
-        """Whether every byte of the rows is as it was written."""
-        with (self.folder / ROWS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self.manifest["rows_sha256"]
+        """Whether every byte of the rows and of the quarantine is as it was written."""
+        return all(file_sha256(self.folder / name) == self.manifest[f"{Path(name).stem}_sha256"] for name in (ROWS, QUARANTINE))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedSet.open, (self.folder,)
@@ -100,6 +101,18 @@ class PreparedSet:
             lists = [self._table.column(name).chunk(number) for name in ("ids", "supervised")]
             self._chunks[number] = tuple(part.to_numpy() for column in lists for part in (column.offsets, column.values))
         return self._chunks[number]
+
+
+def checksum_of(manifest: dict[str, Any]) -> str:
+    """sha256 of all that the manifest says."""
+    said = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(manifest: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ class _Text:
         self.text, self.at, self.line, self.ended = "", 0, 1, False
         self._bytes = file.tell()
 
-    def more(self, size: int = _CHUNK) -> None:
+    def more(self, size: int) -> None:
         """Slides past what has been read and appends about `size` bytes."""
         chunk = self._file.read(size)
         try:
@@ -126,7 +126,7 @@ class _Text:
                 return text[at]
             if self.ended:
                 return ""
-            self.more()
+            self.more(_CHUNK)
 
 
 def _array(path: Path, file: BinaryIO) -> Iterator[Raw]:
@@ -162,6 +162,8 @@ def _element(window: _Text, decoder: _Decoder, index: int) -> tuple[Any, int, Ba
             if end < len(window.text) or window.ended:
                 size = end - window.at
                 window.advance(end)
+                if size > MAX_RECORD_BYTES:
+                    return None, size, BadRecord("json_too_large", f"the record is larger than {MAX_RECORD_BYTES >> 20} MiB; shorten it")
                 return value, size, decoder.problem
         except json.JSONDecodeError as error:
             # Short of the edge the window hides nothing, but the end of a long text.
