@@ -38,8 +38,9 @@ def locked(output_dir: Path) -> Iterator[None]:
         raise UserError(f"output_dir: {output_dir} cannot be written ({error.strerror}); give a folder that can") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # lockf, not flock: data workers would inherit the latter and hold it for seconds after this process was killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(f"output_dir: another run is writing to {output_dir}; wait for it or give another folder") from None
         yield
 

@@ -118,8 +118,10 @@ class Trainer:
         self.config, self.model, self.trained, self.optimizer = config, model, trained, optimizer
         self.plan, self.prepared, self.spec, self.device = plan, prepared, spec, device
         self.console, self.say = console, speaker(console)
-        self.next_step = self._saved_step = first_step
+        self.next_step = first_step
+        self._saved_step = first_step or -1
         self._saved_at = time.monotonic()
+        self._pending: Callable[[], None] = _nothing
 
     def train(self) -> RunResult:
         """Run every step that is left and write the result."""
@@ -156,33 +158,36 @@ class Trainer:
 
     def _steps(self, metrics: Metrics, stop: Callable[[], bool]) -> None:
         guard = FiniteGuard(self.optimizer, self.device)
-        pending: Callable[[], None] = _nothing
-        began = time.perf_counter()
         on_gpu = self.device.type == "cuda"
-        for step, batches in steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu):
-            waited = time.perf_counter() - began
-            factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
-            set_lr(self.optimizer, factor)
-            scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm)
-            # The row of the step before: its numbers have arrived while this step was being launched.
-            pending()
-            pending = self._recorder(metrics, step, scalars, factor, waited, began)
-            self.next_step = step.index + 1
+        try:
             began = time.perf_counter()
-            if stop() or self._save_due():
-                pending()
-                pending = _nothing
-                if stop():
-                    return
-                self._save()
+            for step, batches in steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu):
+                waited = time.perf_counter() - began
+                factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
+                set_lr(self.optimizer, factor)
+                scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm)
+                # The row of the step before: its numbers have arrived while this step was being launched.
+                self._record_pending()
+                self.next_step = step.index + 1
+                self._pending = self._recorder(metrics, step, scalars, factor, waited, time.perf_counter() - began)
                 began = time.perf_counter()
+                if stop():
+                    break
+                if self._save_due():
+                    self._record_pending()
+                    self._save()
+                    began = time.perf_counter()
+        finally:
+            self._record_pending()
+
+    def _record_pending(self) -> None:
+        pending, self._pending = self._pending, _nothing
         pending()
 
     def _recorder(
-        self, metrics: Metrics, step: Step, scalars: DeviceScalars, factor: float, waited: float, began: float
+        self, metrics: Metrics, step: Step, scalars: DeviceScalars, factor: float, waited: float, seconds: float
     ) -> Callable[[], None]:
         """Writes the step's row when called, once its numbers are on the host."""
-        seconds = time.perf_counter() - began
 
         def record() -> None:
             loss, norm, tripped = scalars.read()

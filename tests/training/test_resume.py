@@ -25,7 +25,7 @@ NUMBERS = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "supervised_t
 
 
 def quiet():
-    return Console(file=open(os.devnull, "w"))  # noqa: PTH123
+    return Console(file=open(os.devnull, "w"))
 
 
 def numbers(output_dir):

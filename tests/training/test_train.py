@@ -24,7 +24,7 @@ FASTLLAVA = Path(sys.executable).with_name("fastllava")
 
 
 def quiet():
-    return Console(file=open(os.devnull, "w"))  # noqa: PTH123
+    return Console(file=open(os.devnull, "w"))
 
 
 def train(values):
@@ -140,10 +140,16 @@ def test_several_processes_are_refused(settings, monkeypatch):
 
 
 def test_a_second_run_in_the_same_output_dir_is_refused(settings, tmp_path):
-    from fastllava.resume import locked
-
-    with locked(tmp_path / "run"), pytest.raises(UserError, match="another run is writing"):
-        train(settings())
+    hold = (
+        "import time; from pathlib import Path; from fastllava.resume import locked\n"
+        f"with locked(Path({str(tmp_path / 'run')!r})): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing"):
+            train(settings())
+        other.kill()
+    assert train(settings(train={"max_steps": 1})).summary["status"] == "complete", "a killed run holds nothing"
 
 
 def test_an_image_that_vanishes_is_named_and_nothing_is_lost(settings, world, tmp_path):
