@@ -1,8 +1,9 @@
 """Tiny models in transformers' formats, and batches packed row by row, for the tests of the model and its formats."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def pack_by_hand(samples: Sequence[TinySample], weight: float = 1.0) -> Batch:
         token_ids=torch.tensor(token_ids),
         position_ids=torch.tensor(positions),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=max(b - a for a, b in zip(starts, starts[1:], strict=False)),
+        max_seqlen=max(b - a for a, b in pairwise(starts)),
         pixels=torch.stack(images) if images else torch.zeros(0, 3, SIDE, SIDE, dtype=torch.uint8),
         patch_rows=torch.tensor(patch_rows, dtype=torch.int32),
         text_rows=torch.tensor(text_rows, dtype=torch.int32),
@@ -147,22 +148,21 @@ def reference_ops(dtype: torch.dtype = torch.float32) -> Ops:
     return choose_ops({}, torch.device("cpu"), dtype)
 
 
-@dataclass(frozen=True)
 class Tiny:
     """What the tests build with; one object, as test modules cannot import each other."""
 
-    llm: Path
-    clip: Path
-    ops: Ops
-    LLM: Mapping[str, Any] = field(default_factory=lambda: LLM)
-    CLIP: Mapping[str, Any] = field(default_factory=lambda: CLIP)
-    PATCHES: int = PATCHES
-    Sample: type[TinySample] = TinySample
-    pack: Callable[..., Batch] = staticmethod(pack_by_hand)
-    mixed: Callable[[], list[TinySample]] = staticmethod(mixed_samples)
-    write_folder: Callable[..., Path] = staticmethod(write_folder)
-    llm_tensors: Callable[..., dict[str, Tensor]] = staticmethod(llm_tensors)
-    clip_tensors: Callable[..., dict[str, Tensor]] = staticmethod(clip_tensors)
+    LLM = LLM
+    CLIP = CLIP
+    PATCHES = PATCHES
+    Sample = TinySample
+    pack = staticmethod(pack_by_hand)
+    mixed = staticmethod(mixed_samples)
+    write_folder = staticmethod(write_folder)
+    llm_tensors = staticmethod(llm_tensors)
+    clip_tensors = staticmethod(clip_tensors)
+
+    def __init__(self, llm: Path, clip: Path) -> None:
+        self.llm, self.clip, self.ops = llm, clip, reference_ops()
 
     def config(self, **given: Any) -> ModelConfig:
         return ModelConfig(**{"llm": self.llm, "vision_tower": self.clip, **given})
@@ -176,4 +176,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
     llm = write_folder(root / "llm", LLM, llm_tensors(LLM))
     clip = write_folder(root / "clip", CLIP, clip_tensors())
-    return Tiny(llm, clip, reference_ops())
+    return Tiny(llm, clip)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fastllava_kernels import rooms
 
 from fastllava.errors import UserError
 from fastllava.model.ops import choose_ops
+from fastllava_kernels import rooms
 
 CPU = torch.device("cpu")
 

@@ -174,7 +174,9 @@ def test_a_sample_beyond_the_attention_window_is_refused(tiny, tmp_path):
     model = tiny.load(llm=tiny.write_folder(tmp_path, config, tiny.llm_tensors(config)))
     short, long = tiny.mixed()[1], tiny.mixed()[0]
     assert torch.isfinite(model(tiny.pack([short])))
-    with pytest.raises(UserError, match=r"^data\.max_tokens: a sample of 15 rows is longer than .* window of 14; write data\.max_tokens=14"):
+    with pytest.raises(
+        UserError, match=r"^data\.max_tokens: a sample of 15 rows is longer than .* window of 14; write data\.max_tokens=14"
+    ):
         model(tiny.pack([long]))
 
 

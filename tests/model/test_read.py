@@ -80,11 +80,15 @@ def test_a_bin_that_would_run_code_is_refused_and_does_not_run_it(tiny, tmp_path
     assert ran.exists()  # The payload does what it should: had it run, the test would have seen it.
 
 
-@pytest.mark.parametrize("value", ["../llm/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\\b.safetensors", 3, None])
+@pytest.mark.parametrize(
+    "value", ["../llm/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "a\\b.safetensors", 3, None]
+)
 def test_an_index_cannot_name_files_outside_its_folder(tiny, tmp_path, value):
     shutil.copyfile(tiny.llm / "config.json", tmp_path / "config.json")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": value}}))
-    refused(tiny, r"^model\.llm: .*index\.json places model\.norm\.weight in .*; an index may name files of its own folder only", llm=tmp_path)
+    refused(
+        tiny, r"^model\.llm: .*index\.json places model\.norm\.weight in .*; an index may name files of its own folder only", llm=tmp_path
+    )
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_with_shapes(tiny, tmp_path):
@@ -127,7 +131,12 @@ def test_a_tower_of_another_width_does_not_fit_the_projector(tiny, tmp_path):
     save_file({f"model.mm_projector.{name}": t for name, t in tiny.load(projector="fresh").projector.state_dict().items()}, file)
     clip = {**tiny.CLIP, "hidden_size": 8}
     folder = tiny.write_folder(tmp_path / "clip", clip, tiny.clip_tensors(clip))
-    refused(tiny, r"^model\.projector: .* has model\.mm_projector\.0\.weight \[32, 16\], where \[32, 8\] is needed", projector=file, vision_tower=folder)
+    refused(
+        tiny,
+        r"^model\.projector: .* has model\.mm_projector\.0\.weight \[32, 16\], where \[32, 8\] is needed",
+        projector=file,
+        vision_tower=folder,
+    )
 
 
 @pytest.mark.parametrize("prefix", ["model.", "", "base_model.model.model.", "module.model."])
@@ -234,7 +243,10 @@ def test_the_tower_of_an_original_checkpoint_is_found_by_its_name(tiny, tmp_path
     [
         ({"mm_vision_select_layer": -1}, r"^model\.select_layer: -2, but .* was trained with -1; write model\.select_layer=-1"),
         ({"mm_projector_type": "linear"}, r"^model\.projector_type: 'mlp2x_gelu', but .* has 'linear'; write model\.projector_type=linear"),
-        ({"mm_vision_select_feature": "cls_patch"}, r"^model\.llm: .*config\.json: the class row goes to its projector, which is not supported"),
+        (
+            {"mm_vision_select_feature": "cls_patch"},
+            r"^model\.llm: .*config\.json: the class row goes to its projector, which is not supported",
+        ),
         ({"mm_use_im_start_end": True}, r"^model\.llm: .*config\.json: it has tokens around its images"),
         ({"image_aspect_ratio": "anyres"}, r"^model\.llm: .*config\.json: it was trained on several crops an image"),
         ({"mm_patch_merge_type": "spatial_unpad"}, r"^model\.llm: .*config\.json: it was trained on several crops an image"),
@@ -253,7 +265,10 @@ def test_a_llava_that_was_trained_otherwise_is_refused(tiny, tmp_path, config, p
         ({"num_key_value_heads": 3}, r"num_key_value_heads 3 does not divide num_attention_heads 4"),
         ({"hidden_size": "32"}, r"hidden_size is '32'; a positive whole number is needed"),
         ({"rms_norm_eps": 0}, r"rms_norm_eps is 0; a positive number is needed"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"rope scaling 'yarn' is not supported; a model with none, linear or llama3 is"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            r"rope scaling 'yarn' is not supported; a model with none, linear or llama3 is",
+        ),
         ({"rope_scaling": {"type": "linear"}}, r"rope scaling: factor is None; a positive number is needed"),
         ({"quantization_config": {"bits": 4}}, r"its weights are quantised; give the model in fp16, bf16 or fp32"),
         ({"attention_dropout": 0.1}, r"attention_dropout 0\.1 is not supported; write 0\.0"),
@@ -285,7 +300,9 @@ def test_a_tower_that_is_not_supported_is_refused(tiny, tmp_path, config, prepro
 def test_pixels_are_normalised_as_the_preprocessor_says_and_else_as_clip_published(tiny, tmp_path):
     assert tiny.load().spec.mean == (0.48145466, 0.4578275, 0.40821073)
     folder = tiny.write_folder(tmp_path, tiny.CLIP, load_file(tiny.clip / "model.safetensors"))
-    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 12, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.1, 0.2, 0.3]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"crop_size": 12, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.1, 0.2, 0.3]})
+    )
     spec = tiny.load(vision_tower=folder).spec
     assert (spec.mean, spec.std, spec.size, spec.patches) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3), 12, 9)
 
@@ -328,7 +345,9 @@ def test_a_tied_head_may_be_on_disk_too_but_must_be_the_embedding(tiny, tmp_path
     both = tiny.write_folder(tmp_path / "two", config, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert same(tiny.load(llm=both), model)
     other = tiny.write_folder(tmp_path / "three", config, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
-    refused(tiny, r"^model\.llm: .* says tie_word_embeddings and holds another lm_head\.weight; write tie_word_embeddings: false", llm=other)
+    refused(
+        tiny, r"^model\.llm: .* says tie_word_embeddings and holds another lm_head\.weight; write tie_word_embeddings: false", llm=other
+    )
 
 
 def test_the_originals_checkpoint_is_read(golden, tiny):

@@ -71,6 +71,7 @@ def write_original(source: SourceTokenizer, folder: Path, max_tokens: int) -> No
         if added:
             dump_json({token: index for index, token in added.items()}, folder / "added_tokens.json")
         names = {name: _content(settings.get(name)) or default for name, default in _NAMES.items()}
+        names["pad_token"] = names["unk_token"]
         dump_json(names, folder / "special_tokens_map.json")
         settings = {
             "add_bos_token": True,
