@@ -22,7 +22,7 @@ dev: .venv/installed-dev  ## the same, with what the tests and checks need
 
 # The tests' tensors are small: two processes of one thread each are faster than one process of two threads.
 test: dev  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
 
 check: dev  ## lint, format, types, import floors, spelling, schema
 	$(BIN)/ruff check .
