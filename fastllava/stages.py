@@ -8,14 +8,19 @@ from torch import nn
 from fastllava.config import Config
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
-from fastllava.model.weights import read_origin, write_checkpoint, write_projector
+from fastllava.model.weights import projector_file, read_origin, write_checkpoint, write_projector
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_start(config: Config) -> None:
-    """Raises UserError, before any weight is read, when stage finetune has no projector to start from; pretrain draws one."""
+    """Raises UserError, before any record or weight is read, when a folder or the projector to start from is not there.
+
+    Stage pretrain draws a projector when none is given; stage finetune wants one.
+    """
     plain_llm = read_origin(config.model).layout == "llm"
+    if isinstance(config.model.projector, Path):
+        projector_file(config.model.projector)
     if config.stage == "finetune" and config.model.projector is None and config.model.projector_type != "identity" and plain_llm:
         raise UserError(
             "model.projector: is missing; stage finetune starts from stage pretrain's projector: write "

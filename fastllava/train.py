@@ -79,9 +79,9 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     ops = choose_ops(config.kernels, device, dtype)
     check_backends(config.log)
     check_start(config)
-    _, spec, prepared = prepare_data(config, say)
-    plan = Plan(prepared, config.data, config.train)
     with resume.locked(config.output_dir):
+        _, spec, prepared = prepare_data(config, say)
+        plan = Plan(prepared, config.data, config.train)
         if (summary := resume.completed(config, prepared.digest)) is not None:
             say(f"{config.output_dir} holds this run, complete: nothing to do")
             return RunResult(config.output_dir, None, summary)

@@ -137,7 +137,9 @@ def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> 
 
 
 def projector_file(path: Path) -> Path:
-    """The projector file at `path`, or in the folder `path`, safetensors before .bin."""
+    """The projector file at `path`, or in the folder `path`, safetensors before .bin. Raises UserError when there is none."""
+    if not path.exists():
+        raise UserError(f"model.projector: {path} does not exist; give mm_projector.safetensors or .bin of a pretrain run, or write fresh")
     if path.is_dir():
         for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
             if (path / name).is_file():
