@@ -87,8 +87,9 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
         turns = turns[1:]
     _check_turns(turns, form)
     _check_images(record, turns, form)
+    spelled = _spelled(literals | form.separators)
     for _, text in turns:
-        if found := _spelled(literals | form.separators).search(text):
+        if found := spelled.search(text):
             raise BadRecord("control_literal", f"the text spells the control token {found[0]}; take it out or spell it otherwise")
     if form.style == "plain":
         return [Segment(IMAGE, mark=True), *_pieces(turns[1][1], form, record, True), Segment("\n", True)]
@@ -113,37 +114,47 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
     """
     ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ranges: list[tuple[int, int]] = []
-    pending: list[Segment] = []
     continues = False
-
-    def add(count: int, supervised: bool) -> None:
-        begin = len(ids) - count
-        if supervised and count:
-            if ranges and ranges[-1][1] == begin:
-                begin = ranges.pop()[0]
-            ranges.append((begin, len(ids)))
+    texts: list[str] = []
+    supervised: list[bool] = []
 
     def flush() -> None:
-        if pending:
-            new, counts = tokenizer.encode_parts([part.text for part in pending], continues)
-            at = 0
-            for part, count in zip(pending, counts, strict=True):
-                ids.extend(new[at : at + count])
-                add(count, part.supervised)
-                at += count
-            pending.clear()
+        if texts:
+            new, counts = tokenizer.encode_parts(texts, continues)
+            begin = len(ids)
+            ids.extend(new)
+            for count, yes in zip(counts, supervised, strict=True):
+                if yes:
+                    _extend(ranges, begin, begin + count)
+                begin += count
+            texts.clear()
+            supervised.clear()
 
     for part in parts:
-        token = IMAGE_ID if part.mark and part.text == IMAGE else tokenizer.control(part.text) if part.mark else None
-        if token is None:
-            pending.append(part)
-            continue
-        flush()
-        ids.append(token)
-        add(1, part.supervised)
-        continues = token != IMAGE_ID
+        token = None
+        if part.mark:
+            token = IMAGE_ID if part.text == IMAGE else tokenizer.control(part.text)
+        if token is not None:
+            flush()
+            ids.append(token)
+            if part.supervised:
+                _extend(ranges, len(ids) - 1, len(ids))
+            continues = token != IMAGE_ID
+        elif supervised and supervised[-1] == part.supervised:
+            texts[-1] += part.text
+        else:
+            texts.append(part.text)
+            supervised.append(part.supervised)
     flush()
     return Encoded(ids, ranges, len(ids))
+
+
+def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
+    """Adds [begin, end), joined to the last range where it goes on from there."""
+    if ranges and ranges[-1][1] == begin:
+        begin = ranges.pop()[0]
+    if begin < end:
+        ranges.append((begin, end))
 
 
 def _opening(form: Template) -> list[Segment]:

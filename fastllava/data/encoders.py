@@ -4,6 +4,7 @@ import bisect
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import sentencepiece
@@ -107,16 +108,16 @@ class SentencePieceEncoder:
         if self._words is None or _SPACE in text:
             return (self._bare if bare else self._model).encode(text)
         words = self._words
-        ids: list[int] = []
-        for word in _WORD.findall(text if bare or not text else " " + text):
-            known = words.get(word)
-            if known is None:
-                known = self._bare.encode(word)
-                if len(word) <= _LONGEST_WORD:
-                    if len(words) >= _MOST_WORDS:
-                        words.clear()
-                    words[word] = known
-            ids += known
+        found = _WORD.findall(text if bare or not text else " " + text)
+        known = map(words.get, found)
+        return list(chain.from_iterable(self._new_word(word) if ids is None else ids for word, ids in zip(found, known, strict=True)))
+
+    def _new_word(self, word: str) -> list[int]:
+        ids = self._bare.encode(word)
+        if self._words is not None and len(word) <= _LONGEST_WORD:
+            if len(self._words) >= _MOST_WORDS:
+                self._words.clear()
+            self._words[word] = ids
         return ids
 
     def _can_go_by_word(self, plain: list[str]) -> bool:

@@ -98,9 +98,7 @@ def _find(folder: Path, preparer: Preparer, report: Report) -> PreparedSet | Non
     if not folder.exists():
         return None
     try:
-        prepared = PreparedSet.open(folder)
-        if not prepared.verify():
-            raise UserError("a file has changed")
+        prepared = PreparedSet.open(folder, verify=True)
         if any(reason.startswith("image_") for reason in prepared.manifest["reasons"]):
             for line in (folder / QUARANTINE).read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
@@ -111,7 +109,7 @@ def _find(folder: Path, preparer: Preparer, report: Report) -> PreparedSet | Non
                     report(f"image {entry['image']} is not what it was when {folder} was made: making it anew")
                     return None
     except (UserError, OSError, ValueError, KeyError) as error:
-        report(f"{folder} is damaged ({error}): making it anew")
+        report(f"a prepared set is damaged, making it anew: {error}")
         return None
     report(f"prepared set {folder}: nothing has changed, used again")
     return prepared

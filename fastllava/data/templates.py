@@ -33,6 +33,13 @@ _LLAMA_2 = (
     "If you don't know the answer to a question, please don't share false information."
 )
 _MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_SEPARATORS: dict[Style, frozenset[str]] = {
+    "plain": frozenset(),
+    "v0": frozenset(),
+    "v1": frozenset({"</s>"}),
+    "llama_2": frozenset({"</s>"}),
+    "mpt": frozenset({"<|im_end|>", "<|im_start|>"}),
+}
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,7 @@ class Template:
     @property
     def separators(self) -> frozenset[str]:
         """What the original splits the conversation at, so that a text must not hold it."""
-        return {
-            "plain": frozenset[str](),
-            "v0": frozenset[str](),
-            "v1": frozenset({"</s>"}),
-            "llama_2": frozenset({"</s>"}),
-            "mpt": frozenset({"<|im_end|>", "<|im_start|>"}),
-        }[self.style]
+        return _SEPARATORS[self.style]
 
 
 def _v0(name: str, system: str, mmtag: bool = False) -> Template:
