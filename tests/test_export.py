@@ -11,8 +11,9 @@ from fastllava import checkpoint
 from fastllava.config import ModelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.export import export
+from fastllava.model.llava import normalise
 from fastllava.model.ops import choose_ops
-from fastllava.model.weights import load_llava, write_checkpoint, write_projector
+from fastllava.model.weights import load_llava, read_image_spec, write_checkpoint, write_projector
 
 OPS = choose_ops({}, torch.device("cpu"), torch.float32)
 
@@ -73,11 +74,12 @@ def test_transformers_loads_the_hf_layout_whole(run, hf):
     assert config.vision_feature_select_strategy == "default"
 
 
-def test_the_processor_pads_and_tokenizes_as_training_does(hf, shared):
+def test_the_processor_pads_and_tokenizes_as_training_does(run, hf, shared, tmp_path):
     import numpy as np
     import transformers
     from PIL import Image
 
+    from fastllava.data.images import load_image
     from fastllava.data.tokenizer import Tokenizer
 
     processor = transformers.AutoProcessor.from_pretrained(hf[0])
@@ -89,11 +91,20 @@ def test_the_processor_pads_and_tokenizes_as_training_does(hf, shared):
     # Text after </s> has no leading space piece here: Vicuna's tokenizer says legacy=false.
     assert processor.tokenizer("hi</s>USER: two").input_ids == [1, 7251, 2, 11889, 29901, 1023]
     mine = Tokenizer.load(shared / "tokenizer" / "tokenizer.model", False)
+    again = Tokenizer.load(hf[0])
+    assert (again.legacy, again.bos_id, again.eos_id) == (False, 1, 2)
     for text in ("x\n    indented  code", "東京 ½ 🙂", "tab\tand trailing  "):
-        assert processor.tokenizer(text).input_ids == [1, *mine.encode(text)], text
-    picture = Image.fromarray(np.full((20, 50, 3), 200, np.uint8))
+        assert processor.tokenizer(text).input_ids == [1, *mine.encode(text)] == [1, *again.encode(text)], text
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))
+    picture.save(tmp_path / "picture.png")
     inputs = processor(text="USER: <image>\nWhat", images=picture, return_tensors="pt")
     assert (inputs["input_ids"] == 32000).sum() == 16
+    config = config_of(run, "finetune", projector="fresh")
+    spec = read_image_spec(config.model)
+    pixels = torch.from_numpy(load_image(tmp_path / "picture.png", "pad", spec, config.data))[None]
+    difference = (inputs["pixel_values"] - normalise(pixels, torch.tensor(spec.mean), torch.tensor(spec.std))).abs().max()
+    # transformers 5 resizes with torchvision where that is installed, and rounds otherwise than Pillow does.
+    assert difference == 0 or (difference < 0.1 and not type(processor.image_processor).__name__.endswith("Pil"))
     chat = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
