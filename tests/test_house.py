@@ -52,7 +52,9 @@ def test_help_lists_every_command(house: Path) -> None:
     assert {"demo", "test", "check", "format", "help", "clean"} <= listed
 
 
-@pytest.mark.parametrize(("command", "what"), [("demo", ".venv/bin/fastllava demo --out demo"), ("test", ".venv/bin/pytest -n 2 --dist worksteal")])
+@pytest.mark.parametrize(
+    ("command", "what"), [("demo", ".venv/bin/fastllava demo --out demo"), ("test", ".venv/bin/pytest -n 2 --dist worksteal")]
+)
 def test_make_runs_it_without_installing_again(house: Path, command: str, what: str) -> None:
     planned = run(["make", "-n", command], house).stdout
     assert what in planned
