@@ -310,7 +310,11 @@ def test_pixels_are_normalised_as_the_preprocessor_says_and_else_as_clip_publish
 def test_folders_that_are_no_models_are_refused_in_one_line(tiny, tmp_path):
     refused(tiny, r"^model\.llm: .*nowhere/config\.json does not exist; give the folder of a model", llm=tmp_path / "nowhere")
     refused(tiny, r"^model\.vision_tower: .*nowhere/config\.json does not exist", vision_tower=tmp_path / "nowhere")
-    refused(tiny, r"^model\.projector: .*none\.bin does not exist; give the path of a file that does", projector=tmp_path / "none.bin")
+    refused(
+        tiny,
+        r"^model\.projector: .*none\.bin does not exist; give mm_projector\.safetensors or \.bin of a pretrain run, or write fresh",
+        projector=tmp_path / "none.bin",
+    )
     refused(tiny, r"^model\.projector: no mm_projector\.safetensors and no mm_projector\.bin in ", projector=tmp_path)
     refused(tiny, r"^model\.vision_tower: is missing, and .* names no vision tower; give the folder of a CLIP", vision_tower=None)
     shutil.copyfile(tiny.llm / "config.json", tmp_path / "config.json")
