@@ -134,8 +134,8 @@ def test_a_record_its_text_and_its_mask(llama: Callable[[bool], Tokenizer]) -> N
     pieces = ["<image>" if i == IMAGE_ID else tokenizer.piece(i) for i in encoded.ids]
     # The 34 ids before: <s>, the system prompt and ▁US ER.
     assert pieces[:2] == ["<s>", "▁A"]
-    first = "▁ <image> ▁ <0x0A> What ▁colour ▁is ▁the ▁bus ? ▁A SS IST ANT : ▁Red </s>"
-    second = "USER : ▁Is ▁it ▁moving ? ▁A SS IST ANT : ▁No , ▁it ▁is ▁park ed . </s>"
+    first = "▁ <image> ▁ <0x0A> What ▁colour ▁is ▁the ▁bus ? ▁A SS IST ANT : ▁Red </s>"  # codespell:ignore ist
+    second = "USER : ▁Is ▁it ▁moving ? ▁A SS IST ANT : ▁No , ▁it ▁is ▁park ed . </s>"  # codespell:ignore ist
     assert " ".join(pieces[34:]) == f"{first} {second}"
     supervised = [pieces[begin:end] for begin, end in encoded.supervised]
     assert supervised == [["▁Red", "</s>"], ["▁No", ",", "▁it", "▁is", "▁park", "ed", ".", "</s>"]]

@@ -65,7 +65,7 @@ def test_both_forms_are_read(file: Path, content: bytes, expected: list) -> None
         (b'[{"id": "a"}\n{"id": "b"}]', r"line 2: '{' after record 0"),
         (b'[{"id": "a"},\n]', "line 2: ',' before ']'|line 1: ',' before ']'"),
         (b'[{"id": "a"}]\n[', r"line 2: '\[' after the end"),
-        (b'[\n{"id": tru}]', "line 2: record 0 is broken JSON"),
+        (b'[\n{"id": x}]', "line 2: record 0 is broken JSON"),
         (b'[\n{"id": "a}]', "line 2: record 0 is broken JSON"),
         (b'[{"id": "\xff"}]', "byte 9 is not UTF-8"),
         (b'[{"id": "\xc3', "is not UTF-8"),
