@@ -14,7 +14,7 @@ from fastllava.data.prepared import PreparedSet, prepare
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
-from fastllava.model.weights import read_image_spec
+from fastllava.model.weights import read_origin
 
 Say = Callable[[str], None]
 
@@ -35,10 +35,22 @@ def choose_device(config: Config) -> torch.device:
 
 
 def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
-    """The tokenizer, what the tower wants to see, and the prepared set, made or reused."""
-    tokenizer = Tokenizer.load(config.model.tokenizer or config.model.llm, config.data.legacy)
-    spec = read_image_spec(config.model)
-    return tokenizer, spec, prepare(config.data, tokenizer, spec, say)
+    """The tokenizer, what the tower wants to see, and the prepared set, made or reused.
+
+    Raises UserError when tokenizer, data and decoder do not fit each other, before any record is read.
+    """
+    origin = read_origin(config.model)
+    path = config.model.tokenizer or config.model.llm
+    tokenizer = Tokenizer.load(path, config.data.legacy)
+    if tokenizer.vocab_size > origin.llama.vocab_size:
+        raise UserError(
+            f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens, but model.llm has embeddings for {origin.llama.vocab_size}; "
+            "give the tokenizer that belongs to model.llm"
+        )
+    if origin.llama.window is not None and config.data.max_tokens > origin.llama.window:
+        window = origin.llama.window
+        raise UserError(f"data.max_tokens: {config.data.max_tokens} is more than model.llm's attention window; write at most {window}")
+    return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say)
 
 
 def announce(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,24 @@ def test_changed_records_in_the_same_output_dir_are_refused(settings, world, tmp
 def test_finetune_without_a_projector_is_refused(settings):
     with pytest.raises(UserError, match=r"model\.projector: is missing.*mm_projector\.safetensors"):
         train(settings("finetune", model={"projector": None}))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(settings, world, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(world / "llm", small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(UserError, match=r"model\.tokenizer: .* but model\.llm has embeddings for 100"):
+        train(settings(model={"llm": str(small)}))
+
+
+def test_samples_longer_than_the_attention_window_are_refused(settings, world, tmp_path):
+    mistral = tmp_path / "mistral"
+    shutil.copytree(world / "llm", mistral)
+    config = json.loads((mistral / "config.json").read_text())
+    (mistral / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "sliding_window": 64}))
+    with pytest.raises(UserError, match=r"data\.max_tokens: 2048 .* at most 64"):
+        train(settings(model={"llm": str(mistral)}))
 
 
 def test_identity_has_nothing_to_pretrain(settings):
