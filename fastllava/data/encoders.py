@@ -4,7 +4,7 @@ import bisect
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, Protocol
 
 import sentencepiece
@@ -46,6 +46,21 @@ class Encoder(Protocol):
     def piece(self, token: int) -> str: ...
 
 
+class _Words(dict[str, list[int]]):
+    """Ids of words, encoded when first asked for. Bounded."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self._model.encode(word)
+        if len(word) <= _LONGEST_WORD:
+            if len(self) >= _MOST_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
 class SentencePieceEncoder:
     """sentencepiece: `bare` text gets no leading space."""
 
@@ -64,7 +79,7 @@ class SentencePieceEncoder:
         plain = [self._model.id_to_piece(i) for i in range(self.size) if not self._model.is_byte(i) and not self._model.is_control(i)]
         self._pairs = {piece[i : i + 2] for piece in plain for i in range(len(piece) - 1)}
         self._identity = self._bare.normalize(_PROBE) == _PROBE.replace(" ", _SPACE)
-        self._words: dict[str, list[int]] | None = {} if self._can_go_by_word(plain) else None
+        self._words = _Words(self._bare) if self._can_go_by_word(plain) else None
 
     def controls(self) -> dict[str, int]:
         return dict(self._controls)
@@ -78,25 +93,23 @@ class SentencePieceEncoder:
         Where no piece of the vocabulary spans a border, no merge can cross it, and the two sides are encoded apart.
         """
         ids: list[int] = []
-        counts = [0] * len(parts)
-        filled = [i for i, part in enumerate(parts) if part]
-        at = 0
-        while at < len(filled):
-            end = at + 1
-            while end < len(filled) and not self._is_border(parts[filled[end - 1]][-1], parts[filled[end]][0]):
-                end += 1
-            group = filled[at:end]
-            without = bare or at > 0
-            new = self._encode("".join(parts[i] for i in group), without)
-            begin = 0
-            for n, i in enumerate(group[:-1], 1):
-                before = self._encode("".join(parts[j] for j in group[:n]), without)
-                stop = max(begin, min(len(before), len(new)))
-                counts[i], begin = stop - begin, stop
-            counts[group[-1]] = len(new) - begin
+        counts: list[int] = []
+        last = ""
+        for part in parts:
+            if part and last and not self._is_border(last, part[0]):
+                return self._encode_at_once(parts, bare)
+            new = self._encode(part, bare or last != "") if part else []
             ids += new
-            at = end
+            counts.append(len(new))
+            last = part[-1:] or last
         return ids, counts
+
+    def _encode_at_once(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]:
+        """A part ends where as many ids have gone by as the text so far has when it is encoded by itself."""
+        ids = self._encode("".join(parts), bare)
+        ends = [min(len(self._encode("".join(parts[:n]), bare)), len(ids)) for n in range(1, len(parts))]
+        ends = list(accumulate([0, *ends, len(ids)], max))
+        return ids, [end - begin for begin, end in pairwise(ends)]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
@@ -107,18 +120,8 @@ class SentencePieceEncoder:
     def _encode(self, text: str, bare: bool) -> list[int]:
         if self._words is None or _SPACE in text:
             return (self._bare if bare else self._model).encode(text)
-        words = self._words
         found = _WORD.findall(text if bare or not text else " " + text)
-        known = map(words.get, found)
-        return list(chain.from_iterable(self._new_word(word) if ids is None else ids for word, ids in zip(found, known, strict=True)))
-
-    def _new_word(self, word: str) -> list[int]:
-        ids = self._bare.encode(word)
-        if self._words is not None and len(word) <= _LONGEST_WORD:
-            if len(self._words) >= _MOST_WORDS:
-                self._words.clear()
-            self._words[word] = ids
-        return ids
+        return list(chain.from_iterable(map(self._words.__getitem__, found)))
 
     def _can_go_by_word(self, plain: list[str]) -> bool:
         """Whether no merge crosses from a word to the space after it or over a line end, so that words can be looked up.
@@ -175,7 +178,7 @@ class JsonEncoder:
             borders.append(length)
         starts = [start for start, _ in encoded.offsets]
         ends = [bisect.bisect_left(starts, border) for border in borders[:-1]] + [len(starts)]
-        return list(encoded.ids), [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        return list(encoded.ids), [end - begin for begin, end in pairwise([0, *ends])]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)

@@ -57,13 +57,13 @@ def resolve_image(root: Path, relative: str) -> Path:
     try:
         relative.encode()
         if relative.startswith("/"):
-            raise BadRecord("image_path", f"the image path {relative} is absolute; write it as it goes on from data.images")
+            raise BadRecord("image_path", f"the image path {relative!r} is absolute; write it as it goes on from data.images")
         inside = f"{root}".rstrip("/") + "/"
         real = os.path.realpath(inside + relative)
     except (UnicodeEncodeError, OSError) as error:
         raise BadRecord("image_path", f"the image path {relative!r} cannot be followed ({type(error).__name__}); mend it") from None
     if not real.startswith(inside):
-        raise BadRecord("image_path", f"the image path {relative} leads out of data.images; put the file there, or choose another folder")
+        raise BadRecord("image_path", f"the image path {relative!r} leads out of data.images; put the file there, or choose another folder")
     return Path(real)
 
 

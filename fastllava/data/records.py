@@ -84,7 +84,7 @@ class _Decoder:
         if len(value) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            self.problem = BadRecord("json_duplicate_key", f"the key '{twice}' comes twice in one object; keep one")
+            self.problem = BadRecord("json_duplicate_key", f"the key {twice[:80]!r} comes twice in one object; keep one")
         return value
 
     def _constant(self, name: str) -> None:

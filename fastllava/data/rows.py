@@ -137,7 +137,7 @@ class Preparer:
     def image_problem(self, relative: str, name: Any) -> BadRecord | None:
         """Why the image `relative` of the record called `name` cannot be used, or None."""
         if self.root is None:
-            given = f"is not set, and record {name} has the image {relative}"
+            given = f"is not set, and record {name!r} has the image {relative!r}"
             raise UserError(f"data.images: {given}; write the folder that image paths start from")
         try:
             path = resolve_image(self.root, relative)

@@ -168,7 +168,7 @@ def test_what_the_original_takes_is_taken(make_data: MakeData, tokenizer: Tokeni
 
 
 BROKEN_SETTINGS = {
-    "an image and no folder": ({"images": None}, "data.images: is not set, and record bad has the image good.png"),
+    "an image and no folder": ({"images": None}, "data.images: is not set, and record 'bad' has the image 'good.png'"),
     "a folder that is none": ({"images": Path("/nowhere")}, "data.images: /nowhere is no folder"),
     "an unknown template": ({"template": "v2"}, "data.template: no template 'v2'; write one of plain"),
     "no room for prepared sets": ({"prepared_dir": Path("/proc/nothing")}, "data.prepared_dir: /proc/nothing cannot be used"),

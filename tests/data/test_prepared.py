@@ -285,6 +285,6 @@ def test_a_mistake_in_a_worker_is_one_line(
     make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SMALL_SOURCE", 0)
-    with pytest.raises(UserError, match=r"data\.images: is not set, and record 0 has the image good\.png") as error:
+    with pytest.raises(UserError, match=r"data\.images: is not set, and record 0 has the image 'good\.png'") as error:
         prepare(make_data([record(0)], images=None, workers=1), tokenizer, spec, Said())
     assert "\n" not in str(error.value)
