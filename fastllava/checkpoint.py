@@ -117,13 +117,6 @@ def verify(folder: Path) -> Checkpoint:
 
 def restore(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Load a verified checkpoint into the trained parameters and their optimizer, in place."""
-    for parameter in trained.values():
-        moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": moment,
-            "exp_avg_sq": moment.clone(),
-        }
     with torch.no_grad():
         _read_tensors(_tensors(trained, optimizer), checkpoint.folder / _TENSORS)
 

@@ -75,15 +75,15 @@ def inspect(
         typer.Option(metavar="true|false", help="sentencepiece's legacy pieces; as the tokenizer's config says when left out"),
     ] = None,
     format: Annotated[Format, typer.Option(help="text to read, jsonl for programs")] = Format.text,
-    max_tokens: Annotated[int, typer.Option(help="as data.max_tokens")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=2, help="as data.max_tokens")] = 2048,
 ) -> None:
     """Show what the records become: ids, and which of them are supervised."""
     from fastllava.data.inspect import inspect_records, render_text
-    from fastllava.data.tokenizer import Tokenizer
+    from fastllava.startup import load_tokenizer
 
     if legacy not in (None, "true", "false"):
         raise UserError(f"--legacy: '{legacy}' is neither true nor false")
-    loaded = Tokenizer.load(tokenizer, None if legacy is None else legacy == "true")
+    loaded = load_tokenizer(tokenizer, None if legacy is None else legacy == "true", "--tokenizer")
     if format is Format.jsonl:
         for row in inspect_records(records, loaded, template, max_tokens):
             sys.stdout.write(json.dumps(row) + "\n")
@@ -114,7 +114,9 @@ def toggles() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16
-    table = Table("toggle", "values", "default here", "why", title=f"kernels on {device}, bf16")
+    table = Table(title=f"kernels on {device}, bf16")
+    for heading in ("toggle", "values", "default here", "why"):
+        table.add_column(heading, no_wrap=heading == "toggle")
     for name, room in rooms().items():
         chosen = choose(room, "auto", device, dtype)
         reasons = {other: implementation.unsupported(device, dtype) for other, implementation in room.implementations.items()}

@@ -24,14 +24,20 @@ Row = Mapping[str, float | int]
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one an optimizer step; a line cut short by a kill is left out."""
+    """The rows of a run's metrics.jsonl, one an optimizer step; a last line cut short by a kill is left out.
+
+    Raises UserError when any other line is not a row.
+    """
     path = output_dir / METRICS_FILE
+    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {number} is no row of metrics; mend or remove the line, or give another output_dir") from None
+        rows.append(row)
     return rows
 
 

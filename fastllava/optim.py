@@ -25,12 +25,20 @@ def build_optimizer(named: Named, optim: OptimConfig) -> torch.optim.AdamW:
         rate = optim.projector_lr if own_rate and optim.projector_lr is not None else optim.lr
         decay = 0.0 if "norm" in name or "bias" in name else optim.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
     )
+    for parameter in parameters(optimizer):
+        # What AdamW would make at its first step: here from the start, so that a checkpoint before that step is whole too.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def lr_factor(step: int, n_steps: int, optim: OptimConfig) -> float:

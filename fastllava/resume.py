@@ -48,10 +48,16 @@ def locked(output_dir: Path) -> Iterator[None]:
 def completed(config: Config, prepared_digest: str) -> dict[str, Any] | None:
     """The summary of this very run when output_dir holds it, finished. Raises UserError when it holds another one, finished."""
     path = config.output_dir / SUMMARY_FILE
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    if summary.get("status") != "complete":
+    if not path.exists():
         return None
-    _check_same(config, summary["config"], prepared_digest, summary["prepared_digest"], lambda _: None)
+    try:
+        summary = json.loads(path.read_bytes())
+        if summary["status"] != "complete":
+            return None
+        then, digest_then = dict(summary["config"]), str(summary["prepared_digest"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: is not a summary that a run wrote; remove it to go on with the run, or give another output_dir") from None
+    _check_same(config, then, prepared_digest, digest_then, lambda _: None)
     return summary
 
 

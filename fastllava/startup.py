@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
+from fastllava.optim import lr_factor
 
 Say = Callable[[str], None]
 
@@ -34,6 +36,14 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
+    """Tokenizer.load, its errors beginning with the `key` that `path` came from."""
+    try:
+        return Tokenizer.load(path, legacy)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
 def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
     """The tokenizer, what the tower wants to see, and the prepared set, made or reused.
 
@@ -41,7 +51,7 @@ def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, Prepar
     """
     origin = read_origin(config.model)
     path = config.model.tokenizer or config.model.llm
-    tokenizer = Tokenizer.load(path, config.data.legacy)
+    tokenizer = load_tokenizer(path, config.data.legacy, "model.tokenizer")
     if tokenizer.vocab_size > origin.llama.vocab_size:
         raise UserError(
             f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens, but model.llm has embeddings for {origin.llama.vocab_size}; "
@@ -66,11 +76,14 @@ def announce(
     say(f"{config.stage} on {device}, {train.precision}: trains {parts}: {n_trained:,} parameters, kept in fp32; {n_frozen:,} are frozen")
     say(f"projector: {model.projector.kind}, {model.projector_source}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
+    batch = min(train.global_batch, plan.n_samples)
     say(
-        f"plan: {plan.n_steps:,} steps of {train.global_batch} samples, about {rows * train.global_batch // plan.n_samples:,} rows each, "
+        f"plan: {plan.n_steps:,} steps of {batch} samples, about {rows * batch // plan.n_samples:,} rows each, "
         f"in micro-batches of at most {train.micro_batch_tokens:,} rows"
     )
     say(
         f"optim: AdamW, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, {optim.schedule}, "
         f"warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, recompute {train.recompute}"
     )
+    if lr_factor(plan.n_steps - 1, plan.n_steps, optim) == 0.0 and plan.n_steps == 1:
+        say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")

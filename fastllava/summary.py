@@ -1,5 +1,6 @@
 """What a run leaves to read: run_summary.json and the plot of its loss."""
 
+import contextlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -40,7 +41,10 @@ def write_summary(output_dir: Path, status: str, facts: dict[str, Any]) -> dict[
 
 def versions() -> dict[str, str]:
     """The software and hardware that numbers were made with."""
-    found = {name: importlib.metadata.version(name) for name in ("fastllava", "torch", "transformers", "triton", "pillow", "pyarrow")}
+    found = {}
+    for name in ("fastllava", "torch", "transformers", "triton", "pillow", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton is for Linux
+            found[name] = importlib.metadata.version(name)
     return {
         **found,
         "python": platform.python_version(),

@@ -129,12 +129,12 @@ class Trainer:
         try:
             with stop_requests() as stopped, Metrics(self.config, self.next_step, self.plan.n_steps, self.console) as metrics:
                 self._steps(metrics, lambda: bool(stopped))
-        except UserError:
-            # Something of the user's broke on the way: what was trained so far is kept.
+            plot_loss(out, f"{self.config.stage}: {out}")
+        except (UserError, OSError, torch.OutOfMemoryError) as error:
+            # Something the user can mend broke on the way: what was trained so far is kept.
+            self.optimizer.zero_grad(set_to_none=True)
             self._save()
-            self._summarize("failed")
-            raise
-        plot_loss(out, f"{self.config.stage}: {out}")
+            raise self._in_words(error) from None
         if self.next_step < self.plan.n_steps:
             if not self._save():
                 raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
@@ -221,6 +221,18 @@ class Trainer:
             f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, checkpoint-{step.index} holds the state "
             f"before it; look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
         )
+
+    def _in_words(self, error: UserError | OSError | torch.OutOfMemoryError) -> UserError:
+        again = "and start the same command again"
+        if isinstance(error, torch.OutOfMemoryError):
+            rows = self.config.train.micro_batch_tokens
+            return UserError(
+                f"train.micro_batch_tokens: {rows} rows need too much GPU memory; write less, or train.recompute=full, {again}"
+            )
+        if isinstance(error, OSError):
+            return UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
+        self._summarize("failed")
+        return error
 
     def _save_due(self) -> bool:
         train = self.config.train

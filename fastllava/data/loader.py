@@ -134,7 +134,8 @@ def steps(
 ) -> Iterator[tuple[Step, list[Batch]]]:
     """Every step from number `first` to the plan's last, with its micro-batches on the host (page-locked when `pin`).
 
-    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.
+    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable, and
+    when a worker was killed.
     """
     loader = DataLoader(
         _MicroBatches(prepared, spec, data),
@@ -150,7 +151,12 @@ def steps(
         step = plan.step(index)
         batches = []
         for _ in step.micro_batches:
-            batch = next(built)
+            try:
+                batch = next(built)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(f"data.workers: a data worker was killed ({error}); free memory, or write a smaller data.workers") from None
             if isinstance(batch, UserError):
                 raise batch
             batches.append(batch)

@@ -272,3 +272,73 @@ def test_the_step_never_waits_for_the_device(settings, monkeypatch):
     monkeypatch.setattr(module, "train_step", watched)
     train(settings("finetune", optim={"max_grad_norm": 1.0}, train={"max_steps": 2}))
     assert waits == []
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"status": "complete"}', "{", "\xff"])
+def test_a_summary_that_no_run_wrote_is_named(content, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run_summary.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"run_summary\.json: is not a summary"):
+        train(settings())
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"{}", b"\xff", b'{"step": 1, "los'])
+def test_a_damaged_line_of_metrics_is_named_and_a_cut_last_one_is_not(line, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + line)
+    assert read_metrics(tmp_path) == [{"step": 0}]
+    path.write_bytes(b'{"step": 0}\n' + line + b"\n" + b'{"step": 2}\n')
+    with pytest.raises(UserError, match="line 2 is no row of metrics"):
+        read_metrics(tmp_path)
+
+
+def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(settings, tmp_path, monkeypatch):
+    import fastllava.data.loader as module
+
+    honest = module.load_image
+
+    def dies(path, *args):
+        if path.name == "9.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(path, *args)
+
+    values = settings(data={"workers": 1, "shuffle": False})
+    monkeypatch.setattr(module, "load_image", dies)
+    with pytest.raises(UserError, match=r"data\.workers: a data worker was killed"):
+        train(values)
+    monkeypatch.setattr(module, "load_image", honest)
+    assert train(values).summary["status"] == "complete"
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(6))
+
+
+def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_path, monkeypatch):
+    import fastllava.train as module
+
+    honest, calls = module.train_step, []
+
+    def runs_out(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(*args)
+
+    monkeypatch.setattr(module, "train_step", runs_out)
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens: 150 rows .*train\.recompute=full"):
+        train(settings())
+    assert checkpoint.newest(tmp_path / "run").step == 3
+
+
+def test_a_disk_that_fills_up_at_the_plot_is_one_line(settings, monkeypatch):
+    import fastllava.train as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "plot_loss", full)
+    with pytest.raises(UserError, match=r"output_dir: .*No space left.*same command again"):
+        train(settings())
+
+
+def test_a_single_step_of_warm_up_is_said(settings, capsys):
+    run(check_config(settings(train={"max_steps": 1})), Console(width=200))
+    assert "runs at lr 0" in capsys.readouterr().out

@@ -129,7 +129,8 @@ def image_spec(config: ClipConfig, preprocessor: Mapping[str, Any], where: str) 
     sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
     if not sides <= {None, config.image_size}:
         raise UserError(f"{where}: crop_size {crop} of the preprocessor is not the tower's image_size {config.image_size}; make them equal")
-    if abs(preprocessor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9 or preprocessor.get("do_normalize") is False:
+    rescale = preprocessor.get("rescale_factor", 1 / 255)
+    if not isinstance(rescale, (int, float)) or abs(rescale - 1 / 255) > 1e-9 or preprocessor.get("do_normalize") is False:
         raise UserError(f"{where}: the preprocessor does not scale pixels by 1/255 and normalise them; give CLIP's own")
     mean = tuple(preprocessor.get("image_mean") or CLIP_MEAN)
     std = tuple(preprocessor.get("image_std") or CLIP_STD)
