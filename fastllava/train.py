@@ -135,6 +135,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._save()
             raise self._in_words(error) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # PyTorch raises this from a signal handler, perhaps within the optimizer's step: what is in memory is not kept.
+            raise UserError(
+                f"data.workers: {' '.join(str(error).split())}; free memory or write fewer data.workers, and start the same command again"
+            ) from None
         if self.next_step < self.plan.n_steps:
             if not self._save():
                 raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")

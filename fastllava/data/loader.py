@@ -134,8 +134,7 @@ def steps(
 ) -> Iterator[tuple[Step, list[Batch]]]:
     """Every step from number `first` to the plan's last, with its micro-batches on the host (page-locked when `pin`).
 
-    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable, and
-    when a worker was killed.
+    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.
     """
     loader = DataLoader(
         _MicroBatches(prepared, spec, data),
@@ -151,12 +150,7 @@ def steps(
         step = plan.step(index)
         batches = []
         for _ in step.micro_batches:
-            try:
-                batch = next(built)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(f"data.workers: a data worker was killed ({error}); free memory, or write a smaller data.workers") from None
+            batch = next(built)
             if isinstance(batch, UserError):
                 raise batch
             batches.append(batch)

@@ -302,9 +302,9 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(settings, tmp_path
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(path, *args)
 
-    values = settings(data={"workers": 1, "shuffle": False})
+    values = settings(data={"workers": 1, "shuffle": False}, train={"checkpoint_steps": 1})
     monkeypatch.setattr(module, "load_image", dies)
-    with pytest.raises(UserError, match=r"data\.workers: a data worker was killed"):
+    with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*killed.*same command again"):
         train(values)
     monkeypatch.setattr(module, "load_image", honest)
     assert train(values).summary["status"] == "complete"
