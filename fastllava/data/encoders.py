@@ -47,16 +47,14 @@ class Encoder(Protocol):
 
 
 class _Words(dict[str, list[int]]):
-    """Ids of words, encoded when first asked for. Bounded."""
+    """Ids of words, encoded when first asked for. Full, it takes no more: the frequent words have come by then."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def __missing__(self, word: str) -> list[int]:
         ids = self._model.encode(word)
-        if len(word) <= _LONGEST_WORD:
-            if len(self) >= _MOST_WORDS:
-                self.clear()
+        if len(word) <= _LONGEST_WORD and len(self) < _MOST_WORDS:
             self[word] = ids
         return ids
 

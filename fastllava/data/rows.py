@@ -1,5 +1,6 @@
 """From records to rows of a prepared set, in worker processes or here; the rows do not depend on which."""
 
+import gc
 import multiprocessing
 import signal
 from array import array
@@ -228,6 +229,8 @@ def _start_worker(preparer: Preparer) -> None:
     # Ctrl-C reaches the whole group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker[:] = [preparer]
+    # What has been loaded by now stays; the garbage collector need not look at it again and again.
+    gc.freeze()
 
 
 def _work(raws: list[Raw]) -> Batch:
