@@ -47,9 +47,10 @@ class ImageError(UserError):
         return ImageError, (self.path, BadRecord(self.reason, self.detail))
 
 
-def resolve_image(root: Path, relative: str) -> Path:
+def resolve_image(root: Path, relative: str, follow_links: bool = False) -> Path:
     """The file that a record's image path names, inside `root` and nowhere else, links followed. Nothing is opened.
 
+    `follow_links`: links below `root`, which its owner has put there, may lead out of it; `..` in a path may not.
     `root` must be resolved (`Path.resolve`). Raises BadRecord.
     """
     if not relative or "\0" in relative or relative.isspace():

@@ -79,7 +79,7 @@ def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[st
             source = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
     except OSError as error:
         raise UserError(f"data.records: {data.records} cannot be read ({error.strerror}); give the path of a LLaVA JSON file") from None
-    limits = ("max_image_bytes", "max_image_pixels", "min_image_side", "max_image_aspect")
+    limits = ("max_image_bytes", "max_image_pixels", "min_image_side", "max_image_aspect", "follow_links")
     return {
         "format": FORMAT,
         "source": source,

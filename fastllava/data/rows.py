@@ -141,7 +141,7 @@ class Preparer:
             given = f"is not set, and record {name!r} has the image {relative!r}"
             raise UserError(f"data.images: {given}; write the folder that image paths start from")
         try:
-            path = resolve_image(self.root, relative)
+            path = resolve_image(self.root, relative, self.data.follow_links)
             found = path.stat()
         except BadRecord as problem:
             return problem

@@ -247,6 +247,19 @@ def test_paths_that_lead_out_are_refused(root: Path, path: str) -> None:
     assert problem.value.reason == "image_path"
 
 
+@pytest.mark.parametrize("path", ["out.png", "outside/a.png"])
+def test_links_out_are_followed_when_the_user_says_so(root: Path, path: str) -> None:
+    assert resolve_image(root, path, follow_links=True) == root.parent / "images-secret" / "a.png"
+    with pytest.raises(BadRecord, match=r"data\.follow_links=true"):
+        resolve_image(root, path)
+
+
+@pytest.mark.parametrize("path", ["../images-secret/a.png", "outside/../images-secret/a.png", "/etc/passwd"])
+def test_no_path_climbs_out_even_so(root: Path, path: str) -> None:
+    with pytest.raises(BadRecord):
+        resolve_image(root, path, follow_links=True)
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
