@@ -63,8 +63,10 @@ def resolve_image(root: Path, relative: str, follow_links: bool = False) -> Path
         real = os.path.realpath(inside + relative)
     except (UnicodeEncodeError, OSError) as error:
         raise BadRecord("image_path", f"the image path {relative!r} cannot be followed ({type(error).__name__}); mend it") from None
-    if not real.startswith(inside):
-        raise BadRecord("image_path", f"the image path {relative!r} leads out of data.images; put the file there, or choose another folder")
+    climbs = ".." in relative.split("/")
+    if not real.startswith(inside) and (climbs or not follow_links):
+        remedy = "put the file there" if climbs else "put the file there, or write data.follow_links=true if its link is yours"
+        raise BadRecord("image_path", f"the image path {relative!r} leads out of data.images; {remedy}")
     return Path(real)
 
 

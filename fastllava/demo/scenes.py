@@ -47,7 +47,7 @@ def is_held_out(scene: Scene) -> bool:
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
     """A random scene from the held-out scenes or from the others. Single things are frequent: only they can be asked for their place."""
     while True:
-        count = rng.choices((1, 2, 3, 4), (4, 2, 2, 1))[0]
+        count = rng.choices((1, 2, 3, 4), (5, 2, 2, 1))[0]
         places = tuple(sorted(rng.sample(range(len(PLACES)), count)))
         scene = Scene(rng.choice(SHAPES), rng.choice(list(COLOURS)), places, rng.choice(list(BACKGROUNDS)))
         if is_held_out(scene) == held_out:
