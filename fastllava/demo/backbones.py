@@ -26,14 +26,14 @@ class BackboneSizes:
     tower_width: int = 128
     tower_blocks: int = 3
     """The last one never runs: LLaVA-1.5 takes the features before it."""
-    tower_epochs: int = 3
+    tower_epochs: int = 6
     """Passes over the training pictures."""
     llm_width: int = 128
-    llm_layers: int = 3
-    llm_heads: int = 2
+    llm_layers: int = 2
+    llm_heads: int = 4
     vocabulary: int = 512
     """Tokens at most."""
-    llm_texts: int = 8000
+    llm_texts: int = 2000
     """Texts that the language model reads."""
 
 

@@ -1,0 +1,167 @@
+"""The embedded default from the first stroke to the report: draw, make backbones, train both stages, ask held-out questions."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fastllava.config import Config, ModelConfig, load_config
+from fastllava.data.images import load_image
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.demo.answers import Accuracy, compare, greedy
+from fastllava.demo.backbones import BackboneSizes, write_json
+from fastllava.demo.dataset import DrawnSet, draw_set
+from fastllava.demo.llm import make_llm
+from fastllava.demo.report import Example, print_accuracy, write_report
+from fastllava.demo.tower import make_tower
+from fastllava.errors import UserError
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava
+from fastllava.startup import choose_device, speaker
+from fastllava.train import run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STAMP = "demo.json"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo is made of; two runs with equal settings give the same result on the same machine."""
+
+    seed: int = 1
+    train_pictures: int = 3000
+    held_out_pictures: int = 150
+    questions: int = 5
+    """At most so many a training picture."""
+    sizes: BackboneSizes = field(default_factory=BackboneSizes)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What came of it."""
+
+    accuracy: Accuracy
+    checkpoint: Path
+    """A whole checkpoint in the original's layout."""
+    report: Path
+    seconds: float
+
+
+def demo(out: Path, settings: DemoSettings | None = None, console: Console | None = None, overrides: tuple[str, ...] = ()) -> DemoResult:
+    """Run the demo in the folder `out` and leave everything there. The same call again goes on where an earlier one stopped.
+
+    `overrides` go to both stages' configs, as on the command line. Raises UserError when `out` holds something else.
+    """
+    threads = torch.get_num_threads()
+    # The demo's tensors are small: a second thread waits more than it works, and badly so beside other programs.
+    torch.set_num_threads(1)
+    try:
+        return _demo(out, settings or DemoSettings(), console or Console(), overrides)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[str, ...]) -> DemoResult:
+    began = time.monotonic()
+    say = speaker(console)
+    pretrain, finetune = stage_configs(out, overrides)
+    if _claim(out, settings):
+        say(f"{out} holds this demo already: going on where it stopped")
+
+    drawn = draw_set(out / "data", settings.train_pictures, settings.held_out_pictures, settings.questions, settings.seed)
+    say(f"drew {len(drawn.train):,} training pictures and {len(drawn.held_out_scenes)} held-out ones of other scenes, in {drawn.images}")
+    _make_backbones(out, drawn, settings, pretrain, console)
+
+    before = _answers(pretrain.model.model_copy(update={"projector": "fresh"}), drawn, finetune)
+    say("stage 1: the projector learns to show the pictures to the language model, on captions")
+    _train(pretrain, console)
+    say("stage 2: projector and language model learn to answer, on conversations")
+    _train(finetune, console)
+    after = _answers(finetune.model.model_copy(update={"llm": finetune.output_dir, "projector": None}), drawn, finetune)
+
+    questions = [one.question for one in drawn.held_out]
+    accuracy = compare(questions, before, after)
+    print_accuracy(accuracy, console)
+    examples = [Example(drawn.images / one.image, one.question, b, a) for one, b, a in zip(drawn.held_out, before, after, strict=True)]
+    seconds = time.monotonic() - began
+    report = write_report(out, accuracy, examples, [pretrain.output_dir, finetune.output_dir], seconds)
+    say(f"report:     {report}\ncheckpoint: {finetune.output_dir}\nset:        {out / 'data'}\ntook {seconds:.0f} s; to go on:")
+    say(f"  fastllava inspect {drawn.finetune} --tokenizer {out / 'llm'} --template v1")
+    say(f"  fastllava export {finetune.output_dir} --layout hf --out {out / 'hf'}")
+    say(f"  fastllava train {CONFIGS / 'demo_finetune.yaml'} train.epochs=1 output_dir={out / 'one-epoch'}")
+    return DemoResult(accuracy, finetune.output_dir, report, seconds)
+
+
+def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, Config]:
+    """The shipped configs of both stages, with `out` in the place of their folder demo/."""
+    if not CONFIGS.is_dir():
+        raise UserError(f"demo: its configs are not at {CONFIGS}; run it from a checkout that was installed with pip install -e .")
+
+    def load(stage: str) -> Config:
+        places = {
+            "output_dir": out / stage,
+            "model.llm": out / "llm",
+            "model.vision_tower": out / "tower",
+            "data.records": out / "data" / f"{stage}.json",
+            "data.images": out / "data" / "images",
+            "data.prepared_dir": out / "prepared",
+        }
+        if stage == "finetune":
+            places["model.projector"] = out / "pretrain" / "mm_projector.safetensors"
+        words = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
+        return load_config(CONFIGS / f"demo_{stage}.yaml", [*words, *overrides])
+
+    return load("pretrain"), load("finetune")
+
+
+def _claim(out: Path, settings: DemoSettings) -> bool:
+    """Whether `out` holds this very demo already; an empty or new folder is taken. Raises UserError for any other."""
+    stamp = out / STAMP
+    wanted = asdict(settings)
+    if stamp.exists():
+        if json.loads(stamp.read_text(encoding="utf-8")) != wanted:
+            raise UserError(f"--out: {out} holds a demo of other settings; remove it or give another folder")
+        return True
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out: {out} holds other files; give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, wanted)
+    return False
+
+
+def _make_backbones(out: Path, drawn: DrawnSet, settings: DemoSettings, config: Config, console: Console) -> None:
+    """The tower and the language model of the demo, unless they are there; a folder's config.json is written last."""
+    say = speaker(console)
+    ops = choose_ops(config.kernels, torch.device("cpu"), torch.float32)
+    if not (out / "tower" / "config.json").exists():
+        say("a tower with random weights cannot carry the two stages, so one is trained on the pictures first, as CLIP was before LLaVA:")
+        score = make_tower(out / "tower", drawn, settings.sizes, config.data, ops, settings.seed)
+        say(f"  its patches tell {score.shape:.1%} of the shapes and {score.colour:.1%} of the colours held out; now it is frozen")
+    if not (out / "llm" / "config.json").exists():
+        say("the language model reads the set's sentences, without pictures (as Vicuna had read before LLaVA):")
+        loss = make_llm(out / "llm", drawn.texts, settings.sizes, ops, settings.seed)
+        say(f"  loss {loss:.2f} nats a token at the end")
+
+
+def _train(config: Config, console: Console) -> None:
+    result = run(config, console)
+    if result.stopped_by is not None:
+        raise UserError(f"stopped by {result.stopped_by.name}; the same command goes on")
+
+
+def _answers(source: ModelConfig, drawn: DrawnSet, config: Config) -> list[str]:
+    """The answers of the model in `source` to all held-out questions, with the template and image policy of `config`."""
+    device = choose_device(config)
+    ops = choose_ops(config.kernels, device, torch.float32)
+    model = load_llava(source, ops, torch.float32, config.train.seed).to(device).requires_grad_(False)
+    tokenizer = Tokenizer.load(source.llm)
+
+    def load(name: str) -> NDArray[np.uint8]:
+        return load_image(drawn.images / name, config.data.image_policy, model.spec, config.data)
+
+    return greedy(model, tokenizer, drawn.held_out, load, config.data.template)
