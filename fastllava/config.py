@@ -87,9 +87,7 @@ class DataConfig(Section):
         None, description="sentencepiece pieces after a special token: legacy or not; read from the tokenizer's config when left out"
     )
     max_quarantined_share: Share = Field(0.01, description="more bad records than this share stop the run before it starts")
-    follow_links: bool = Field(
-        False, description="true: links in data.images may lead out of it, to another disk, say"
-    )
+    follow_links: bool = Field(False, description="true: links in data.images may lead out of it, to another disk, say")
     prepared_dir: FilePath | None = Field(None, description="where prepared sets are kept; ~/.cache/fastllava/prepared when left out")
     workers: int = Field(2, ge=0, description="processes that prepare records, and that decode images during training")
     max_image_bytes: int = Field(64 * 2**20, gt=0, description="larger image files are quarantined")

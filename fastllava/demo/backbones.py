@@ -26,7 +26,7 @@ class BackboneSizes:
     tower_width: int = 128
     tower_blocks: int = 3
     """The last one never runs: LLaVA-1.5 takes the features before it."""
-    tower_epochs: int = 6
+    tower_epochs: int = 8
     """Passes over the training pictures."""
     llm_width: int = 128
     llm_layers: int = 2

@@ -69,10 +69,11 @@ def pick(examples: Sequence[Example], number: int) -> list[Example]:
     for example in examples:
         by_kind.setdefault(example.question.kind, []).append(example)
     picked: dict[Path, Example] = {}
-    for turn in range(len(examples)):
+    for _ in range(number):
         for kind in by_kind.values():
-            if turn < len(kind) and len(picked) < number:
-                picked.setdefault(kind[turn].image, kind[turn])
+            fresh = next((example for example in kind if example.image not in picked), None)
+            if fresh is not None and len(picked) < number:
+                picked[fresh.image] = fresh
     return list(picked.values())
 
 

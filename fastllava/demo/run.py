@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -93,7 +94,7 @@ def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[
     say(f"report:     {report}\ncheckpoint: {finetune.output_dir}\nset:        {out / 'data'}\ntook {seconds:.0f} s; to go on:")
     say(f"  fastllava inspect {drawn.finetune} --tokenizer {out / 'llm'} --template v1")
     say(f"  fastllava export {finetune.output_dir} --layout hf --out {out / 'hf'}")
-    say(f"  fastllava train {CONFIGS / 'demo_finetune.yaml'} train.epochs=1 output_dir={out / 'one-epoch'}")
+    say(f"  fastllava train {_write_config(out / 'finetune.yaml', finetune)} train.epochs=1 output_dir={out / 'one-epoch'}")
     return DemoResult(accuracy, finetune.output_dir, report, seconds)
 
 
@@ -117,6 +118,12 @@ def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, C
         return load_config(CONFIGS / f"demo_{stage}.yaml", [*words, *overrides])
 
     return load("pretrain"), load("finetune")
+
+
+def _write_config(path: Path, config: Config) -> Path:
+    """The config as it ran, with the paths of this demo, ready for `fastllava train`; `path` again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    return path
 
 
 def _claim(out: Path, settings: DemoSettings) -> bool:

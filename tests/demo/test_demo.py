@@ -166,6 +166,7 @@ def test_pick_takes_types_in_turn_and_each_picture_once(tmp_path):
     examples = [Example(tmp_path / str(i // 2), Question("ab"[i % 2], "q", "x"), "", "") for i in range(20)]
     picked = pick(examples, 6)
     assert len({example.image for example in picked}) == len(picked) == 6
+    assert [example.question.kind for example in picked] == ["a", "b"] * 3
 
 
 @pytest.fixture(scope="module")
