@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastllava.config import load_config
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.demo.answers import OVERALL, compare, greedy, majority_answers, score
 from fastllava.demo.backbones import BackboneSizes
 from fastllava.demo.dataset import HeldOut, draw_set
 from fastllava.demo.questions import KINDS, Question, ask, ask_several
 from fastllava.demo.report import Example, pick
-from fastllava.demo.run import DemoSettings, demo
+from fastllava.demo.run import DemoSettings, demo, stage_configs
 from fastllava.demo.scenes import BACKGROUNDS, CANVAS, COLOURS, GRID, PLACES, SHAPES, Scene, draw_scene, is_held_out, paint
 from fastllava.demo.tower import CLASSES, patch_labels
 from fastllava.errors import UserError
@@ -188,6 +189,11 @@ def test_a_miniature_demo_leaves_everything(tiny):
     assert (result.checkpoint / "model.safetensors").exists()
     tokenizer = Tokenizer.load(out / "llm")
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
+def test_the_config_it_leaves_is_the_one_that_ran(tiny):
+    out, _ = tiny
+    assert load_config(out / "finetune.yaml") == stage_configs(out, ("train.epochs=1",))[1]
 
 
 def test_the_same_demo_again_goes_on_and_another_one_is_refused(tiny):
