@@ -10,6 +10,7 @@ from fastllava.config import ModelConfig
 from fastllava.errors import UserError
 from fastllava.model.llava import normalise
 from fastllava.model.weights import load_llava
+from fastllava.model.weights.layouts import to_ours
 
 VARIANTS = {
     "llama": {"model_type": "llama"},
@@ -93,6 +94,41 @@ def test_loss_equals_transformers(tiny, tmp_path):
     expected = theirs(input_ids=torch.tensor([ids]), pixel_values=pixels, labels=torch.tensor([labels])).loss
     found = ours(tiny.pack([sample], weight=1 / len(sample.supervised)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2_grouped_tied"])
+def test_packed_gradients_equal_those_of_a_padded_batch_in_transformers(tiny, tmp_path, variant):
+    theirs = oracle(tiny, variant, tmp_path)
+    ours = load_llava(ModelConfig(llm=tmp_path), tiny.ops, torch.float32, 0)
+    samples = tiny.mixed()
+    rows, labels = [], []
+    for sample in samples:
+        rows.append([token for i in sample.ids for token in ([IMAGE] * tiny.PATCHES if i == IMAGE_ID else [i])])
+        marked = [(i if n in sample.supervised else -100, i) for n, i in enumerate(sample.ids)]
+        labels.append([label for mark, i in marked for label in ([-100] * tiny.PATCHES if i == IMAGE_ID else [mark])])
+    longest = max(map(len, rows))
+    assert min(map(len, rows)) < longest, "something is padded"
+    mean, std = torch.tensor(ours.spec.mean), torch.tensor(ours.spec.std)
+    pixels = normalise(torch.stack([image for sample in samples for image in sample.images]), mean, std)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    targets = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])[:, 1:]
+    logits = theirs(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    expected.backward()
+
+    found = ours(tiny.pack(samples, weight=1 / int((targets != -100).sum())))
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters() if not name.startswith("tower.")}
+    compared = set()
+    for name, parameter in theirs.named_parameters():
+        ours_name = to_ours(name, "hf")
+        if ours_name in gradients:
+            difference = (gradients[ours_name] - parameter.grad).norm()
+            assert difference <= 1e-5 * parameter.grad.norm() + 1e-9, ours_name
+            compared.add(ours_name)
+    assert compared == gradients.keys()
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

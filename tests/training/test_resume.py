@@ -20,7 +20,7 @@ from fastllava.metrics import read_metrics
 from fastllava.train import run
 
 FASTLLAVA = Path(sys.executable).with_name("fastllava")
-KILLS, STEPS = 10, 240
+KILLS, STEPS = 10, 150
 NUMBERS = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens")
 
 
