@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastllava import __version__
 from fastllava.config import Config, check_config
+from fastllava.disk import sync
 from fastllava.errors import UserError
 
 RUN_CONFIG = "run_config.json"
@@ -63,10 +64,10 @@ def save(
         write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, **versions})
         write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
         write_json(beside / _MANIFEST, {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(beside)})
-        _sync_folder(beside)
+        sync(beside)
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
-        _sync_folder(output_dir)
+        sync(output_dir)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -202,11 +203,3 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

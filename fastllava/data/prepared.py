@@ -30,6 +30,7 @@ from fastllava.data.records import read_records
 from fastllava.data.rows import SCHEMA, Preparer, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.disk import sync
 from fastllava.errors import UserError
 
 __all__ = ["PreparedRow", "PreparedSet", "prepare"]
@@ -133,8 +134,8 @@ def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: P
     manifest["checksum"] = checksum_of(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
     for file in partial.iterdir():
-        _sync(file)
-    _sync(partial)
+        sync(file)
+    sync(partial)
     if folder.exists():
         stale = folder.with_suffix(".stale")
         shutil.rmtree(stale, ignore_errors=True)
@@ -144,7 +145,7 @@ def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: P
         shutil.rmtree(stale, ignore_errors=True)
     else:
         partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     return PreparedSet.open(folder)
 
 
@@ -193,11 +194,3 @@ def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

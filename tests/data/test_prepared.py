@@ -218,7 +218,7 @@ def test_what_a_stopped_run_left_is_cleared(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "_sync", stop)
+        patched.setattr(module, "sync", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(data, tokenizer, spec, Said())
     assert data.prepared_dir is not None

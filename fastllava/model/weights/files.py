@@ -5,7 +5,6 @@ Nothing read here can run code: .bin files go through torch.load(weights_only=Tr
 
 import contextlib
 import json
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,15 +136,6 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
 def read_optional_json(path: Path, key: str) -> dict[str, Any]:
     """The JSON object in `path`, or an empty one when there is no such file."""
     return read_json(path, key) if path.is_file() else {}
-
-
-def sync(path: Path) -> None:
-    """Wait until the file or folder at `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def dump_json(value: Mapping[str, Any], path: Path) -> None:

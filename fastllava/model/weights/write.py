@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllava.config import ModelConfig
+from fastllava.disk import sync
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.projector import Projector
 from fastllava.model.weights.config_files import CHAT_TEMPLATE_V1, Vocabulary, config_files, tower_config, vocabulary_of
-from fastllava.model.weights.files import dump_json, sync
+from fastllava.model.weights.files import dump_json
 from fastllava.model.weights.layouts import to_disk
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer, find_tokenizer, write_hf, write_original
 
