@@ -173,10 +173,12 @@ class Trainer:
                 factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
                 set_lr(self.optimizer, factor)
                 scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm)
-                # The row of the step before: its numbers have arrived while this step was being launched.
-                self._record_pending()
+                # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
                 self.next_step = step.index + 1
+                before = self._pending
                 self._pending = self._recorder(metrics, step, scalars, factor, waited, time.perf_counter() - began)
+                # The row of the step before: its numbers have arrived while this step was being launched.
+                before()
                 began = time.perf_counter()
                 if stop():
                     break
@@ -221,6 +223,7 @@ class Trainer:
     def _fail_on_non_finite(self, step: Step, loss: float, norm: float) -> None:
         """The guard has kept the optimizer still since before `step`, so the state in memory is the one before it."""
         self.next_step = step.index
+        self._pending = _nothing
         ids = [self.prepared.row(int(i)).id for i in step.samples]
         path = self.config.output_dir / f"non_finite_step_{step.index}.json"
         write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})

@@ -342,3 +342,24 @@ def test_a_disk_that_fills_up_at_the_plot_is_one_line(settings, monkeypatch):
 def test_a_single_step_of_warm_up_is_said(settings, capsys):
     run(check_config(settings(train={"max_steps": 1})), Console(width=200))
     assert "runs at lr 0" in capsys.readouterr().out
+
+
+def test_a_metrics_file_that_cannot_be_written_leaves_a_state_under_its_own_number(settings, tmp_path, monkeypatch):
+    from fastllava.metrics import Metrics
+
+    honest = Metrics.write
+
+    def full(self, row):
+        if row["step"] == 3:
+            raise OSError(28, "No space left on device")
+        honest(self, row)
+
+    values = settings(train={"max_steps": 8})
+    monkeypatch.setattr(Metrics, "write", full)
+    with pytest.raises(UserError, match=r"output_dir: .*No space left"):
+        train(values)
+    monkeypatch.setattr(Metrics, "write", honest)
+    train(values)
+    train({**values, "output_dir": str(tmp_path / "whole")})
+    resumed, unbroken = (load_file(tmp_path / name / "mm_projector.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
