@@ -8,6 +8,9 @@ import pytest
 # Before anything imports torch or transformers: small tensors are slower on several threads, and two workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not Path("/dev/nvidiactl").exists():
+    # Triton decides at import: without a GPU its kernels run on CPU tensors, in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["WANDB_MODE"] = "disabled"
 
 REPO = Path(__file__).resolve().parents[1]

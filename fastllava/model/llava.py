@@ -45,8 +45,7 @@ class Llava(nn.Module):
         Raises UserError when a sample is longer than the decoder's attention window.
         """
         hidden = self._hidden(batch)
-        weight = self.llm.head_weight.to(self.dtype)
-        return self.ops.masked_linear_cross_entropy(hidden, weight, batch.supervised_rows, batch.targets, batch.weights)
+        return self.ops.masked_linear_cross_entropy(hidden, self.llm.head_weight, batch.supervised_rows, batch.targets, batch.weights)
 
     def logits(self, batch: Batch) -> Tensor:
         """fp32 [T, V]: the logits of every row."""
@@ -72,7 +71,7 @@ class Llava(nn.Module):
             )
         spliced = self.ops.projector_splice(
             self.features(batch.pixels).flatten(0, 1),
-            self.projector.layers(self.dtype),
+            self.projector.layers(),
             self.llm.model.embed_tokens.weight,
             batch.token_ids,
             batch.text_rows,

@@ -35,9 +35,9 @@ class Projector(nn.Module):
                 f"model.projector_type: identity needs a tower as wide as the LLM, here {inputs} and {outputs}; write mlp2x_gelu"
             )
 
-    def layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(weight [out, in], bias [out]) of each Linear in order, in `dtype`."""
-        tensors = [parameter.to(dtype) for parameter in self.parameters()]
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight [out, in], bias [out]) of each Linear in order, as they are kept."""
+        tensors = list(self.parameters())
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
     def draw(self, seed: int) -> dict[str, Tensor]:

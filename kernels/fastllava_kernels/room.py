@@ -7,13 +7,14 @@ A room is a package `fastllava_kernels/<op>/` whose `__init__.py` defines `ROOM`
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 
 import fastllava_kernels
+from fastllava_kernels.workload import Workload
 
 REFERENCE = "reference"
 
@@ -33,6 +34,14 @@ class Implementation:
 
     function: Callable[..., Any]
     unsupported: Callable[[torch.device, torch.dtype], str | None] = runs_anywhere
+    untraceable: str | None = None
+    """Why torch.compile cannot take it into one graph, in words for the user; None when it can."""
+    interpretable: bool = False
+    """Made of Triton kernels of this package, which tests run on a CPU through Triton's interpreter, in fp32 and fp16."""
+
+
+SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""How much farther from fp64 truth than the reference in the same dtype an implementation may be: ||got - truth|| / ||truth||."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,12 @@ class Room:
     name: str
     summary: str
     implementations: Mapping[str, Implementation]
+    slack: Mapping[torch.dtype, float] = field(default_factory=lambda: SLACK)
+
+    @property
+    def workload(self) -> Workload:
+        """Shapes, inputs and costs, from the room's workload.py."""
+        return importlib.import_module(f"fastllava_kernels.{self.name}.workload").WORKLOAD
 
     def __post_init__(self) -> None:
         if REFERENCE not in self.implementations:
@@ -62,17 +77,24 @@ def rooms() -> Mapping[str, Room]:
     return dict(sorted(found.items()))
 
 
-def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str:
     """The name of the implementation that runs: `wanted`, or for "auto" the first that can.
 
-    Raises ValueError in words for the user when `wanted` is no implementation or cannot run: there is no silent fallback.
+    `compiled`: it becomes part of a graph of torch.compile. Raises ValueError in words for the user when `wanted` is no
+    implementation or cannot run: there is no silent fallback.
     """
     names = list(room.implementations)
     if wanted == "auto":
-        return next(n for n in names if room.implementations[n].unsupported(device, dtype) is None)
+        return next(n for n in names if why_not(room, n, device, dtype, compiled) is None)
     if wanted not in room.implementations:
         raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(['auto', *names])}")
-    reason = room.implementations[wanted].unsupported(device, dtype)
+    reason = why_not(room, wanted, device, dtype, compiled)
     if reason is not None:
         raise ValueError(f"kernels.{room.name}: '{wanted}' cannot run here ({reason}); write kernels.{room.name}=auto")
     return wanted
+
+
+def why_not(room: Room, name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str | None:
+    """Why implementation `name` cannot run on `device` in `dtype`, or None."""
+    implementation = room.implementations[name]
+    return implementation.unsupported(device, dtype) or (implementation.untraceable if compiled else None)

@@ -28,12 +28,12 @@ def test_names_are_the_originals_and_a_fresh_one_is_nn_linears(kind, names):
     expected = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     assert all(torch.equal(drawn[name], tensor) for name, tensor in zip(names, expected, strict=True))
     assert list(drawn) == names
-    assert [tuple(w.shape) for w, _ in projector.layers(torch.float32)] == [tuple(linear.weight.shape) for linear in linears]
+    assert [tuple(w.shape) for w, _ in projector.layers()] == [tuple(linear.weight.shape) for linear in linears]
 
 
 def test_identity_has_no_weights_and_keeps_the_width():
     projector = Projector("identity", 8, 8)
-    assert projector.layers(torch.float32) == []
+    assert projector.layers() == []
     assert projector.draw(0) == {}
     with pytest.raises(UserError, match=r"^model\.projector_type: identity needs a tower as wide as the LLM, here 8 and 9"):
         Projector("identity", 8, 9)
@@ -60,7 +60,7 @@ def test_every_kind_trains_inside_the_model(tiny, tmp_path, kind):
     reference.load_state_dict(model.projector.state_dict())
     spliced = model.ops.projector_splice(
         features.flatten(0, 1),
-        model.projector.layers(torch.float32),
+        model.projector.layers(),
         model.llm.model.embed_tokens.weight,
         torch.zeros(tiny.PATCHES, dtype=torch.int64),
         torch.zeros(0, dtype=torch.int32),

@@ -21,12 +21,13 @@ def projector_splice(
 
     features: [P, C], C of the vision tower; layers: (weight [out, in], bias [out]) of each Linear, an erf GELU between
     two, none for the identity; embedding: [V, D]; token_ids: int64 [T]; text_rows: int32, the rows that take
-    `embedding[token_ids]`; patch_rows: int32 [P], the row of each patch, T for one that is cut. With P = 0 the layers
-    stay in the graph with zero gradients.
+    `embedding[token_ids]`; patch_rows: int32 [P], the row of each patch, T for one that is cut. Weights, biases and
+    embedding come in any dtype and are rounded to the features' for use. With P = 0 the layers stay in the graph with
+    zero gradients.
     """
     projected = features_PC
     for index, (weight, bias) in enumerate(layers):
-        projected = F.linear(F.gelu(projected) if index else projected, weight, bias)
+        projected = F.linear(F.gelu(projected) if index else projected, weight.to(projected.dtype), bias.to(projected.dtype))
     rows = token_ids_T.shape[0]
     text = text_rows.long()
     # One row more than T is the bin for patches that are cut: no shape depends on how many there are.

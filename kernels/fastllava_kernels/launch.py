@@ -1,0 +1,29 @@
+"""What every Triton launch needs to know: whether it is interpreted, whether it can run, and on which device."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors: for tests in fp32 and fp16 (its bf16 is wrong), never for training."""
+
+OLDEST = (8, 0)
+"""Compute capability from which the kernels are tested: A100's."""
+
+
+def needs_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The `unsupported` of a Triton kernel: why it cannot run on `device`, or None."""
+    if device.type != "cuda":
+        return "it is a Triton kernel and needs a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it computes in bf16, fp16 or fp32, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches on the current device, whatever device its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,88 @@
+"""Block sizes, warps and stages of the Triton kernels, from tables that are written offline and never change in a run.
+
+Autotuning during training would let ranks and runs pick different configurations, and so different sums. A table is
+`tables/<arch>.json`: kernel -> Triton minor version -> rows (the bucket's upper bound, or "any") -> configuration.
+`python -m fastllava_kernels.tune` writes them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastllava_kernels.launch import INTERPRETED
+
+TABLES = Path(__file__).parent / "tables"
+ANY = "any"
+
+Config = Mapping[str, int]
+"""Constants of a kernel such as BLOCK_M, and num_warps, num_stages."""
+
+_overridden: dict[str, Config] = {}
+
+
+def config(kernel: str, rows: int, device: torch.device) -> dict[str, int]:
+    """The configuration of `kernel` for a problem of `rows` rows on `device`.
+
+    Takes the newest Triton minor version in the table that is not newer than the one running, else the oldest; and the
+    smallest bucket that holds `rows`. Raises KeyError when the table of this architecture has no such kernel.
+    """
+    if kernel in _overridden:
+        return dict(_overridden[kernel])
+    return dict(_bucket(_versions(architecture(device), kernel), rows))
+
+
+@contextmanager
+def override(kernel: str, chosen: Config) -> Iterator[None]:
+    """Run `kernel` with this configuration: for tuning, benchmarks and tests."""
+    _overridden[kernel] = chosen
+    try:
+        yield
+    finally:
+        del _overridden[kernel]
+
+
+def architecture(device: torch.device) -> str:
+    """The table for `device`: "sm_90" from compute capability 9.0 on, "sm_80" before, "interpreter" without a GPU."""
+    if device.type != "cuda" or INTERPRETED:
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm_80"
+
+
+@cache
+def read_table(arch: str) -> Mapping[str, Mapping[str, Mapping[str, Config]]]:
+    """The table of an architecture as it lies in tables/."""
+    return json.loads((TABLES / f"{arch}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _versions(arch: str, kernel: str) -> Mapping[str, Config]:
+    table = read_table(arch)
+    if kernel not in table:
+        raise KeyError(f"tables/{arch}.json has no kernel '{kernel}': run python -m fastllava_kernels.tune")
+    versions = sorted(table[kernel], key=_minor)
+    running = _minor(triton.__version__)
+    return table[kernel][next((v for v in reversed(versions) if _minor(v) <= running), versions[0])]
+
+
+def _bucket(buckets: Mapping[str, Config], rows: int) -> Config:
+    bounds = sorted(int(bound) for bound in buckets if bound != ANY)
+    fitting = next((str(bound) for bound in bounds if rows <= bound), ANY)
+    return buckets[fitting] if fitting in buckets else buckets[str(bounds[-1])]
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Config]]:
+    """Every (kernel, Triton minor, bucket, configuration) of a table."""
+    for kernel, versions in table.items():
+        for minor, buckets in versions.items():
+            for bucket, chosen in buckets.items():
+                yield kernel, minor, bucket, chosen

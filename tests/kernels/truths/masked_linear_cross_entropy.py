@@ -1,0 +1,43 @@
+"""Room masked_linear_cross_entropy: the op once more in fp64 without the op it judges, its cases, and its nearest wrong one."""
+
+from collections.abc import Sequence
+
+import torch
+from judging import Args, draw
+from torch import Tensor
+
+from fastllava_kernels import rooms
+from fastllava_kernels.room import REFERENCE
+
+
+def truth(hidden: Tensor, weight: Tensor, supervised_rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    loss = hidden.sum() * 0
+    for row, target, share in zip(supervised_rows.tolist(), targets.tolist(), weights.tolist(), strict=True):
+        logits = weight @ hidden[row]
+        loss = loss + share * (logits.exp().sum().log() - logits[target])
+    return loss
+
+
+def loss_inputs(rows: int, supervised: Sequence[int]) -> Args:
+    count = len(supervised)
+    targets = torch.tensor([(5 * row + 1) % 11 for row in supervised], dtype=torch.int64)
+    weights = torch.linspace(0.0, 0.7, count) if count else torch.zeros(0)
+    return draw(rows, 6), draw(11, 6, seed=1), torch.tensor(list(supervised), dtype=torch.int32), targets, weights
+
+
+CASES: dict[str, Args] = {
+    "usual": loss_inputs(9, [1, 2, 5, 8]),
+    "every row": loss_inputs(4, range(4)),
+    "one token": loss_inputs(1, [0]),
+    "none supervised": loss_inputs(5, []),
+    "no row": loss_inputs(0, []),
+}
+
+
+def wrong(hidden: Tensor, weight: Tensor, supervised_rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The weights' sum divided out once more."""
+    reference = rooms()["masked_linear_cross_entropy"].implementations[REFERENCE].function
+    return reference(hidden, weight, supervised_rows, targets, weights) / weights.sum()
+
+
+WRONG_CASE = "every row"
