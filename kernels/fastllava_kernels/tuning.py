@@ -5,9 +5,12 @@ Autotuning during training would let ranks and runs pick different configuration
 `python -m fastllava_kernels.tune` writes them.
 """
 
+import importlib
 import json
-from collections.abc import Iterator, Mapping
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 import triton
 
+import fastllava_kernels
 from fastllava_kernels.launch import INTERPRETED
 
 TABLES = Path(__file__).parent / "tables"
@@ -24,6 +28,47 @@ Config = Mapping[str, int]
 """Constants of a kernel such as BLOCK_M, and num_warps, num_stages."""
 
 _overridden: dict[str, Config] = {}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel (one variant of it) as the tables, the tuner and the ahead-of-time gate see it.
+
+    A module with kernels lists them in `KERNELS`.
+    """
+
+    name: str
+    """Its key in the tables, such as "projector_splice.linear_gelu"."""
+    function: Any
+    """What `@triton.jit` made."""
+    signature: Mapping[str, str]
+    """Triton's type of every parameter that is no constant, as in bf16 training: "*bf16", "*fp32", "*i64", "i32", "fp32"."""
+    constants: Mapping[str, Any]
+    """The constexpr parameters that are not tuned."""
+    candidates: Mapping[str, Sequence[Config]]
+    """Configurations to choose from for "sm_80", "sm_90" and "interpreter", the likely best first."""
+    room: str
+    """The room whose workload times it."""
+    rows: str
+    """The size in that workload's shapes that the buckets bound."""
+    buckets: Sequence[int] = ()
+    """Upper bounds of rows to tune apart; above the last one and without any, "any"."""
+    divisible: frozenset[str] = field(default_factory=frozenset)
+    """Integers that are multiples of 16 in training, such as strides; pointers always are."""
+    matmul: bool = False
+    """Has a tl.dot fed from memory: the gate wants tensor-core and asynchronous-copy instructions."""
+
+
+@cache
+def kernels() -> Mapping[str, Kernel]:
+    """Every kernel by name, from the `KERNELS` of every module of this package."""
+    found: dict[str, Kernel] = {}
+    for module in pkgutil.walk_packages(fastllava_kernels.__path__, "fastllava_kernels."):
+        for kernel in getattr(importlib.import_module(module.name), "KERNELS", ()):
+            if kernel.name in found:
+                raise ValueError(f"two kernels are called {kernel.name}")
+            found[kernel.name] = kernel
+    return dict(sorted(found.items()))
 
 
 def config(kernel: str, rows: int, device: torch.device) -> dict[str, int]:

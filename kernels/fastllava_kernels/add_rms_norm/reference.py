@@ -1,0 +1,12 @@
+"""Reference of add_rms_norm: the residual stream of a pre-norm transformer, added and normed."""
+
+import torch
+from torch import Tensor
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(`rms_norm(x + residual, weight, eps)`, `x + residual`), both [T, D] in x's dtype; statistics in fp32 of the rounded sum."""
+    summed = x_TD + residual_TD
+    sum32 = summed.to(torch.promote_types(summed.dtype, torch.float32))
+    normed = sum32 * torch.rsqrt(sum32.square().mean(-1, keepdim=True) + eps)
+    return weight_D * normed.to(x_TD.dtype), summed
