@@ -84,7 +84,7 @@ def compile_kernel(kernel: tuning.Kernel, config: tuning.Config, arch: str) -> R
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {key: config[key] for key in ("num_warps", "num_stages") if key in config}
+    options = {key: config[key] for key in ("num_warps", "num_stages")} | tuning.FUSION
     compiled: Any = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
     return _measured(compiled.asm["cubin"], compiled.metadata.shared)
 

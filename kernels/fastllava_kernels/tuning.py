@@ -24,6 +24,9 @@ from fastllava_kernels.launch import INTERPRETED
 TABLES = Path(__file__).parent / "tables"
 ANY = "any"
 
+FUSION = {"enable_fp_fusion": True}
+"""Said at every launch: Triton 3.10 turns the default, and a multiply-add rounded twice gives other bits."""
+
 Config = Mapping[str, int]
 """Constants of a kernel such as BLOCK_M, and num_warps, num_stages."""
 
@@ -77,9 +80,8 @@ def config(kernel: str, rows: int, device: torch.device) -> dict[str, int]:
     Takes the newest Triton minor version in the table that is not newer than the one running, else the oldest; and the
     smallest bucket that holds `rows`. Raises KeyError when the table of this architecture has no such kernel.
     """
-    if kernel in _overridden:
-        return dict(_overridden[kernel])
-    return dict(_bucket(_versions(architecture(device), kernel), rows))
+    chosen = _overridden[kernel] if kernel in _overridden else _bucket(_versions(architecture(device), kernel), rows)
+    return {**chosen, **FUSION}
 
 
 @contextmanager

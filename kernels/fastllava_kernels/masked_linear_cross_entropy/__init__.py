@@ -1,11 +1,17 @@
 """Room masked_linear_cross_entropy: weighted sum of the next-token cross-entropy over supervised rows only."""
 
+from fastllava_kernels.launch import needs_gpu
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
+from .op import masked_linear_cross_entropy_torch, masked_linear_cross_entropy_triton
 from .reference import masked_linear_cross_entropy
 
 ROOM = Room(
     name="masked_linear_cross_entropy",
     summary="Weighted sum of the next-token cross-entropy over supervised rows only",
-    implementations={REFERENCE: Implementation(masked_linear_cross_entropy)},
+    implementations={
+        "triton": Implementation(masked_linear_cross_entropy_triton, needs_gpu, interpretable=True),
+        "torch": Implementation(masked_linear_cross_entropy_torch),
+        REFERENCE: Implementation(masked_linear_cross_entropy),
+    },
 )

@@ -18,11 +18,11 @@ def truth(hidden: Tensor, weight: Tensor, supervised_rows: Tensor, targets: Tens
     return loss
 
 
-def loss_inputs(rows: int, supervised: Sequence[int]) -> Args:
+def loss_inputs(rows: int, supervised: Sequence[int], vocabulary: int = 11) -> Args:
     count = len(supervised)
-    targets = torch.tensor([(5 * row + 1) % 11 for row in supervised], dtype=torch.int64)
+    targets = torch.tensor([(5 * row + 1) % vocabulary for row in supervised], dtype=torch.int64)
     weights = torch.linspace(0.0, 0.7, count) if count else torch.zeros(0)
-    return draw(rows, 6), draw(11, 6, seed=1), torch.tensor(list(supervised), dtype=torch.int32), targets, weights
+    return draw(rows, 6), draw(vocabulary, 6, seed=1), torch.tensor(list(supervised), dtype=torch.int32), targets, weights
 
 
 CASES: dict[str, Args] = {
@@ -31,6 +31,12 @@ CASES: dict[str, Args] = {
     "one token": loss_inputs(1, [0]),
     "none supervised": loss_inputs(5, []),
     "no row": loss_inputs(0, []),
+    "rows in any order": loss_inputs(9, [8, 2, 5, 1]),
+    "V no multiple of a block": loss_inputs(5, [0, 3], 101),
+    "V = 1": loss_inputs(3, [1], 1),
+    "V = 32003": loss_inputs(3, [0, 2], 32003),
+    "V = 32064": loss_inputs(3, [1], 32064),
+    "V too long for a block": loss_inputs(2, [1], 32769),
 }
 
 

@@ -1,0 +1,47 @@
+"""Implementation `torch` of masked_linear_cross_entropy: the kernel's arithmetic in plain PyTorch, on any device."""
+
+import torch
+from torch import Tensor
+
+
+def loss_rows(
+    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and logit gradients of a chunk (chunked.LossRows); overwrites the logits.
+
+    With c the row's largest logit, y the target and S the sum of exp(z_v - c) over v != y: the loss is
+    (c - z_y) + log(exp(z_y - c) + S), and the target's gradient -S / (exp(z_y - c) + S), which is p_y - 1 without the
+    subtraction. So rows with p_y up to 1 keep all their digits.
+    """
+    targets = targets_N.unsqueeze(1)
+    target_logits = logits_NV.gather(1, targets)
+    largest = logits_NV.amax(1, keepdim=True)
+    others = logits_NV.sub_(largest).exp_().scatter_(1, targets, 0.0)
+    total = others.sum(1, keepdim=True)
+    target = (target_logits - largest).exp()
+    weights = weights_N.to(total.dtype).unsqueeze(1)
+    # exp(z_y - c) is 1 where the target is the largest, and there log1p keeps what log would lose.
+    log_sum = torch.where(target_logits == largest, torch.log1p(total), torch.log(target + total))
+    losses = weights * (largest - target_logits + log_sum)
+    if not wants_gradient:
+        return losses.squeeze(1), others, torch.zeros_like(weights_N)
+    norm = weights / (target + total)
+    exact = -total * norm
+    gradient = others.mul_(norm).scatter_(1, targets, exact).to(dtype)
+    residual = exact - gradient.gather(1, targets)
+    return losses.squeeze(1), gradient, residual.squeeze(1)
+
+
+def scatter_rows(
+    d_rows_MD: Tensor,
+    residual_M: Tensor,
+    grad_loss: Tensor,
+    weight_VD: Tensor,
+    supervised_rows: Tensor,
+    targets_M: Tensor,
+    d_hidden_TD: Tensor,
+) -> None:
+    """Write `grad_loss * (d_rows + residual * weight[targets])` to the supervised rows of d_hidden, rounded once."""
+    target_rows = weight_VD.index_select(0, targets_M).to(d_hidden_TD.dtype)
+    complete = torch.addcmul(d_rows_MD, residual_M.unsqueeze(1), target_rows.to(d_rows_MD.dtype)) * grad_loss
+    d_hidden_TD.index_copy_(0, supervised_rows.long(), complete.to(d_hidden_TD.dtype))

@@ -1,0 +1,109 @@
+"""masked_linear_cross_entropy as `torch.library.custom_op`s: one op in Triton, one in plain PyTorch, with gradients formed in forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllava_kernels.launch import INTERPRETED
+
+from . import chunked, eager, kernel
+
+
+def masked_linear_cross_entropy_triton(
+    hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor
+) -> Tensor:
+    """The reference's contract; products by the library on compacted rows in chunks, everything between them in one Triton kernel."""
+    return _loss(_TRITON, hidden_TD, weight_VD, supervised_rows, targets_M, weights_M)
+
+
+def masked_linear_cross_entropy_torch(
+    hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor
+) -> Tensor:
+    """The reference's contract; the same computation as the Triton one, in plain PyTorch."""
+    return _loss(_TORCH, hidden_TD, weight_VD, supervised_rows, targets_M, weights_M)
+
+
+def _loss(op: Any, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    return op(hidden, weight, rows, targets, weights, *wants)[0]
+
+
+def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
+    """The op fastllava::masked_linear_cross_entropy_<name>; code(tensor): the module that computes where the tensor lies."""
+
+    @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}", mutates_args=())
+    def forward(
+        hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss_rows = code(hidden).loss_rows
+        return tuple(chunked.forward(hidden, weight, rows, targets, weights, wants_hidden, wants_weight, loss_rows))  # type: ignore[return-value]
+
+    @forward.register_fake
+    def _(
+        hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        count, (vocabulary, width) = rows.shape[0], weight.shape
+        return (
+            hidden.new_empty((), dtype=wide),
+            hidden.new_empty((count if wants_hidden else 0, width), dtype=wide),
+            hidden.new_empty(count if wants_hidden else 0, dtype=wide),
+            hidden.new_empty((vocabulary if wants_weight else 0, width), dtype=wide),
+        )
+
+    @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}_backward", mutates_args=())
+    def backward(
+        grad_loss: Tensor,
+        d_rows: Tensor,
+        residual: Tensor,
+        d_weight: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        total_rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        # Nothing saved is written to: a graph that is kept gives the same gradients again.
+        d_hidden = weight.new_zeros(total_rows, weight.shape[1], dtype=dtype)
+        if d_rows.shape[0]:
+            code(weight).scatter_rows(d_rows, residual, grad_loss, weight, rows, targets, d_hidden)
+        return d_hidden, (d_weight * grad_loss).to(weight.dtype)
+
+    @backward.register_fake
+    def _(
+        grad_loss: Tensor,
+        d_rows: Tensor,
+        residual: Tensor,
+        d_weight: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        total_rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        return weight.new_empty(total_rows, weight.shape[1], dtype=dtype), torch.empty_like(d_weight, dtype=weight.dtype)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, rows, targets, *_ = inputs
+        _, d_rows, residual, d_weight = output
+        ctx.mark_non_differentiable(d_rows, residual, d_weight)
+        ctx.save_for_backward(d_rows, residual, d_weight, weight, rows, targets)
+        ctx.total_rows, ctx.dtype = hidden.shape[0], hidden.dtype
+
+    def differentiate(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = backward(grad_loss, *ctx.saved_tensors, ctx.total_rows, ctx.dtype)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        return (d_hidden if wants_hidden else None, d_weight if wants_weight else None, None, None, None, None, None)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
+
+
+def _where_it_lies(tensor: Tensor) -> Any:
+    return kernel if tensor.is_cuda or INTERPRETED else eager
+
+
+_TRITON = _define("triton", _where_it_lies)
+_TORCH = _define("torch", lambda _: eager)
