@@ -74,7 +74,7 @@ def kernels() -> Mapping[str, Kernel]:
     return dict(sorted(found.items()))
 
 
-def config(kernel: str, rows: int, device: torch.device) -> dict[str, int]:
+def config(kernel: str, rows: int, device: torch.device) -> dict[str, Any]:
     """The configuration of `kernel` for a problem of `rows` rows on `device`.
 
     Takes the newest Triton minor version in the table that is not newer than the one running, else the oldest; and the

@@ -1,5 +1,6 @@
 """How rooms are found and chosen: what is asked for by name runs or is refused, never replaced."""
 
+import ast
 import re
 
 import pytest
@@ -83,3 +84,21 @@ def test_references_run_anywhere(name: str) -> None:
     for device in (CPU, GPU):
         for dtype in (torch.float32, torch.bfloat16):
             assert choose(rooms()[name], "reference", device, dtype) == "reference"
+
+
+@pytest.mark.parametrize("name", rooms())
+def test_no_room_knows_another(repo, name: str) -> None:
+    """What rooms share is a module beside them; a room is a folder."""
+    imported = set()
+    for path in (repo / "kernels" / "fastllava_kernels" / name).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level > 1:
+                imported.add(f"{'.' * node.level}{node.module or ''}")
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+    assert not [module for module in imported if module.startswith("..")], "rooms are imported by their whole name or not at all"
+    assert "fastllava_kernels.room" in imported
+    others = [f"fastllava_kernels.{other}" for other in rooms() if other != name]
+    assert not [module for module in imported if any(module == other or module.startswith(f"{other}.") for other in others)]

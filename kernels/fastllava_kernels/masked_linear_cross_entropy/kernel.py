@@ -137,6 +137,7 @@ def loss_rows(
         gradient = logits_NV.new_empty(rows, padded(vocabulary), dtype=dtype)[:, :vocabulary]
     one_block = vocabulary <= LARGEST_ROW
     config = tuning.config("masked_linear_cross_entropy." + ("row" if one_block else "long_row"), rows, logits_NV.device)
+    config |= {"WANTS_GRADIENT": wants_gradient, "ONE_BLOCK": one_block}
     if one_block:
         config["BLOCK_V"] = triton.next_power_of_2(vocabulary)
     with on_device_of(logits_NV):
@@ -150,8 +151,6 @@ def loss_rows(
             vocabulary,
             logits_NV.stride(0),
             gradient.stride(0),
-            WANTS_GRADIENT=wants_gradient,
-            ONE_BLOCK=one_block,
             **config,
         )
     return losses, gradient, residual
@@ -187,6 +186,8 @@ def scatter_rows(
         )
 
 
+GPUS = ("sm_80", "sm_90")
+
 _LOSS_ROW_SIGNATURE = {
     "logits_ptr": "*fp32",
     "gradient_ptr": "*bf16",
@@ -218,9 +219,7 @@ def _scatter_kernel(name: str, weight_type: str) -> tuning.Kernel:
         },
         constants={},
         candidates={
-            **dict.fromkeys(
-                ("sm_80", "sm_90"), [{"BLOCK_D": d, "num_warps": w, "num_stages": 1} for d, w in ((2048, 8), (1024, 4), (4096, 8))]
-            ),
+            **{gpu: [{"BLOCK_D": d, "num_warps": w, "num_stages": 1} for d, w in ((2048, 8), (1024, 4), (4096, 8))] for gpu in GPUS},
             "interpreter": [{"BLOCK_D": 16, "num_warps": 1, "num_stages": 1}],
         },
         room="masked_linear_cross_entropy",
@@ -236,7 +235,7 @@ KERNELS = (
         signature=_LOSS_ROW_SIGNATURE,
         constants={"WANTS_GRADIENT": True, "ONE_BLOCK": True, "BLOCK_V": LARGEST_ROW},
         candidates={
-            **dict.fromkeys(("sm_80", "sm_90"), [{"num_warps": w, "num_stages": 1} for w in (16, 32)]),
+            **{gpu: [{"num_warps": w, "num_stages": 1} for w in (16, 32)] for gpu in GPUS},
             "interpreter": [{"num_warps": 1, "num_stages": 1}],
         },
         room="masked_linear_cross_entropy",
@@ -249,9 +248,7 @@ KERNELS = (
         signature=_LOSS_ROW_SIGNATURE,
         constants={"WANTS_GRADIENT": True, "ONE_BLOCK": False},
         candidates={
-            **dict.fromkeys(
-                ("sm_80", "sm_90"), [{"BLOCK_V": v, "num_warps": w, "num_stages": 2} for v, w in ((8192, 16), (4096, 8), (4096, 16))]
-            ),
+            **{gpu: [{"BLOCK_V": v, "num_warps": w, "num_stages": 2} for v, w in ((8192, 16), (4096, 8), (4096, 16))] for gpu in GPUS},
             "interpreter": [{"BLOCK_V": 1024, "num_warps": 1, "num_stages": 1}],
         },
         room="masked_linear_cross_entropy",
