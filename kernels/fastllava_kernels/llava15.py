@@ -1,0 +1,132 @@
+"""The sizes of a LLaVA-1.5 micro-batch with each decoder, and the random tensors that workloads are made of."""
+
+import itertools
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a Llama decoder."""
+
+    width: int
+    """D, of the hidden states."""
+    inner: int
+    """F, of the MLP."""
+    heads: int
+    """H, of the queries."""
+    key_heads: int
+    """G, of keys and values."""
+    head_dim: int
+    """K"""
+    vocabulary: int
+    """V"""
+
+
+DECODERS: Mapping[str, Decoder] = {
+    "7b": Decoder(4096, 11008, 32, 32, 128, 32000),
+    "13b": Decoder(5120, 13824, 40, 40, 128, 32000),
+    "1.1b": Decoder(2048, 5632, 32, 4, 64, 32000),
+    "tiny": Decoder(64, 96, 4, 2, 16, 211),
+}
+"""Vicuna 7B and 13B, TinyLlama 1.1B, and one for a CPU."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of the model sees."""
+
+    rows: int
+    """T, packed rows."""
+    samples: int
+    """Each has one image."""
+    patches: int
+    """P, of all images."""
+    tower_rows: int
+    """Rows of all images in the tower: a class token more than patches for each."""
+    tower_width: int
+    """C"""
+    tower_inner: int
+    """Of the tower's MLP."""
+    tower_heads: int
+
+
+BATCHES: Mapping[str, MicroBatch] = dict.fromkeys(DECODERS, MicroBatch(16384, 16, 9216, 16 * 577, 1024, 4096, 16)) | {
+    "tiny": MicroBatch(64, 3, 30, 3 * 11, 32, 128, 4)
+}
+"""16 images through CLIP-L/14-336, beside 448 text tokens each on average; "tiny" for a CPU."""
+
+
+def sizes(*names: str) -> list[tuple[str, Decoder, MicroBatch]]:
+    """(name, decoder, micro-batch) of each name; of all of them when none is given."""
+    return [(name, DECODERS[name], BATCHES[name]) for name in names or DECODERS]
+
+
+def text_lengths(rows: int, samples: int) -> list[int]:
+    """Text tokens of each sample, at least 1, together `rows` (or `samples` when that is more).
+
+    Log-normal, as conversations are: most are short, a few several times as long. Always the same for the same arguments.
+    """
+    rng = random.Random(665)
+    shares = [rng.lognormvariate(0.0, 0.7) for _ in range(samples)]
+    spare = max(rows - samples, 0)
+    bounds = [int(spare * total / sum(shares)) for total in itertools.accumulate(shares, initial=0.0)]
+    bounds[-1] = spare
+    return [1 + end - start for start, end in itertools.pairwise(bounds)]
+
+
+def sample_lengths(rows: int, patches: int, samples: int) -> list[int]:
+    """Packed rows of each sample: its text and its share of the patches. Together `rows`, where that holds all patches."""
+    return [text + image for text, image in zip(text_lengths(rows - patches, samples), image_lengths(patches, samples), strict=True)]
+
+
+def image_lengths(patches: int, samples: int) -> list[int]:
+    """Patches of each sample, as equal as can be."""
+    return [patches * (i + 1) // samples - patches * i // samples for i in range(samples)]
+
+
+PREFIX = 35
+"""Text rows before an image in stage 2: the system message and the opening of the first question."""
+
+
+def splice_rows(rows: int, patches: int, samples: int) -> tuple[list[int], list[int]]:
+    """The packed rows of text and of patches, each ascending: in each sample some text, its image, the rest of the text."""
+    text_rows: list[int] = []
+    patch_rows: list[int] = []
+    start = 0
+    for text, image in zip(text_lengths(rows - patches, samples), image_lengths(patches, samples), strict=True):
+        before = min(PREFIX, text)
+        patch_rows += range(start + before, start + before + image)
+        text_rows += [*range(start, start + before), *range(start + before + image, start + text + image)]
+        start += text + image
+    return text_rows, patch_rows
+
+
+class Draw:
+    """Random tensors on a device, always the same for the same seed, in the order they are asked for."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, learns: bool = False, master: bool = False) -> Tensor:
+        """Normal numbers in the dtype; `learns`: takes a gradient; `master`: the same numbers kept in fp32 (or wider)."""
+        drawn = torch.randn(shape, device=self.device, generator=self.generator) * scale
+        drawn = drawn.to(self.dtype)
+        if master:
+            # Numbers that the dtype holds too: what differs from fp64 truth is the op's doing, not the rounding of a weight.
+            drawn = drawn.to(torch.promote_types(self.dtype, torch.float32))
+        return drawn.requires_grad_(learns)
+
+    def integers(self, below: int, count: int) -> Tensor:
+        """int64 [count] in [0, below)."""
+        return torch.randint(below, (count,), device=self.device, generator=self.generator)
+
+    def subset(self, below: int, count: int) -> Tensor:
+        """int32 [count]: different numbers below `below`, ascending."""
+        chosen = torch.randperm(below, device=self.device, generator=self.generator)[:count]
+        return chosen.sort().values.int()

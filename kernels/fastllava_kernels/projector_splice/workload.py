@@ -1,0 +1,65 @@
+"""Shapes, inputs and cost of projector_splice."""
+
+from typing import Any
+
+import torch
+
+from fastllava_kernels.llava15 import Draw, sizes, splice_rows
+from fastllava_kernels.workload import Cost, Pass, Shape, Workload
+
+
+def shapes() -> dict[str, Shape]:
+    """Rows T, patches P of them in samples, tower width C, decoder width D, vocabulary V; "-stage2": the embedding learns."""
+    found: dict[str, Shape] = {}
+    for name, decoder, batch in sizes():
+        shape = {
+            "rows": batch.rows,
+            "patches": batch.patches,
+            "samples": batch.samples,
+            "tower_width": batch.tower_width,
+            "width": decoder.width,
+            "vocabulary": decoder.vocabulary,
+        }
+        found |= {name: shape | {"embedding_learns": 0}, f"{name}-stage2": shape | {"embedding_learns": 1}}
+    return found
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
+    """features of the frozen tower, two layers as masters that learn, the embedding, token ids, text rows, patch rows."""
+    draw = Draw(device, dtype, seed)
+    width, learns = shape["width"], bool(shape["embedding_learns"])
+    features_PC = draw.normal(shape["patches"], shape["tower_width"])
+    layers = [
+        (draw.normal(width, into, scale=into**-0.5, learns=True, master=True), draw.normal(width, learns=True, master=True))
+        for into in (shape["tower_width"], width)
+    ]
+    embedding_VD = draw.normal(shape["vocabulary"], width, learns=learns, master=learns)
+    text_rows, patch_rows = (
+        torch.tensor(rows, dtype=torch.int32, device=device) for rows in splice_rows(shape["rows"], shape["patches"], shape["samples"])
+    )
+    token_ids_T = draw.integers(shape["vocabulary"], len(text_rows) + len(patch_rows))
+    return features_PC, layers, embedding_VD, token_ids_T, text_rows, patch_rows
+
+
+def cost(shape: Shape, dtype: torch.dtype, part: Pass) -> Cost:
+    """Forward: two products; reads features, masters and one embedding row a text row, writes T rows.
+
+    Backward: the gradients of both weights and of the hidden layer, none of the features; reads the patch rows' gradients,
+    features and the second weight, writes fp32 gradients of the masters; an embedding that learns: the text rows'
+    gradients read, its whole gradient written. The hidden layer between the passes counts no bytes.
+    """
+    patches, tower, width, learns = shape["patches"], shape["tower_width"], shape["width"], shape["embedding_learns"]
+    text = max(shape["rows"] - patches, shape["samples"])
+    master = torch.promote_types(dtype, torch.float32).itemsize
+    first, second = 2.0 * patches * tower * width, 2.0 * patches * width * width
+    masters = (tower * width + width * width + 2 * width) * master
+    features = patches * tower * dtype.itemsize
+    if part == "forward":
+        embedded = text * width * (master if learns else dtype.itemsize)
+        return Cost(first + second, features + masters + embedded + (text + patches) * width * dtype.itemsize)
+    embedding = learns * (text * width * dtype.itemsize + shape["vocabulary"] * width * master)
+    upstream = patches * width * dtype.itemsize
+    return Cost(first + 2 * second, features + width * width * master + upstream + masters + embedding)
+
+
+WORKLOAD = Workload(shapes(), inputs, cost)
