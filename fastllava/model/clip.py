@@ -71,7 +71,7 @@ class ClipAttention(nn.Module):
     def __init__(self, config: ClipConfig, ops: Ops) -> None:
         super().__init__()
         width = config.hidden_size
-        self.heads, self.ops = config.num_attention_heads, ops
+        self.heads, self.ops = config.num_attention_heads, ops.only("attention")
         self.k_proj = Linear(width, width, bias=True)
         self.v_proj = Linear(width, width, bias=True)
         self.q_proj = Linear(width, width, bias=True)
@@ -89,12 +89,13 @@ class ClipMLP(nn.Module):
 
     def __init__(self, config: ClipConfig, ops: Ops) -> None:
         super().__init__()
-        self.activation = ops.quick_gelu if config.hidden_act == "quick_gelu" else F.gelu
+        self.ops = ops.only("quick_gelu") if config.hidden_act == "quick_gelu" else None
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        activation = F.gelu if self.ops is None else self.ops.quick_gelu
+        return self.fc2(activation(self.fc1(x)))
 
 
 class ClipBlock(nn.Module):
@@ -149,6 +150,11 @@ class ClipVision(nn.Module):
             )
         self.config, self.blocks_needed = config, select_layer % states
         self.vision_model = ClipTransformer(config, ops)
+
+    def idle_modules(self) -> set[nn.Module]:
+        """Those whose output is not asked for; their weights are kept, so that a checkpoint is whole."""
+        parts = [*self.vision_model.encoder.layers[self.blocks_needed :], self.vision_model.post_layernorm]
+        return {module for part in parts for module in part.modules()}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features [I, P, C] of normalised pixels [I, 3, H, W], in their dtype: the selected hidden state without the class row."""

@@ -39,10 +39,21 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.weight, self.eps, self.ops = _empty(width), eps, ops
+        self.weight, self.eps, self.ops = _empty(width), eps, ops.only("rms_norm")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
+
+
+class AddRMSNorm(nn.Module):
+    """Room add_rms_norm with its weight [width]: the norm of `x + residual`, and that sum."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight, self.eps, self.ops = _empty(width), eps, ops.only("add_rms_norm")
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -50,7 +61,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps, self.ops = _empty(width), _empty(width), eps, ops
+        self.weight, self.bias, self.eps, self.ops = _empty(width), _empty(width), eps, ops.only("layer_norm")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

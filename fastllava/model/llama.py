@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastllava.model.layers import Embedding, Linear, RMSNorm
+from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
 from fastllava.model.ops import Ops
 
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, ops: Ops) -> None:
         super().__init__()
-        self.head_dim, self.ops = config.head_dim, ops
+        self.head_dim, self.ops = config.head_dim, ops.only("rope", "attention")
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, queries, config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias)
@@ -101,7 +101,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig, ops: Ops) -> None:
         super().__init__()
-        self.ops = ops
+        self.ops = ops.only("swiglu")
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
@@ -118,11 +118,12 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, ops)
         self.mlp = MLP(config, ops)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), packing)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        attended_TD = self.self_attn(self.input_layernorm(x_TD), packing)
+        normed_TD, x_TD = self.post_attention_layernorm(attended_TD, x_TD)
+        return x_TD + self.mlp(normed_TD)
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ from fastllava.batch import Batch, ImageSpec
 from fastllava.errors import UserError
 from fastllava.model.clip import ClipVision
 from fastllava.model.llama import Llama
-from fastllava.model.ops import Ops
+from fastllava.model.ops import Ops, modules_by_room
 from fastllava.model.projector import Projector
 
 
@@ -28,7 +28,8 @@ class Llava(nn.Module):
     def __init__(self, llm: Llama, tower: ClipVision, projector: Projector, spec: ImageSpec, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__()
         self.llm, self.tower, self.projector = llm, tower, projector
-        self.spec, self.ops, self.dtype = spec, ops, dtype
+        self.spec, self.dtype = spec, dtype
+        self.ops = ops.only("projector_splice", "masked_linear_cross_entropy")
         self.recompute = False
         """Keep only each decoder layer's input, and compute the rest again in backward."""
         self.projector_source = "fresh"
@@ -46,6 +47,10 @@ class Llava(nn.Module):
         """
         hidden = self._hidden(batch)
         return self.ops.masked_linear_cross_entropy(hidden, self.llm.head_weight, batch.supervised_rows, batch.targets, batch.weights)
+
+    def modules_by_room(self) -> dict[str, int]:
+        """How many modules that run use each room's op; rooms that none uses are left out."""
+        return modules_by_room(set(self.modules()) - self.tower.idle_modules())
 
     def logits(self, batch: Batch) -> Tensor:
         """fp32 [T, V]: the logits of every row."""

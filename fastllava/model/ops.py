@@ -1,9 +1,11 @@
 """The ops a model is built with: one implementation of every room, chosen once and handed to each module."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastllava.errors import UserError
 from fastllava_kernels import choose, rooms
@@ -20,17 +22,28 @@ class Ops:
         for name, implementation in chosen.items():
             setattr(self, name, rooms()[name].implementations[implementation].function)
 
+    def only(self, *names: str) -> "Ops":
+        """The ops of these rooms and no others: what a module keeps, so that what it holds is what it uses."""
+        return Ops({name: self.chosen[name] for name in names})
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
 
-def choose_ops(kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> Ops:
+def choose_ops(kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Ops:
     """The implementations that `kernels` (room -> name or "auto"; a room left out is "auto") gives on this device and dtype.
 
-    Raises UserError when one that was asked for by name cannot run here.
+    `compiled`: they become part of graphs of torch.compile. Raises UserError when one that was asked for by name cannot
+    run here.
     """
     try:
-        return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype) for name, room in rooms().items()})
+        return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype, compiled) for name, room in rooms().items()})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def modules_by_room(modules: Iterable[nn.Module]) -> dict[str, int]:
+    """How many of the modules hold each room's op in their `ops`; rooms that none holds are left out."""
+    held = (getattr(module, "ops", None) for module in modules)
+    return dict(Counter(name for ops in held if isinstance(ops, Ops) for name in ops.chosen))
