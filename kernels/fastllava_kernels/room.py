@@ -38,6 +38,8 @@ class Implementation:
     """Why torch.compile cannot take it into one graph, in words for the user; None when it can."""
     interpretable: bool = False
     """Made of Triton kernels of this package, which tests run on a CPU through Triton's interpreter, in fp32 and fp16."""
+    auto_on: frozenset[str] = frozenset({"cpu", "cuda"})
+    """Device types on which `auto` may take it; by name it runs wherever it can."""
 
 
 SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -85,7 +87,8 @@ def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, co
     """
     names = list(room.implementations)
     if wanted == "auto":
-        return next(n for n in names if why_not(room, n, device, dtype, compiled) is None)
+        able = (n for n in names if why_not(room, n, device, dtype, compiled) is None)
+        return next(n for n in able if device.type in room.implementations[n].auto_on)
     if wanted not in room.implementations:
         raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(['auto', *names])}")
     reason = why_not(room, wanted, device, dtype, compiled)

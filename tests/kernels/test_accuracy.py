@@ -23,6 +23,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def runs_here(implementation: Implementation, dtype: torch.dtype) -> bool:
     """On this machine's device, or through the interpreter, whose bf16 is wrong."""
+    if DEVICE.type not in implementation.auto_on:
+        # Each graph of torch.compile costs seconds of a C++ compiler: test_library_rooms.py has one.
+        return False
     if implementation.unsupported(DEVICE, dtype) is None:
         return True
     return implementation.interpretable and INTERPRETED and dtype is not torch.bfloat16

@@ -1,5 +1,6 @@
 """Room quick_gelu: x * sigmoid(1.702 x), the activation of OpenAI's CLIP."""
 
+from fastllava_kernels.compiled import compiled, needs_compiler
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from .reference import quick_gelu
@@ -7,5 +8,8 @@ from .reference import quick_gelu
 ROOM = Room(
     name="quick_gelu",
     summary="x * sigmoid(1.702 x), the activation of OpenAI's CLIP",
-    implementations={REFERENCE: Implementation(quick_gelu)},
+    implementations={
+        "compiled": Implementation(compiled(quick_gelu), needs_compiler, auto_on=frozenset({"cuda"})),
+        REFERENCE: Implementation(quick_gelu),
+    },
 )
