@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastllava_kernels.launch import INTERPRETED
 
-from . import chunked, eager, kernel
+from . import chunked, eager
 
 
 def masked_linear_cross_entropy_triton(
@@ -102,7 +102,12 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
 
 
 def _where_it_lies(tensor: Tensor) -> Any:
-    return kernel if tensor.is_cuda or INTERPRETED else eager
+    if tensor.is_cuda or INTERPRETED:
+        # Here, as a machine without Triton can still train with the other implementations.
+        from . import kernel
+
+        return kernel
+    return eager
 
 
 _TRITON = _define("triton", _where_it_lies)
