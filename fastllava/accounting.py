@@ -1,0 +1,149 @@
+"""The floating-point operations of a step: those the training needs (MFU), and those the machine does (HFU).
+
+Counted as in the PaLM paper (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): matrix products only, a multiply-add is two
+operations, the backward of a product is two products. With three differences that make the figure smaller and honest: what is frozen
+has no weight gradient, attention counts the pairs of rows that see each other, and lm_head counts supervised rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastllava.model.clip import ClipConfig
+from fastllava.model.llama import LlamaConfig
+
+Stage = Literal["pretrain", "finetune"]
+
+PEAK_FLOPS: Sequence[tuple[str, float]] = (
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+"""Dense bf16 operations a second, from NVIDIA's data sheets; the first name that is part of the device's counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The GPU's dense bf16 peak, or None for one that is not listed."""
+    return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is made of; every field is a sum over its samples."""
+
+    rows: int
+    """Packed rows, text and patches."""
+    pairs: int
+    """(query, key) pairs of causal attention: L (L + 1) / 2 for a sample of L rows."""
+    images: int
+    supervised: int
+    """Rows whose next token counts in the loss."""
+
+    @classmethod
+    def of(cls, n_tokens: ArrayLike, n_images: ArrayLike, n_supervised: ArrayLike) -> "Work":
+        """Of samples with these rows, images and supervised rows."""
+        lengths = np.asarray(n_tokens, dtype=np.int64)
+        return cls(
+            rows=int(lengths.sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
+            images=int(np.asarray(n_images, dtype=np.int64).sum()),
+            supervised=int(np.asarray(n_supervised, dtype=np.int64).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a step, by part."""
+
+    tower: float
+    projector: float
+    decoder: float
+    """Matrix products of the layers."""
+    attention: float
+    """Of the decoder; the tower's is in `tower`."""
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.tower + self.projector + self.decoder + self.attention + self.head
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Counts the operations of any step of one run."""
+
+    llama: LlamaConfig
+    clip: ClipConfig
+    blocks: int
+    """Blocks of the tower that run: 23 of CLIP-L's 24 for select_layer -2."""
+    projector: Sequence[tuple[int, int]]
+    """(outputs, inputs) of each Linear of the projector."""
+    stage: Stage
+    recompute: Literal["none", "full"] = "none"
+
+    def model_flops(self, work: Work, head_rows: Literal["supervised", "all"] = "supervised") -> Flops:
+        """What the training of a step needs, whoever does it.
+
+        A frozen product needs its input's gradient only, a trained one its weight's too. `head_rows="all"` is the convention of
+        trainers that compute logits of every row, for comparison with their figures.
+        """
+        backward = 2 if self.stage == "finetune" else 1
+        rows = work.supervised if head_rows == "supervised" else work.rows
+        return Flops(
+            tower=work.images * self._tower(),
+            projector=work.images * self._projector(),
+            decoder=(1 + backward) * work.rows * self._decoder(),
+            attention=3 * work.pairs * self._attention(),
+            head=(1 + backward) * rows * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
+        )
+
+    def hardware_flops(self, work: Work) -> Flops:
+        """What this trainer does: the above, and what recompute does again.
+
+        That is each layer up to the input of its last product, whose output backward has no use for. The scores that a fused
+        attention forms again in its backward are not counted, as is the custom.
+        """
+        needed = self.model_flops(work)
+        again = 1.0 if self.recompute == "full" else 0.0
+        return Flops(
+            tower=needed.tower,
+            projector=needed.projector,
+            decoder=needed.decoder + again * work.rows * (self._decoder() - self._last_product()),
+            attention=needed.attention + again * work.pairs * self._attention(),
+            head=needed.head,
+        )
+
+    def _decoder(self) -> float:
+        """Forward of one row through the layers' matrix products."""
+        llama = self.llama
+        queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
+        weights = llama.hidden_size * (2 * queries + 2 * keys + 3 * llama.intermediate_size)
+        return 2.0 * llama.num_hidden_layers * weights
+
+    def _last_product(self) -> float:
+        """Forward of one row through every layer's down_proj."""
+        return 2.0 * self.llama.num_hidden_layers * self.llama.hidden_size * self.llama.intermediate_size
+
+    def _attention(self) -> float:
+        """Forward of one pair through all layers: a score and a share of the values, over every head's width."""
+        return 4.0 * self.llama.num_hidden_layers * self.llama.num_attention_heads * self.llama.head_dim
+
+    def _projector(self) -> float:
+        """Forward and backward of one image; the first Linear needs no gradient of its input, the frozen tower's features."""
+        sizes = [outputs * inputs for outputs, inputs in self.projector]
+        products = sum(3 * size for size in sizes) - (sizes[0] if sizes else 0)
+        return 2.0 * self.clip.patches * products
+
+    def _tower(self) -> float:
+        """Forward of one image; the tower never trains."""
+        clip = self.clip
+        width, rows = clip.hidden_size, clip.patches + 1
+        embedding = 2.0 * clip.patches * width * clip.num_channels * clip.patch_size**2
+        block = 2.0 * rows * (4 * width**2 + 2 * width * clip.intermediate_size) + 4.0 * width * rows**2
+        return embedding + self.blocks * block

@@ -1,0 +1,115 @@
+"""The counted operations against PyTorch's own counter, and against the figures of LLaVA-1.5 7B."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastllava.accounting import Accounting, Work, peak_flops
+from fastllava.batch import Batch
+from fastllava.config import ModelConfig
+from fastllava.model.clip import ClipConfig
+from fastllava.model.llama import LlamaConfig
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava
+
+CPU = torch.device("cpu")
+LENGTHS = (40, 40, 40)  # equal: then the reference's attention is one call, and every sample has its image first
+
+
+def batch_of(images: int) -> Batch:
+    """Three samples of 40 rows, the first `images` of them with the four patches of an image, five supervised rows each."""
+    rows = sum(LENGTHS)
+    patches = [40 * i + 1 + p for i in range(images) for p in range(4)]
+    supervised = [40 * i + 30 + j for i in range(3) for j in range(5)]
+    return Batch(
+        token_ids=torch.ones(rows, dtype=torch.int64),
+        position_ids=torch.arange(40).repeat(3),
+        cu_seqlens=torch.tensor([0, 40, 80, 120], dtype=torch.int32),
+        max_seqlen=40,
+        pixels=torch.randint(0, 255, (images, 3, 28, 28), dtype=torch.uint8),
+        patch_rows=torch.tensor(patches, dtype=torch.int32),
+        text_rows=torch.tensor([row for row in range(rows) if row not in patches], dtype=torch.int32),
+        supervised_rows=torch.tensor(supervised, dtype=torch.int32),
+        targets=torch.ones(len(supervised), dtype=torch.int64),
+        weights=torch.full((len(supervised),), 0.1),
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_within_one_percent_of_pytorch_s_counter(
+    world: Path, stage: Literal["pretrain", "finetune"], recompute: Literal["none", "full"]
+) -> None:
+    ops = choose_ops(dict.fromkeys(("attention", "masked_linear_cross_entropy", "projector_splice"), "reference"), CPU, torch.float32)
+    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), ops, torch.float32, 0)
+    model.requires_grad_(False)
+    for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
+        part.requires_grad_(True)
+    model.recompute = recompute == "full"
+    # Attention by plain products, which the counter sees: of the whole square, as it knows no mask.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch_of(2)).backward()
+    counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    attention = counted.pop("aten.bmm")
+
+    widths = [tuple(weight.shape) for weight, _ in model.projector.layers()]
+    accounting = Accounting(model.llm.config, model.tower.config, model.tower.blocks_needed, widths, stage, recompute)
+    flops = accounting.hardware_flops(Work.of(LENGTHS, [1, 1, 0], [5, 5, 5]))
+    tower = model.tower.config
+    tower_attention = 2 * accounting.blocks * 4 * tower.hidden_size * (tower.patches + 1) ** 2
+    assert sum(counted.values()) == pytest.approx(flops.total - flops.attention - tower_attention, rel=0.01), counted
+    square, triangle = sum(length**2 for length in LENGTHS), sum(length * (length + 1) // 2 for length in LENGTHS)
+    assert attention == pytest.approx(flops.attention * square / triangle + tower_attention, rel=0.01)
+
+
+SEVEN_B = Accounting(
+    llama=LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
+        head_dim=128, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
+        window=None,
+    ),
+    clip=ClipConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
+    blocks=23,
+    projector=((4096, 1024), (4096, 4096)),
+    stage="pretrain",
+)  # fmt: skip
+
+
+def test_seven_b_by_hand() -> None:
+    """6.476e9 weights in the layers; CLIP-L/336 does about 0.36e12 operations an image; a projector of 21e6 weights."""
+    work = Work.of([640] * 16, [1] * 16, [32] * 16)
+    flops = SEVEN_B.model_flops(work)
+    assert flops.decoder == pytest.approx(4 * 6.476e9 * 10240, rel=1e-3)
+    assert flops.tower / 16 == pytest.approx(0.36e12, rel=0.05)
+    assert flops.projector == pytest.approx(9216 * 2 * (2 * 1024 * 4096 + 3 * 4096 * 4096), rel=1e-6)
+    assert flops.head == pytest.approx(4 * 512 * 4096 * 32000, rel=1e-6)
+    assert SEVEN_B.model_flops(work, "all").head == pytest.approx(20 * flops.head)
+    finetune = dataclasses.replace(SEVEN_B, stage="finetune")
+    assert finetune.model_flops(work).decoder == pytest.approx(1.5 * flops.decoder)
+    full = dataclasses.replace(SEVEN_B, recompute="full")
+    assert full.hardware_flops(work).decoder == pytest.approx((6 * 6.476e9 - 2 * 32 * 4096 * 11008) * 10240, rel=1e-3)
+    assert full.model_flops(work) == flops
+
+
+def test_work_adds_up() -> None:
+    assert Work.of([3, 4], [1, 0], [2, 0]) == Work(rows=7, pairs=6 + 10, images=1, supervised=2)
+    assert Work.of([70_000], [0], [0]).pairs == 70_000 * 70_001 // 2, "more than 32 bits hold"
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("T4", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
