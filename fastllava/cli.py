@@ -1,10 +1,12 @@
-"""The command line: `fastllava demo | prepare | train | inspect | export | toggles`."""
+"""The command line: `fastllava demo | prepare | train | inspect | export | toggles | bench`."""
 
+import importlib
 import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from types import ModuleType
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -20,6 +22,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, such as configs/llava15_7b_pretrain.yaml")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]  # noqa: UP045 (typer reads it)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine; from a checkout of the source tree.")
+app.add_typer(bench, name="bench")
 
 
 class Layout(StrEnum):
@@ -124,6 +130,63 @@ def toggles() -> None:
         why = "; ".join(cannot) or ("the only implementation" if len(reasons) == 1 else "the first of the values that can run")
         table.add_row(f"kernels.{name}", ", ".join(["auto", *room.implementations]), chosen, f"{room.summary}; {why}")
     Console().print(table)
+
+
+class Device(StrEnum):
+    """To measure on."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@bench.command("kernels")
+def bench_kernels(
+    rooms: Annotated[Optional[list[str]], typer.Argument(metavar="[ROOM ...]", help="rooms to measure; all when left out")] = None,  # noqa: UP045
+    sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, tower, tiny, or shapes such as 7b-5%")] = "",
+    implementations: Annotated[str, typer.Option(metavar="A,B", help="implementations and peers; all when left out")] = "",
+    passes: Annotated[str, typer.Option(metavar="A,B", help="forward, backward, both")] = "forward,backward,both",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; when left out bf16 on a GPU, fp32 on a CPU")] = "",
+    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
+    report: Annotated[bool, typer.Option("--report", help="only write the table of kernels/README.md from benches/results")] = False,
+) -> None:
+    """Time every implementation of every room and its peers, each judged against fp64 truth first. Exits with 1 if one is wrong."""
+    import torch
+
+    kernel_report = bench_module("kernel_report")
+    if report:
+        kernel_report.write_report()
+        return
+    kernels = bench_module("kernels")
+    chosen = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
+    plan = kernels.Plan(
+        kernels.rooms_named(rooms or []),
+        chosen,
+        dtype or ("bf16" if chosen.type == "cuda" else "fp32"),
+        *([part for part in given.split(",") if part] for given in (sizes, implementations, passes)),
+        seconds=seconds,
+    )
+    rows = kernels.bench(plan, out, typer.echo)
+    if charts is not None:
+        kernel_report.charts(rows, charts)
+    if kernels.failures(rows):
+        raise typer.Exit(1)
+
+
+def bench_module(name: str) -> Any:
+    """A module of benches/, which lies beside the package in the source tree only. Raises UserError where it does not."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / "benches"
+    if not ((root / "pyproject.toml").is_file() and (folder / f"{name}.py").is_file()):
+        raise UserError("fastllava bench: the benches come with the source tree, not with the installed package; install from a checkout")
+    if "benches" not in sys.modules:
+        # By its place: with the root on the import path the folder kernels/ would be importable, and mislead transformers.
+        package = ModuleType("benches")
+        package.__path__ = [str(folder)]
+        sys.modules["benches"] = package
+    return importlib.import_module(f"benches.{name}")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,291 @@
+"""`fastllava bench kernels`: every implementation of every room and its peers, judged against fp64 truth, then timed.
+
+A row is one JSON line: room, implementation, shape, dtype, pass, milliseconds (p20, p50, p80), peak bytes, share of the floor,
+distances to truth, and the world it was measured in. What cannot run here, runs out of memory, breaks or is wrong has a row
+too: `void` says why, and it has no time.
+"""
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benches import kernel_judging as judging
+from benches.ceilings import Ceilings, measure
+from benches.kernel_peers import Bound, peers
+from benches.results import Row, append
+from benches.timing import Call, interleaved, peak_bytes
+from benches.world import world
+from fastllava.errors import UserError
+from fastllava_kernels import Room, rooms
+from fastllava_kernels.room import REFERENCE
+from fastllava_kernels.workload import Cost, Shape
+
+PASSES = ("forward", "backward", "both")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TINY = "tiny"
+OUT_OF_MEMORY = "out of memory"
+CANNOT = "cannot run here: "
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time on a room's arguments."""
+
+    build: Callable[[tuple[Any, ...]], Bound]
+    unsupported: Callable[[torch.device, torch.dtype], str | None]
+    peer: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. `sizes`, `implementations`: names to keep, all when empty; a size is a shape's name or the part of it before "-"."""
+
+    rooms: Mapping[str, Room]
+    device: torch.device
+    dtype: str
+    sizes: Sequence[str] = ()
+    implementations: Sequence[str] = ()
+    passes: Sequence[str] = PASSES
+    seconds: float = 0.5
+    """Budget of a row's timing."""
+
+    def shapes(self, room: Room) -> dict[str, Shape]:
+        """The shapes to measure of a room: on a GPU all but tiny, on a CPU tiny only; equal ones once."""
+        chosen: dict[str, Shape] = {}
+        for name, shape in room.workload.shapes.items():
+            size = name.partition("-")[0]
+            wanted = bool({name, size} & set(self.sizes)) if self.sizes else (size == TINY) == (self.device.type == "cpu")
+            if wanted and shape not in chosen.values():
+                chosen[name] = shape
+        return chosen
+
+    def candidates(self, room: Room) -> dict[str, Candidate]:
+        """Implementations, then peers."""
+        ours = {
+            name: Candidate(functools.partial(_bind, implementation.function), implementation.unsupported, peer=False)
+            for name, implementation in room.implementations.items()
+        }
+        others = {name: Candidate(peer.build, peer.unsupported, peer=True) for name, peer in peers(room).items()}
+        return {name: one for name, one in (ours | others).items() if not self.implementations or name in self.implementations}
+
+    def check(self) -> None:
+        """Raises UserError for a name that is nothing to measure."""
+        kept = dataclasses.replace(self, implementations=())
+        known = {
+            "--sizes": {part for room in self.rooms.values() for name in room.workload.shapes for part in (name, name.partition("-")[0])},
+            "--implementations": {name for room in self.rooms.values() for name in kept.candidates(room)},
+            "--passes": set(PASSES),
+            "--dtype": set(DTYPES),
+        }
+        given = {"--sizes": self.sizes, "--implementations": self.implementations, "--passes": self.passes, "--dtype": [self.dtype]}
+        for option, names in given.items():
+            for name in names:
+                if name not in known[option]:
+                    raise UserError(f"{option}: '{name}' is none of {', '.join(sorted(known[option]))}")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device: PyTorch finds no CUDA GPU here; write --device cpu")
+
+
+def rooms_named(names: Sequence[str]) -> dict[str, Room]:
+    """The rooms with these names; every room for none. Raises UserError on a name that is none."""
+    known = rooms()
+    for name in names:
+        if name not in known:
+            raise UserError(f"bench kernels: '{name}' is no room; write one of {', '.join(known)}")
+    return {name: room for name, room in known.items() if not names or name in names}
+
+
+def bench(plan: Plan, out: Path | None, say: Callable[[str], None]) -> list[Row]:
+    """Measure everything in `plan`; each row is appended to `out` as soon as it is there. Raises UserError on unknown names."""
+    plan.check()
+    dtype = DTYPES[plan.dtype]
+    ceilings = measure(plan.device, dtype, plan.seconds)
+    say(f"{world(plan.device)['device']}: {ceilings.matmul_tflops:.3g} TFLOP/s in {plan.dtype}, {ceilings.copy_gbs:.4g} GB/s copied")
+    rows = []
+    for room in plan.rooms.values():
+        for shape in plan.shapes(room):
+            for row in measure_shape(plan, room, shape, ceilings):
+                rows.append(row)
+                say(in_words(row))
+                if out is not None:
+                    append(out, row)
+    return rows
+
+
+def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -> Iterator[Row]:
+    """The rows of one shape: all candidates take turns."""
+    dtype, shape = DTYPES[plan.dtype], room.workload.shapes[shape_name]
+    candidates = plan.candidates(room)
+    args = room.workload.inputs(shape, dtype, plan.device, 0)
+    passes = [name for name in plan.passes if name == "forward" or judging.leaves(args)]
+    trials = _try_all(plan, room, candidates, args, passes)
+    for name in passes:
+        floor = ceilings.floor_ms(cost_of(room, shape, dtype, name))
+        timed = {candidate: trial.calls[name] for candidate, trial in trials.items() if trial.void[name] is None}
+        times = interleaved(timed, plan.device, plan.seconds)
+        cost = cost_of(room, shape, dtype, name)
+        for candidate, trial in trials.items():
+            taken = times.get(candidate)
+            yield {
+                "room": room.name,
+                "implementation": candidate,
+                "shape": shape_name,
+                "dtype": plan.dtype,
+                "pass": name,
+                "ms_p20": taken and taken.p20,
+                "ms_p50": taken and taken.p50,
+                "ms_p80": taken and taken.p80,
+                "peak_bytes": trial.peaks.get(name) if taken else None,
+                "floor_share": taken and floor / taken.p50,
+                "error": trial.errors[name][0],
+                "reference_error": trial.errors[name][1],
+                "void": trial.void[name],
+                "peer": candidates[candidate].peer,
+                "floor_ms": floor,
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+                "matmul_ceiling_tflops": ceilings.matmul_tflops,
+                "copy_ceiling_gbs": ceilings.copy_gbs,
+            } | world(plan.device)
+    del args, trials
+    _release(plan.device)
+
+
+def cost_of(room: Room, shape: Shape, dtype: torch.dtype, name: str) -> Cost:
+    """The least work of a pass; "both" is the sum."""
+    parts = [room.workload.cost(shape, dtype, part) for part in ("forward", "backward") if name in (part, "both")]
+    return Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+
+
+def in_words(row: Row) -> str:
+    """One line for the screen."""
+    start = f"{row['room']} {row['shape']} {row['implementation']} {row['pass']}: "
+    if row["void"] is not None:
+        return start + f"void, {row['void']}"
+    return start + f"{row['ms_p50']:.4g} ms, {row['floor_share']:.0%} of the floor's speed, {row['peak_bytes'] / 2**20:.4g} MiB"
+
+
+@dataclass
+class _Trial:
+    """What is known of a candidate before it is timed, by pass."""
+
+    calls: dict[str, Call]
+    void: dict[str, str | None]
+    errors: dict[str, tuple[float | None, float | None]]
+    peaks: dict[str, int]
+
+    @staticmethod
+    def failed(passes: Sequence[str], reason: str) -> "_Trial":
+        return _Trial({}, dict.fromkeys(passes, reason), dict.fromkeys(passes, (None, None)), {})
+
+
+@dataclass(frozen=True)
+class _Truth:
+    results: judging.Results
+    upstream: list[Tensor]
+    reference: judging.Results
+
+    def distances(self, got: judging.Results) -> dict[str, list[float]]:
+        """By pass."""
+        forward = judging.distances(got.outputs, self.results.outputs)
+        backward = judging.distances(got.gradients, self.results.gradients)
+        return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def _bind(function: Callable[..., Any], args: tuple[Any, ...]) -> Bound:
+    return Bound(lambda: function(*args), judging.leaves(args))
+
+
+def _try_all(
+    plan: Plan, room: Room, candidates: Mapping[str, Candidate], args: tuple[Any, ...], passes: Sequence[str]
+) -> dict[str, _Trial]:
+    """Build, judge and weigh every candidate; truth is gone when they are timed."""
+    dtype = DTYPES[plan.dtype]
+    able = {name: one.unsupported(plan.device, dtype) for name, one in candidates.items()}
+    trials = {name: _Trial.failed(passes, CANNOT + reason) for name, reason in able.items() if reason is not None}
+    try:
+        truth = _truth(room, args)
+    except torch.OutOfMemoryError:
+        _release(plan.device)
+        trials = {name: _Trial.failed(passes, f"{OUT_OF_MEMORY} computing fp64 truth") for name in able} | trials
+        return {name: trials[name] for name in candidates}
+    for name, reason in able.items():
+        if reason is None:
+            try:
+                trials[name] = _try(candidates[name], args, truth, passes, room.slack[dtype], plan.device)
+            except torch.OutOfMemoryError:
+                trials[name] = _Trial.failed(passes, OUT_OF_MEMORY)
+            except Exception as error:
+                trials[name] = _Trial.failed(passes, f"broke: {type(error).__name__}: {first_line(error)}")
+            _release(plan.device)
+    return {name: trials[name] for name in candidates}
+
+
+def _truth(room: Room, args: tuple[Any, ...]) -> _Truth:
+    """The reference in fp64 (tests show that it equals the op written out row by row), and in the dtype, on the same numbers."""
+    function = room.implementations[REFERENCE].function
+    bound = _bind(function, args)
+    upstream = judging.cotangents(judging.as_list(bound.function()))
+    reference = judging.run(bound.function, bound.leaves, upstream)
+    exact = _bind(function, judging.in_fp64(args))
+    return _Truth(judging.run(exact.function, exact.leaves, upstream), upstream, reference)
+
+
+def _try(candidate: Candidate, args: tuple[Any, ...], truth: _Truth, passes: Sequence[str], slack: float, device: torch.device) -> _Trial:
+    bound = candidate.build(args)
+    # What a lower bound gives is not the op's: it has outputs, and so cotangents, of its own.
+    upstream = judging.cotangents(judging.as_list(bound.function())) if bound.bound_only else truth.upstream
+    got = judging.run(bound.function, bound.leaves, upstream)
+    trial = _Trial(_calls(bound, upstream), dict.fromkeys(passes, None), dict.fromkeys(passes, (None, None)), {})
+    if not bound.bound_only:
+        mine, reference = truth.distances(got), truth.distances(truth.reference)
+        for name in passes:
+            verdict = judging.judge(mine[name], reference[name], slack)
+            errors = [error if error < float("inf") else None for error in (verdict.error, verdict.reference_error)]
+            trial.errors[name] = errors[0], errors[1]
+            if not verdict.allowed:
+                trial.void[name] = (
+                    f"wrong: {verdict.error:.2g} from fp64 truth; allowed are the reference's {verdict.reference_error:.2g} and {slack:g}"
+                )
+    del got
+    for name in passes:
+        if trial.void[name] is None:
+            trial.peaks[name] = peak_bytes(trial.calls[name], device)
+    return trial
+
+
+def _calls(bound: Bound, upstream: Sequence[Tensor]) -> dict[str, Call]:
+    """The timed call of each pass. Forward saves for a backward pass, as in training."""
+
+    def forward(_: Any = None) -> list[Tensor]:
+        return judging.as_list(bound.function())
+
+    def backward(outputs: list[Tensor]) -> Any:
+        return torch.autograd.grad(outputs, bound.leaves, upstream, allow_unused=True)
+
+    return {"forward": Call(forward), "backward": Call(backward, forward), "both": Call(lambda _: backward(forward()))}
+
+
+def first_line(error: Exception) -> str:
+    """Of its message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _release(device: torch.device) -> None:
+    """Give back what failed or finished work held, so that the next has all the memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """Rows of our own implementations that are wrong or broke: void for a reason that is neither the machine nor its memory."""
+    return [row for row in rows if not row["peer"] and row["void"] and not row["void"].startswith((CANNOT, OUT_OF_MEMORY))]
