@@ -42,6 +42,9 @@ CASES: dict[str, Args] = {
     "grouped": attention_inputs([2, 6], 4, 2, True),
     "grouped, equal lengths": attention_inputs([3, 3], 4, 1, True),
     "one row": attention_inputs([1], 2, 2, True),
+    "empty samples between": attention_inputs([0, 3, 0, 0, 2, 0], 4, 2, True),
+    "empty samples between, not causal": attention_inputs([0, 3, 0, 0, 2, 0], 4, 2, False),
+    "empty samples only": attention_inputs([0, 0], 2, 2, True),
     "no sample": attention_inputs([], 2, 2, True),
 }
 

@@ -1,0 +1,66 @@
+"""Where each implementation of attention runs, in words for the user."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from fastllava_kernels.launch import needs_gpu
+
+
+def needs_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """FlashAttention 2: a GPU from A100 on, bf16 or fp16."""
+    if device.type != "cuda":
+        return "FlashAttention needs a CUDA GPU"
+    reason = needs_gpu(device, dtype)
+    if reason is None and dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention computes in bf16 or fp16, not {str(dtype).removeprefix('torch.')}"
+    return reason
+
+
+def needs_flash_3(device: torch.device, dtype: torch.dtype) -> str | None:
+    """FlashAttention 3: an H100 or H200 and its package."""
+    return needs_flash(device, dtype) or _needs("3", {9}, "flash_attn_interface", device)
+
+
+def needs_flash_4(device: torch.device, dtype: torch.dtype) -> str | None:
+    """FlashAttention 4: a GPU from H100 on and its package."""
+    return needs_flash(device, dtype) or _needs("4", {9, 10}, "flash_attn.cute", device)
+
+
+def needs_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
+    """xformers, built for this PyTorch."""
+    reason = needs_flash(device, dtype)
+    if reason is not None:
+        return reason
+    if not _installed("xformers"):
+        return "xformers is not installed: pip install xformers"
+    return (
+        None if _xformers_has_flash() else "the installed xformers has no FlashAttention for this PyTorch: install the release made for it"
+    )
+
+
+def needs_flex(device: torch.device, dtype: torch.dtype) -> str | None:
+    """FlexAttention: a GPU from A100 on, for it has no backward on a CPU."""
+    return "FlexAttention has no backward on a CPU" if device.type != "cuda" else needs_gpu(device, dtype)
+
+
+def _needs(version: str, generations: set[int], package: str, device: torch.device) -> str | None:
+    major = torch.cuda.get_device_capability(device)[0]
+    if major not in generations:
+        wanted = " or ".join(f"{generation}.x" for generation in sorted(generations))
+        return f"FlashAttention {version} needs compute capability {wanted}, this GPU has {major}.x"
+    return None if _installed(package) else f"FlashAttention {version} is not installed: pip install flash-attn-{version}"
+
+
+@cache
+def _installed(package: str) -> bool:
+    parent = package.partition(".")[0]
+    return find_spec(parent) is not None and find_spec(package) is not None
+
+
+@cache
+def _xformers_has_flash() -> bool:
+    from xformers.ops import fmha
+
+    return fmha.flash3.FwOp.is_available() or fmha.flash.FwOp.is_available()

@@ -1,0 +1,210 @@
+"""FlashAttention as ops: PyTorch's varlen_attn (version 2) or, after its process-wide switch, versions 3 and 4; xformers' too.
+
+Dao et al. 2022 to 2024, arXiv 2205.14135, 2307.08691, 2407.08608. Nothing of size n x n is held and no length is read on
+the host; kept are the inputs, the output and the log of each row's sum of exponentials. Without a GPU the ops run eager.py.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
+
+from fastllava_kernels.launch import on_device_of
+
+from . import eager
+
+WIDEST = 256
+"""Widest head that the kernels take; widths are multiples of 8."""
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
+
+
+class Library(Protocol):
+    """What computes on CUDA tensors."""
+
+    def forward(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
+        ...
+
+    def backward(
+        self,
+        grad_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        out_THK: Tensor,
+        lse_HT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
+
+class Varlen:
+    """torch.nn.attention.varlen.varlen_attn by the FlashAttention that `switch` names; None is PyTorch's own."""
+
+    def __init__(self, switch: str | None) -> None:
+        self.switch = switch
+
+    def forward(
+        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        activate(self.switch)
+        grouped = q_THK.shape[1] != k_TGK.shape[1]
+        out_THK, lse_HT = varlen_attn(
+            q_THK,
+            k_TGK,
+            v_TGK,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            return_aux=AuxRequest(lse=True),
+            window_size=_window(causal),
+            enable_gqa=grouped,
+        )
+        return out_THK, lse_HT
+
+    def backward(
+        self,
+        grad_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        out_THK: Tensor,
+        lse_HT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Importing it defines the ops.
+        import torch.nn.attention.varlen
+
+        activate(self.switch)
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q_THK.device)
+        return torch.ops.torch_attn._varlen_attn_backward(
+            grad_THK,
+            q_THK,
+            k_TGK,
+            v_TGK,
+            out_THK,
+            lse_HT,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            causal,
+            no_dropout,
+            None,
+            list(_window(causal)),
+        )
+
+
+def _window(causal: bool) -> tuple[int, int]:
+    """Rows seen before and after a row; -1 is all. varlen_attn is causal when nothing after is seen."""
+    return (-1, 0) if causal else (-1, -1)
+
+
+def activate(wanted: str | None) -> None:
+    """Turn the process's FlashAttention to `wanted`, "FA3" or "FA4", or back to PyTorch's own with None.
+
+    The switch is PyTorch's and holds for scaled_dot_product_attention too.
+    """
+    if current_flash_attention_impl() == wanted:
+        return
+    if wanted is None:
+        restore_flash_attention_impl()
+    else:
+        activate_flash_attention_impl(wanted)
+
+
+@contextmanager
+def same_bits_twice() -> Iterator[None]:
+    """FlashAttention's backward adds in a fixed order only where PyTorch is asked for deterministic algorithms."""
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill
+
+
+def define(name: str, library: Library) -> Attention:
+    """The implementation `name` of room attention: ops fastllava::attention_<name> and ..._backward over `library`."""
+
+    def kernels_take(q_THK: Tensor) -> bool:
+        width = q_THK.shape[2]
+        if width % 8 or width > WIDEST:
+            raise ValueError(
+                f"kernels.attention: '{name}' takes heads whose width is a multiple of 8 up to {WIDEST}, not {width}; "
+                "write kernels.attention=reference"
+            )
+        return q_THK.is_cuda
+
+    @torch.library.custom_op(f"fastllava::attention_{name}", mutates_args=())
+    def forward(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple[Tensor, Tensor]:
+        q_THK, k_TGK, v_TGK = q_THK.contiguous(), k_TGK.contiguous(), v_TGK.contiguous()
+        if not kernels_take(q_THK) or q_THK.shape[0] == 0:
+            return eager.forward(q_THK, k_TGK, v_TGK, cu_seqlens, causal)
+        with on_device_of(q_THK), same_bits_twice():
+            return library.forward(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal)
+
+    @forward.register_fake
+    def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple[Tensor, Tensor]:
+        lse_HT = q_THK.new_empty((q_THK.shape[1], q_THK.shape[0]), dtype=torch.promote_types(q_THK.dtype, torch.float32))
+        return torch.empty_like(q_THK, memory_format=torch.contiguous_format), lse_HT
+
+    @torch.library.custom_op(f"fastllava::attention_{name}_backward", mutates_args=())
+    def backward(
+        grad_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        out_THK: Tensor,
+        lse_HT: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_THK, q_THK, k_TGK, v_TGK = (x.contiguous() for x in (grad_THK, q_THK, k_TGK, v_TGK))
+        if not kernels_take(q_THK) or q_THK.shape[0] == 0:
+            return eager.backward(grad_THK, q_THK, k_TGK, v_TGK, cu_seqlens, causal)
+        with on_device_of(q_THK), same_bits_twice():
+            return library.backward(grad_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, cu_seqlens, max_seqlen, causal)
+
+    @backward.register_fake
+    def _(grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_TGK, v_TGK))
+        return dq, dk, dv
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q_THK, k_TGK, v_TGK, cu_seqlens, ctx.max_seqlen, ctx.causal = inputs
+        ctx.save_for_backward(q_THK, k_TGK, v_TGK, *output, cu_seqlens)
+        ctx.mark_non_differentiable(output[1])
+
+    def gradients(ctx: Any, grad_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *backward(grad_THK, *ctx.saved_tensors, ctx.max_seqlen, ctx.causal), None, None, None
+
+    forward.register_autograd(gradients, setup_context=keep)
+
+    def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
+        return forward(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal)[0]
+
+    return attention
+
+
+varlen = define("varlen", Varlen(None))
+fa3 = define("fa3", Varlen("FA3"))
+fa4 = define("fa4", Varlen("FA4"))
