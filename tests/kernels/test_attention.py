@@ -1,0 +1,407 @@
+"""The implementations of room attention: ops, masks, PyTorch's switch, and what each library is given.
+
+Without a GPU the ops over FlashAttention run eager.py; what they hand to a library is shown with that library's function
+replaced by one that computes from those very arguments.
+"""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from judging import FP64, draw, leaves, outputs_and_gradients, rounded
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from truths import truth_of
+from truths.attention import attention_inputs
+
+from fastllava_kernels import choose, rooms
+from fastllava_kernels.attention import availability, block_mask, eager, flash, memory_efficient
+from fastllava_kernels.room import REFERENCE
+
+ROOM = rooms()["attention"]
+CASES = truth_of("attention").CASES
+OPS = ["sdpa", "varlen", "fa3", "fa4", "xformers"]
+FLASH = [name for name in OPS if name != "sdpa"]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def function(name: str) -> Any:
+    return ROOM.implementations[name].function
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.fastllava, f"attention_{name}").default
+
+
+def case(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return rounded(CASES[name], dtype, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_written_out_attention_is_the_reference(name: str) -> None:
+    """eager.py's two passes in fp64, so that the ops over libraries may be judged by them."""
+    args = rounded(CASES[name], FP64, FP64)
+    q, k, v, cu_seqlens, _, causal = args
+    out, *expected = outputs_and_gradients(function(REFERENCE), args)
+    got, lse = eager.forward(q.detach(), k.detach(), v.detach(), cu_seqlens, causal)
+    grads = eager.backward(draw(*out.shape, seed=99), q.detach(), k.detach(), v.detach(), cu_seqlens, causal)
+    for one, other in zip((got, *grads), (out, *expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert lse.shape == (q.shape[1], q.shape[0])
+
+
+def test_log_of_the_sum_of_exponentials() -> None:
+    q, k, v, cu_seqlens, _, _ = rounded(attention_inputs([3], 4, 2, True), FP64, FP64)
+    _, lse = eager.forward(q, k, v, cu_seqlens, True)
+    scores = (q[2, 3] * k[:, 1]).sum(-1) * 8**-0.5
+    torch.testing.assert_close(lse[3, 2], scores.exp().sum().log())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_pass_opcheck(name: str) -> None:
+    args = case("grouped")
+    torch.library.opcheck(op(name), args)
+    q, k, v, cu_seqlens, max_seqlen, causal = learning_nothing(args)
+    backward = getattr(torch.ops.fastllava, f"attention_{name}_backward").default
+    if name == "sdpa":
+        torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, cu_seqlens, causal))
+    else:
+        out, lse = op(name)(q, k, v, cu_seqlens, max_seqlen, causal)
+        torch.library.opcheck(backward, (torch.ones_like(q), q, k, v, out, lse, cu_seqlens, max_seqlen, causal))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_retained_graph_double_use_and_layout(name: str) -> None:
+    args = case("grouped")
+    before = [x.detach().clone() for x in args[:4]]
+    out = function(name)(*args)
+    cotangent = draw(*out.shape).float()
+    given = cotangent.clone()
+    first = [x.clone() for x in torch.autograd.grad(out, leaves(args), cotangent, retain_graph=True)]
+    second = torch.autograd.grad(out, leaves(args), cotangent)
+    twice = torch.autograd.grad(function(name)(*args) + function(name)(*args), leaves(args), cotangent)
+    strided = tuple(x.detach().mT.contiguous().mT.requires_grad_() for x in args[:3])
+    assert not strided[0].is_contiguous()
+    moved = torch.autograd.grad(function(name)(*strided, *args[3:]), strided, cotangent.mT.contiguous().mT)
+    for one, again, double, other in zip(first, second, twice, moved, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(double, 2 * one)
+        torch.testing.assert_close(other, one)
+    assert torch.equal(cotangent, given)
+    assert all(torch.equal(x, y) for x, y in zip(args[:4], before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "varlen"])
+def test_traces_into_one_graph_for_every_packing(name: str) -> None:
+    torch._dynamo.reset()
+    frames = CompileCounter()
+    compiled = torch.compile(function(name), fullgraph=True, backend=frames)
+    for lengths in ([3, 2], [9, 4, 1], [2, 7, 5, 4], [6], [8, 8]):
+        args = rounded(attention_inputs(lengths, 4, 2, True), torch.float32, torch.float32)
+        assert torch.equal(compiled(*args), function(name)(*args))
+    # One for the first packing, one for all others, and one for a packing of one sample only in cu_seqlens [2].
+    assert frames.frame_count <= 3
+
+
+def test_reference_is_not_for_a_graph_and_sdpa_takes_its_place() -> None:
+    for compiled, chosen in ((False, REFERENCE), (True, "sdpa")):
+        assert choose(ROOM, "auto", CPU, torch.float32, compiled) == chosen
+    with pytest.raises(ValueError, match=re.escape("'reference' cannot run here (it reads the samples' lengths on the host)")):
+        choose(ROOM, REFERENCE, CPU, torch.float32, compiled=True)
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_flash_attention_on_a_cpu_is_refused_with_the_reason(name: str) -> None:
+    message = f"kernels.attention: '{name}' cannot run here (FlashAttention needs a CUDA GPU); write kernels.attention=auto"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose(ROOM, name, CPU, torch.bfloat16)
+
+
+def test_flex_on_a_cpu_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=re.escape("'flex' cannot run here (FlexAttention has no backward on a CPU)")):
+        choose(ROOM, "flex", CPU, torch.float32)
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    availability._installed.cache_clear()
+
+
+@pytest.mark.usefixtures("h100")
+def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(ROOM, "auto", GPU, torch.bfloat16) == "varlen"
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, compiled=True) == "varlen"
+    assert choose(ROOM, "flex", GPU, torch.float32) == "flex"
+    # FlashAttention has no fp32: auto keeps the precision that was asked for.
+    assert choose(ROOM, "auto", GPU, torch.float32) == REFERENCE
+    assert choose(ROOM, "auto", GPU, torch.float32, compiled=True) == "sdpa"
+    with pytest.raises(ValueError, match="FlashAttention computes in bf16 or fp16, not float32"):
+        choose(ROOM, "varlen", GPU, torch.float32)
+    monkeypatch.setattr(availability, "_installed", lambda package: False)
+    for name, remedy in (("fa3", "pip install flash-attn-3"), ("fa4", "pip install flash-attn-4"), ("xformers", "pip install xformers")):
+        with pytest.raises(ValueError, match=re.escape(f"is not installed: {remedy}")):
+            choose(ROOM, name, GPU, torch.bfloat16)
+    monkeypatch.setattr(availability, "_installed", lambda package: True)
+    assert choose(ROOM, "fa3", GPU, torch.bfloat16) == "fa3"
+    monkeypatch.setattr(availability, "_xformers_has_flash", lambda: False)
+    with pytest.raises(ValueError, match="the installed xformers has no FlashAttention for this PyTorch"):
+        choose(ROOM, "xformers", GPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=re.escape("FlashAttention 3 needs compute capability 9.x, this GPU has 8.x")):
+        choose(ROOM, "fa3", GPU, torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape("FlashAttention 4 needs compute capability 9.x or 10.x, this GPU has 8.x")):
+        choose(ROOM, "fa4", GPU, torch.bfloat16)
+
+
+def test_heads_that_flash_attention_cannot_take_are_refused_with_the_remedy() -> None:
+    q, cu_seqlens = torch.zeros(2, 1, 12), torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="'varlen' takes heads whose width is a multiple of 8 up to 256, not 12; write kernels"):
+        function("varlen")(q, q, q, cu_seqlens, 2, True)
+
+
+@pytest.fixture
+def switched(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """PyTorch's switch, replaced by a list of what was turned on; the last is on."""
+    turned: list[str | None] = [None]
+    monkeypatch.setattr(flash, "current_flash_attention_impl", lambda: turned[-1])
+    monkeypatch.setattr(flash, "activate_flash_attention_impl", turned.append)
+    monkeypatch.setattr(flash, "restore_flash_attention_impl", lambda: turned.append(None))
+    return turned
+
+
+def test_the_switch_is_turned_only_when_it_must_and_back_again(switched: list[str | None]) -> None:
+    for wanted in (None, "FA3", "FA3", "FA4", None, None):
+        flash.activate(wanted)
+    assert switched == [None, "FA3", "FA4", None]
+
+
+@pytest.fixture
+def as_if_on_gpu(monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) -> dict[str, Any]:
+    """varlen_attn and its backward by eager.py, from the arguments that they were given, which are kept."""
+    import torch.nn.attention.varlen as module
+
+    given: dict[str, Any] = {}
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any) -> Any:
+        given["forward"] = (max_q, max_k, options, torch.are_deterministic_algorithms_enabled())
+        assert torch.equal(cu_q, cu_k)
+        assert options["enable_gqa"] == (q.shape[1] != k.shape[1])
+        return eager.forward(q, k, v, cu_q, options["window_size"] == (-1, 0))
+
+    def backward(*args: Any) -> Any:
+        grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, rng_state, scale, window = args
+        given["backward"] = (max_q, max_k, scale, window, torch.are_deterministic_algorithms_enabled())
+        assert torch.equal(cu_q, cu_k)
+        assert causal == (window == [-1, 0])
+        assert rng_state.dtype is torch.uint64
+        expected = eager.forward(q, k, v, cu_q, causal)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
+        return eager.backward(grad, q, k, v, cu_q, causal)
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    schema = torch.ops.torch_attn._varlen_attn_backward.default._schema
+    assert [argument.name for argument in schema.arguments] == [
+        *("grad_out", "query", "key", "value", "out", "lse", "cu_seq_q", "cu_seq_k"),
+        *("max_q", "max_k", "is_causal", "rng_state", "scale", "window_size"),
+    ]
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", backward)
+    return given
+
+
+@pytest.mark.parametrize("name", ["ragged", "ragged, not causal", "grouped"])
+@pytest.mark.parametrize(("switch", "library"), [(None, flash.Varlen(None)), ("FA3", flash.Varlen("FA3")), ("FA4", flash.Varlen("FA4"))])
+def test_varlen_attn_is_given_what_it_wants(
+    name: str, switch: str | None, library: flash.Library, as_if_on_gpu: dict[str, Any], switched: list[str | None]
+) -> None:
+    q, k, v, cu_seqlens, max_seqlen, causal = case(name)
+    expected = outputs_and_gradients(function(REFERENCE), (q, k, v, cu_seqlens, max_seqlen, causal))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    with flash.same_bits_twice():
+        out, lse = library.forward(q, k, v, cu_seqlens, max_seqlen, causal)
+        assert switched[-1] == switch
+        flash.activate("another")
+        grads = library.backward(draw(*out.shape, seed=99).float(), q, k, v, out, lse, cu_seqlens, max_seqlen, causal)
+    assert switched[-1] == switch
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert as_if_on_gpu["forward"][:2] == as_if_on_gpu["backward"][:2] == (max_seqlen, max_seqlen)
+    assert as_if_on_gpu["forward"][-1]
+    assert as_if_on_gpu["backward"][-1]
+    for one, other in zip((out, *grads), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_determinism_is_given_back_as_it_was() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with flash.same_bits_twice():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory == fill  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["ragged", "ragged, not causal", "grouped"])
+def test_xformers_is_given_what_it_wants(name: str, monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) -> None:
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    q, k, v, cu_seqlens, max_seqlen, causal = case(name)
+    expected = outputs_and_gradients(function(REFERENCE), (q, k, v, cu_seqlens, max_seqlen, causal))
+    q, k, v = q.detach(), k.detach(), v.detach()
+    forward, backward = fmha.flash.FwOp, fmha.flash.BwOp
+    assert memory_efficient.operators() == (forward, backward)
+
+    def apply_forward(inputs: Any, needs_gradient: bool) -> Any:
+        converted, cu_q, max_q, _, max_k, _ = fmha.flash._convert_input_format(inputs, supports_mqa=True)
+        assert converted.key.shape == k.shape
+        assert (max_q, max_k) == (max_seqlen, max_seqlen)
+        reasons = forward.not_supported_reasons(inputs)
+        assert not [reason for reason in reasons if "mask" in reason.lower() or "bias" in reason.lower() or "GQA" in reason], reasons
+        out, lse = eager.forward(converted.query, converted.key, converted.value, cu_q, fmha.flash._is_causal(inputs.attn_bias))
+        shape = inputs.query.shape
+        return out.reshape(shape), fmha.Context(out=out, lse=fmha.flash._post_process_lse(lse, inputs, tuple(shape)))
+
+    def kernel(*args: Any, **options: Any) -> Any:
+        _, grad, q_, k_, v_, _, lse, cu_q, _, max_q, max_k, *_, is_causal = args
+        assert (max_q, max_k) == (max_seqlen, max_seqlen)
+        assert lse.shape == (q.shape[1], q.shape[0])
+        return eager.backward(grad, q_, k_, v_, cu_q, is_causal)
+
+    monkeypatch.setattr(forward, "apply", apply_forward)
+    monkeypatch.setattr(fmha, "_ensure_op_supports_or_raise", lambda *_: None)
+    monkeypatch.setattr(backward, "OPERATOR", kernel)
+    monkeypatch.setattr(backward, "SUPPORTED_DTYPES", {torch.float32})
+    library = memory_efficient.Xformers()
+    switched.append("FA3")
+    out, lse = library.forward(q, k, v, cu_seqlens, max_seqlen, causal)
+    grads = library.backward(draw(*out.shape, seed=99).float(), q, k, v, out, lse, cu_seqlens, max_seqlen, causal)
+    assert switched[-1] is None
+    for one, other in zip((out, *grads), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", FLASH)
+def test_shapes_on_a_gpu_that_is_not_there(name: str) -> None:
+    # No autograd, whose engine wants the device itself.
+    with FakeTensorMode(), torch.no_grad():
+        q = torch.empty(6, 4, 64, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.empty(6, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cu_seqlens = torch.empty(3, device="cuda", dtype=torch.int32)
+        out, lse = op(name)(q, k, v, cu_seqlens, 4, True)
+        grads = getattr(torch.ops.fastllava, f"attention_{name}_backward")(out, q, k, v, out, lse, cu_seqlens, 4, True)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
+    assert (lse.shape, lse.dtype) == ((4, 6), torch.float32)
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def lists(counts: Tensor, numbers: Tensor) -> list[list[int]]:
+    return [row[:count].sort().values.tolist() for count, row in zip(counts[0, 0].tolist(), numbers[0, 0], strict=True)]
+
+
+def same_lists(one: BlockMask, other: BlockMask) -> bool:
+    return all(
+        lists(getattr(one, f"{kind}_num_blocks"), getattr(one, f"{kind}_indices"))
+        == lists(getattr(other, f"{kind}_num_blocks"), getattr(other, f"{kind}_indices"))
+        for kind in ("kv", "full_kv", "q", "full_q")
+    )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [8], [4, 4], [30, 1, 13], [0, 9, 0, 0, 16, 3, 0], [2, 2, 2, 40], [7, 32]],
+    ids=lambda lengths: "-".join(map(str, lengths)),
+)
+def test_block_lists_are_those_of_every_pair_looked_at(lengths: list[int], causal: bool) -> None:
+    rows = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (sample[query] == sample[key]) & ((query >= key) if causal else (query >= 0))
+
+    expected = create_block_mask(sees, None, None, rows, rows, device="cpu", BLOCK_SIZE=8)
+    assert same_lists(block_mask.block_mask(cu_seqlens, rows, causal, 8), expected)
+    # Offsets padded to a fixed number of samples change nothing.
+    padded = torch.cat((cu_seqlens, cu_seqlens[-1:].expand(3)))
+    assert same_lists(block_mask.block_mask(padded, rows, causal, 8), expected)
+
+
+@pytest.fixture
+def flex_frames(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """FlexAttention traced as for a GPU and run without code being generated."""
+    torch._dynamo.reset()
+    frames = CompileCounter()
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=frames)
+    monkeypatch.setattr(block_mask, "_compiled", lambda: compiled)
+    return frames
+
+
+def learning_nothing(args: Any) -> tuple[Any, ...]:
+    """FlexAttention on a CPU refuses tensors that take a gradient."""
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+
+
+@torch.no_grad()
+def test_flex_forward_and_its_number_of_graphs(flex_frames: CompileCounter) -> None:
+    for lengths in ([3, 6], [9, 9, 1], [140, 3, 0, 8], [20, 200], [5, 5, 5, 5, 5]):
+        args = learning_nothing(rounded(attention_inputs(lengths, 4, 2, True), torch.float32, torch.float32))
+        torch.testing.assert_close(function("flex")(*args), function(REFERENCE)(*args))
+    # One for rows that fit in a block, one for more.
+    assert flex_frames.frame_count == 2
+    for name in ("ragged, not causal", "no sample", "empty samples between"):
+        torch.testing.assert_close(function("flex")(*learning_nothing(case(name))), function(REFERENCE)(*case(name)))
+
+
+@torch.no_grad()
+def test_flex_is_part_of_a_larger_graph() -> None:
+    torch._dynamo.reset()
+    frames = CompileCounter()
+    compiled = torch.compile(lambda *args: function("flex")(*args) + 1, fullgraph=True, backend=frames)
+    args = learning_nothing(case("grouped"))
+    torch.testing.assert_close(compiled(*args), function(REFERENCE)(*args) + 1)
+    assert frames.frame_count == 1
+
+
+def test_a_block_mask_is_made_once_for_all_layers_and_again_when_the_packing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(block_mask, "block_mask", lambda *args: made.append(args) or object())
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    first = block_mask._remembered(cu_seqlens, 5, True)
+    assert block_mask._remembered(cu_seqlens, 5, True) is first
+    cu_seqlens[1] = 2
+    assert block_mask._remembered(cu_seqlens, 5, True) is not first
+    block_mask._remembered(cu_seqlens.clone(), 5, True)
+    assert len(made) == 3
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["varlen", "xformers", "fa3", "fa4", "flex"])
+def test_same_bits_twice_on_a_gpu_and_samples_may_change_places(name: str) -> None:
+    """Eight samples of up to 700 rows: several blocks each, which FlashAttention's backward may add in any order."""
+    if ROOM.implementations[name].unsupported(GPU, torch.bfloat16) is not None:
+        pytest.skip(f"{name} does not run here")
+    lengths = [700, 1, 333, 64, 128, 500, 17, 257]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(sum(lengths), heads, 64, generator=generator).bfloat16().cuda() for heads in (8, 2, 2, 8))
+
+    def run(order: list[int]) -> list[list[Tensor]]:
+        """Output and gradients, a list a tensor, in samples as they were at first."""
+        parts = [torch.cat([x.split(lengths)[i] for i in order]).requires_grad_() for x in (q, k, v, grad)]
+        moved = [lengths[i] for i in order]
+        cu_seqlens = torch.tensor([0, *moved], device="cuda").cumsum(0).int()
+        out = function(name)(*parts[:3], cu_seqlens, max(moved), True)
+        tensors = [out, *torch.autograd.grad(out, parts[:3], parts[3].detach())]
+        return [[x.split(moved)[order.index(i)].detach() for i in range(len(order))] for x in tensors]
+
+    once, again, turned = run(list(range(8))), run(list(range(8))), run(list(range(7, -1, -1)))
+    for one, same, other in zip(once, again, turned, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, same, strict=True))
+        assert all(torch.allclose(x, y, rtol=2e-2, atol=2e-2) for x, y in zip(one, other, strict=True))
