@@ -54,7 +54,8 @@ def test_rows_keep_their_digits_however_confident(code: Any, vocabulary: int) ->
     exact = torch.where(exact < 1e-9, torch.logsumexp(others, 1).exp(), exact)
     exact.sum().backward()
     assert true.grad is not None
-    losses, gradient, residual = code.loss_rows(logits.clone(), targets, torch.ones(len(GAPS), device=DEVICE), torch.float32, True)
+    gradient = logits.clone()
+    losses, residual = code.loss_rows(gradient, targets, torch.ones(len(GAPS), device=DEVICE), gradient, True)
     # exp(-100) is below fp32's normal numbers: 0 is all that can be asked there.
     normal = exact > torch.finfo(torch.float32).tiny
     assert normal.sum() >= len(GAPS) - 1
@@ -76,8 +77,9 @@ def test_the_usual_form_loses_confident_rows() -> None:
 def test_residual_is_what_rounding_the_target_s_gradient_took(code: Any) -> None:
     logits, targets = logits_of([0.3, -2.0, -7.0], 101)
     weights = torch.tensor([0.3, 1.0, 0.7], device=DEVICE)
-    _, wide, _ = code.loss_rows(logits.clone(), targets, weights, torch.float32, True)
-    _, narrow, residual = code.loss_rows(logits.clone(), targets, weights, torch.float16, True)
+    wide, narrow = logits.clone(), logits.half()
+    code.loss_rows(wide, targets, weights, wide, True)
+    _, residual = code.loss_rows(logits.clone(), targets, weights, narrow, True)
     kept = narrow.gather(1, targets[:, None]).squeeze(1).float()
     assert torch.equal(kept + residual, wide.gather(1, targets[:, None]).squeeze(1))
     assert residual.abs().min() > 0
@@ -185,12 +187,14 @@ def test_memory_around_the_rows_stays_as_it_was(code: Any, dtype: torch.dtype) -
     logits, targets = logits_of([0.5, -3.0], 101)
     guarded = torch.full((4, 128), float("nan"), device=DEVICE)
     guarded[1:3, :101] = logits
-    losses, gradient, _ = code.loss_rows(guarded[1:3, :101], targets, torch.ones(2, device=DEVICE), dtype, True)
+    gradients = guarded if dtype == torch.float32 else torch.full((4, 128), float("nan"), dtype=dtype, device=DEVICE)
+    losses, _ = code.loss_rows(guarded[1:3, :101], targets, torch.ones(2, device=DEVICE), gradients[1:3, :101], True)
     assert torch.isfinite(losses).all()
-    assert torch.isfinite(gradient).all()
     inside = torch.zeros_like(guarded, dtype=torch.bool)
     inside[1:3, :101] = True
+    assert torch.isfinite(gradients[inside]).all()
     assert guarded[~inside].isnan().all()
+    assert gradients[~inside].isnan().all()
     d_hidden = torch.full((5, 24), float("nan"), dtype=dtype, device=DEVICE)
     rows = torch.tensor([1, 3], dtype=torch.int32, device=DEVICE)
     d_rows, weight = torch.ones(2, 17, device=DEVICE), torch.ones(101, 17, device=DEVICE)
@@ -289,13 +293,28 @@ def test_only_wanted_gradients_are_formed(op: Callable[..., Tensor], monkeypatch
     op(hidden.detach(), weight, *rest).backward()
     with torch.no_grad():
         op(hidden, weight, *rest)
-    assert [(len(r.d_rows), len(r.d_weight)) for r in results] == [(4, 0), (0, 11), (0, 0)]
+    assert [(len(r.d_rows), len(r.d_logits), len(r.d_weight)) for r in results] == [(4, 0, 0), (0, 4, 0), (0, 0, 0)]
+
+
+@every_op
+def test_the_weight_s_gradient_is_the_same_in_forward_and_in_backward(op: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many rows it is summed chunk by chunk in forward; with few it waits for backward and is written once."""
+    for dtype in (torch.float32, torch.float16):
+        args = on_device(loss_inputs(13, range(0, 13, 2), 50), dtype)
+        waiting = outputs_and_gradients(op, args)
+        with monkeypatch.context() as patch:
+            patch.setattr(chunked, "keeps_logit_gradients", lambda *_: False)
+            patch.setattr(chunked, "CHUNK", 3)
+            at_once = outputs_and_gradients(op, args)
+        assert max(distances(at_once, [tensor.double() for tensor in waiting])) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert chunked.keeps_logit_gradients(819, 4096, torch.bfloat16)
+    assert not chunked.keeps_logit_gradients(16384, 4096, torch.bfloat16)
 
 
 @every_op
 def test_opcheck(op: Callable[..., Tensor]) -> None:
     custom = getattr(torch.ops.fastllava, op.__name__)
-    for name in ("usual", "none supervised"):
+    for name in ("usual", "every row", "none supervised"):
         torch.library.opcheck(custom, (*on_device(CASES[name]), True, True))
 
 
@@ -363,8 +382,9 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
             launched.append((self.name, list(current)))
             return self.jit[grid]
 
+    names = ("_loss_row", "_scatter_row", "_scale")
     monkeypatch.setattr(kernel, "on_device_of", Guard)
-    for name in ("_loss_row", "_scatter_row"):
+    for name in names:
         monkeypatch.setattr(kernel, name, Launcher(name, getattr(kernel, name)))
     outputs_and_gradients(masked_linear_cross_entropy_triton, on_device(CASES["usual"]))
-    assert launched == [(name, [torch.empty(0, device=DEVICE).device]) for name in ("_loss_row", "_scatter_row")]
+    assert launched == [(name, [torch.empty(0, device=DEVICE).device]) for name in names]

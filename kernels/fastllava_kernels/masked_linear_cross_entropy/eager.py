@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 
-def loss_rows(
-    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and logit gradients of a chunk (chunked.LossRows); overwrites the logits.
+def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_NV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows); overwrites the logits.
 
     With c the row's largest logit, y the target and S the sum of exp(z_v - c) over v != y: the loss is
     (c - z_y) + log(exp(z_y - c) + S), and the target's gradient -S / (exp(z_y - c) + S), which is p_y - 1 without the
@@ -24,12 +22,19 @@ def loss_rows(
     log_sum = torch.where(target_logits == largest, torch.log1p(total), torch.log(target + total))
     losses = weights * (largest - target_logits + log_sum)
     if not wants_gradient:
-        return losses.squeeze(1), others, torch.zeros_like(weights_N)
+        return losses.squeeze(1), torch.zeros_like(losses).squeeze(1)
     norm = weights / (target + total)
     exact = -total * norm
-    gradient = others.mul_(norm).scatter_(1, targets, exact).to(dtype)
-    residual = exact - gradient.gather(1, targets)
-    return losses.squeeze(1), gradient, residual.squeeze(1)
+    gradient = others.mul_(norm).scatter_(1, targets, exact)
+    if gradient_NV.dtype != gradient.dtype:
+        gradient_NV.copy_(gradient)
+    residual = exact - gradient_NV.gather(1, targets)
+    return losses.squeeze(1), residual.squeeze(1)
+
+
+def scale(gradient: Tensor, grad_loss: Tensor) -> None:
+    """Multiply in place."""
+    gradient.mul_(grad_loss)
 
 
 def scatter_rows(

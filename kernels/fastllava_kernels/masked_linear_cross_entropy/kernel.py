@@ -12,8 +12,6 @@ from torch import Tensor
 from fastllava_kernels import tuning
 from fastllava_kernels.launch import on_device_of
 
-from .chunked import padded
-
 LOG2E = tl.constexpr(1.4426950408889634)
 
 LARGEST_ROW = 32768
@@ -82,7 +80,7 @@ def _loss_row(
     tl.store(losses_ptr + row, weight * _loss(target_logit, largest, target, total))
     if WANTS_GRADIENT:
         norm = weight / (target + total)
-        exact = -total * norm
+        exact = (0.0 - norm) * total
         kept = exact.to(gradient_ptr.dtype.element_ty)
         tl.store(residual_ptr + row, exact - kept.to(tl.float32))
         if ONE_BLOCK:
@@ -126,15 +124,20 @@ def _scatter_row(
     tl.store(d_hidden_ptr + row * d_hidden_stride + columns, complete.to(d_hidden_ptr.dtype.element_ty), mask=mask)
 
 
-def loss_rows(
-    logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and logit gradients of a chunk (chunked.LossRows); fp32 gradients overwrite the logits."""
+@triton.jit
+def _scale(gradient_ptr, grad_loss_ptr, elements, BLOCK: tl.constexpr):
+    """One block of a contiguous gradient; nothing is read or written where the upstream gradient is 1, as it is in training."""
+    grad_loss = tl.load(grad_loss_ptr)
+    if grad_loss != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        gradient = tl.load(gradient_ptr + at, mask=at < elements, other=0.0)
+        tl.store(gradient_ptr + at, gradient * grad_loss, mask=at < elements)
+
+
+def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_NV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows), which may be the logits."""
     rows, vocabulary = logits_NV.shape
     losses, residual = torch.empty_like(weights_N), torch.empty_like(weights_N)
-    gradient = logits_NV
-    if dtype is not torch.float32 and wants_gradient:
-        gradient = logits_NV.new_empty(rows, padded(vocabulary), dtype=dtype)[:, :vocabulary]
     one_block = vocabulary <= LARGEST_ROW
     config = tuning.config("masked_linear_cross_entropy." + ("row" if one_block else "long_row"), rows, logits_NV.device)
     config |= {"WANTS_GRADIENT": wants_gradient, "ONE_BLOCK": one_block}
@@ -143,17 +146,25 @@ def loss_rows(
     with on_device_of(logits_NV):
         _loss_row[(rows,)](
             logits_NV,
-            gradient,
+            gradient_NV if wants_gradient else logits_NV,
             losses,
             residual,
             targets_N.contiguous(),
             weights_N.contiguous(),
             vocabulary,
             logits_NV.stride(0),
-            gradient.stride(0),
+            gradient_NV.stride(0),
             **config,
         )
-    return losses, gradient, residual
+    return losses, residual
+
+
+def scale(gradient: Tensor, grad_loss: Tensor) -> None:
+    """Multiply a contiguous gradient in place."""
+    elements = gradient.numel()
+    config = tuning.config("masked_linear_cross_entropy.scale", elements, gradient.device)
+    with on_device_of(gradient):
+        _scale[(triton.cdiv(elements, config["BLOCK"]),)](gradient, grad_loss, elements, **config)
 
 
 def scatter_rows(
@@ -169,7 +180,8 @@ def scatter_rows(
     rows, width = d_rows_MD.shape
     if weight_VD.stride(1) != 1:
         weight_VD = weight_VD.contiguous()
-    config = tuning.config("masked_linear_cross_entropy.scatter_row", rows, d_rows_MD.device)
+    master = weight_VD.dtype is not d_hidden_TD.dtype
+    config = tuning.config("masked_linear_cross_entropy.scatter_row" + ("_master" if master else ""), rows, d_rows_MD.device)
     with on_device_of(d_rows_MD):
         _scatter_row[(rows, triton.cdiv(width, config["BLOCK_D"]))](
             d_rows_MD,
@@ -256,4 +268,18 @@ KERNELS = (
         divisible=frozenset({"vocabulary", "logits_stride", "gradient_stride"}),
     ),
     _scatter_kernel("scatter_row", "*bf16"),
+    _scatter_kernel("scatter_row_master", "*fp32"),
+    tuning.Kernel(
+        name="masked_linear_cross_entropy.scale",
+        function=_scale,
+        signature={"gradient_ptr": "*fp32", "grad_loss_ptr": "*fp32", "elements": "i32"},
+        constants={},
+        candidates={
+            **{gpu: [{"BLOCK": 8192, "num_warps": 8, "num_stages": 1}, {"BLOCK": 4096, "num_warps": 8, "num_stages": 1}] for gpu in GPUS},
+            "interpreter": [{"BLOCK": 16, "num_warps": 1, "num_stages": 1}],
+        },
+        room="masked_linear_cross_entropy",
+        rows="supervised",
+        divisible=frozenset({"elements"}),
+    ),
 )

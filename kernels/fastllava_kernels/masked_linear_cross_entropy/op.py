@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels.mm32 import mm32
 
 from . import chunked, eager
 
@@ -36,21 +37,24 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
     @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}", mutates_args=())
     def forward(
         hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         loss_rows = code(hidden).loss_rows
         return tuple(chunked.forward(hidden, weight, rows, targets, weights, wants_hidden, wants_weight, loss_rows))  # type: ignore[return-value]
 
     @forward.register_fake
     def _(
         hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         count, (vocabulary, width) = rows.shape[0], weight.shape
+        keeps = wants_weight and chunked.keeps_logit_gradients(count, width, hidden.dtype)
         return (
             hidden.new_empty((), dtype=wide),
             hidden.new_empty((count if wants_hidden else 0, width), dtype=wide),
             hidden.new_empty(count if wants_hidden else 0, dtype=wide),
-            hidden.new_empty((vocabulary if wants_weight else 0, width), dtype=wide),
+            hidden.new_empty((vocabulary if wants_weight and not keeps else 0, width), dtype=wide),
+            hidden.new_empty(count if keeps else 0, width),
+            hidden.new_empty_strided((count, vocabulary), (chunked.padded(vocabulary), 1)) if keeps else hidden.new_empty(0, vocabulary),
         )
 
     @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}_backward", mutates_args=())
@@ -59,17 +63,26 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
         d_rows: Tensor,
         residual: Tensor,
         d_weight: Tensor,
+        kept_rows: Tensor,
+        d_logits: Tensor,
         weight: Tensor,
         rows: Tensor,
         targets: Tensor,
         total_rows: int,
-        dtype: torch.dtype,
+        wants_hidden: bool,
+        wants_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         # Nothing saved is written to: a graph that is kept gives the same gradients again.
-        d_hidden = weight.new_zeros(total_rows, weight.shape[1], dtype=dtype)
-        if d_rows.shape[0]:
+        d_hidden = kept_rows.new_zeros(total_rows if wants_hidden else 0, weight.shape[1])
+        if wants_hidden and d_rows.shape[0]:
             code(weight).scatter_rows(d_rows, residual, grad_loss, weight, rows, targets, d_hidden)
-        return d_hidden, (d_weight * grad_loss).to(weight.dtype)
+        if not wants_weight:
+            return d_hidden, weight.new_empty(0, weight.shape[1])
+        if d_weight.shape[0]:
+            return d_hidden, (d_weight * grad_loss).to(weight.dtype)
+        d_weight = mm32(d_logits.t(), kept_rows)
+        code(weight).scale(d_weight, grad_loss)
+        return d_hidden, d_weight.to(weight.dtype)
 
     @backward.register_fake
     def _(
@@ -77,24 +90,27 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
         d_rows: Tensor,
         residual: Tensor,
         d_weight: Tensor,
+        kept_rows: Tensor,
+        d_logits: Tensor,
         weight: Tensor,
         rows: Tensor,
         targets: Tensor,
         total_rows: int,
-        dtype: torch.dtype,
+        wants_hidden: bool,
+        wants_weight: bool,
     ) -> tuple[Tensor, Tensor]:
-        return weight.new_empty(total_rows, weight.shape[1], dtype=dtype), torch.empty_like(d_weight, dtype=weight.dtype)
+        vocabulary, width = weight.shape
+        return kept_rows.new_empty(total_rows if wants_hidden else 0, width), weight.new_empty(vocabulary if wants_weight else 0, width)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, rows, targets, *_ = inputs
-        _, d_rows, residual, d_weight = output
-        ctx.mark_non_differentiable(d_rows, residual, d_weight)
-        ctx.save_for_backward(d_rows, residual, d_weight, weight, rows, targets)
-        ctx.total_rows, ctx.dtype = hidden.shape[0], hidden.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], weight, rows, targets)
+        ctx.total_rows = hidden.shape[0]
 
     def differentiate(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight = backward(grad_loss, *ctx.saved_tensors, ctx.total_rows, ctx.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        d_hidden, d_weight = backward(grad_loss, *ctx.saved_tensors, ctx.total_rows, wants_hidden, wants_weight)
         return (d_hidden if wants_hidden else None, d_weight if wants_weight else None, None, None, None, None, None)
 
     forward.register_autograd(differentiate, setup_context=save)
