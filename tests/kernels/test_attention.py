@@ -187,11 +187,15 @@ def as_if_on_gpu(monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) ->
 
     given: dict[str, Any] = {}
 
-    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any) -> Any:
-        given["forward"] = (max_q, max_k, options, torch.are_deterministic_algorithms_enabled())
+    def varlen_attn(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, return_aux: Any, window_size: Any,
+        enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        given["forward"] = (max_q, max_k, torch.are_deterministic_algorithms_enabled())
         assert torch.equal(cu_q, cu_k)
-        assert options["enable_gqa"] == (q.shape[1] != k.shape[1])
-        return eager.forward(q, k, v, cu_q, options["window_size"] == (-1, 0))
+        assert return_aux.lse
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return eager.forward(q, k, v, cu_q, window_size == (-1, 0))
 
     def backward(*args: Any) -> Any:
         grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, rng_state, scale, window = args
@@ -234,6 +238,20 @@ def test_varlen_attn_is_given_what_it_wants(
     assert as_if_on_gpu["backward"][-1]
     for one, other in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_grouped_heads_on_pytorch_2_11(as_if_on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its varlen_attn has no argument for them and takes them as they are."""
+    import torch.nn.attention.varlen as module
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, return_aux: Any = None,
+                    scale: Any = None, window_size: Any = (-1, -1)) -> Any:  # fmt: skip
+        return eager.forward(q, k, v, cu_q, window_size == (-1, 0))
+
+    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    q, k, v, cu_seqlens, max_seqlen, causal = case("grouped")
+    out, _ = flash.Varlen(None).forward(q.detach(), k.detach(), v.detach(), cu_seqlens, max_seqlen, causal)
+    torch.testing.assert_close(out, function(REFERENCE)(q, k, v, cu_seqlens, max_seqlen, causal))
 
 
 def test_determinism_is_given_back_as_it_was() -> None:

@@ -6,6 +6,7 @@ the host; kept are the inputs, the output and the log of each row's sum of expon
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +60,8 @@ class Varlen:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         activate(self.switch)
-        grouped = q_THK.shape[1] != k_TGK.shape[1]
+        # PyTorch 2.11 takes grouped heads without being told, and has no such argument.
+        grouped = q_THK.shape[1] != k_TGK.shape[1] and "enable_gqa" in signature(varlen_attn).parameters
         out_THK, lse_HT = varlen_attn(
             q_THK,
             k_TGK,
@@ -70,7 +72,7 @@ class Varlen:
             max_seqlen,
             return_aux=AuxRequest(lse=True),
             window_size=_window(causal),
-            enable_gqa=grouped,
+            **({"enable_gqa": True} if grouped else {}),
         )
         return out_THK, lse_HT
 
