@@ -1,0 +1,54 @@
+"""Op of rope over our kernel, which reads its inputs once and writes beside them, where Liger's writes over copies."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllava_kernels.launch import INTERPRETED
+
+from .reference import rope
+
+
+@torch.library.custom_op("fastllava::rope_triton", mutates_args=())
+def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated queries [T, H, K] and keys [T, G, K], in their dtype, rounded once. cos and sin are tables: they get no gradient."""
+    if not _kernel_takes(q_THK):
+        return rope(q_THK.contiguous(), k_TGK.contiguous(), cos_TK, sin_TK)
+    from . import kernel
+
+    return kernel.rotate(q_THK, k_TGK, cos_TK, sin_TK, backward=False)
+
+
+@torch.library.custom_op("fastllava::rope_triton_backward", mutates_args=())
+def rope_triton_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k: the cotangents turned back."""
+    if not _kernel_takes(grad_q_THK):
+        half = sin_TK.shape[1] // 2
+        swapped = torch.cat((sin_TK[:, half:], sin_TK[:, :half]), dim=1)
+        return rope(grad_q_THK.contiguous(), grad_k_TGK.contiguous(), cos_TK, -swapped)
+    from . import kernel
+
+    return kernel.rotate(grad_q_THK, grad_k_TGK, cos_TK, sin_TK, backward=True)
+
+
+@rope_triton.register_fake
+@rope_triton_backward.register_fake
+def _(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_TGK))
+    return q_out, k_out
+
+
+def _kernel_takes(x: Tensor) -> bool:
+    return x.is_cuda or (INTERPRETED and x.dtype in (torch.float32, torch.float16))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _gradients(ctx: Any, grad_q_THK: Tensor, grad_k_TGK: Tensor) -> tuple[Tensor | None, ...]:
+    return *rope_triton_backward(grad_q_THK, grad_k_TGK, *ctx.saved_tensors), None, None
+
+
+rope_triton.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,59 @@
+"""Op of swiglu over our kernels: backward writes beside its inputs, where Liger's writes over copies of them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllava_kernels.launch import INTERPRETED
+
+from .reference import swiglu
+
+
+@torch.library.custom_op("fastllava::swiglu_triton", mutates_args=())
+def swiglu_triton(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """[T, F] in the inputs' dtype: `silu(gate) * up`, rounded once."""
+    gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
+    if not _kernel_takes(gate_TF):
+        return swiglu(gate_TF, up_TF)
+    from . import kernel
+
+    return kernel.forward(gate_TF, up_TF)
+
+
+@swiglu_triton.register_fake
+def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return torch.empty_like(gate_TF, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastllava::swiglu_triton_backward", mutates_args=())
+def swiglu_triton_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    grad_TF, gate_TF, up_TF = grad_TF.contiguous(), gate_TF.contiguous(), up_TF.contiguous()
+    if not _kernel_takes(gate_TF):
+        return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), grad_TF * F.silu(gate_TF)
+    from . import kernel
+
+    return kernel.backward(grad_TF, gate_TF, up_TF)
+
+
+@swiglu_triton_backward.register_fake
+def _(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate_TF, d_up_TF = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate_TF, up_TF))
+    return d_gate_TF, d_up_TF
+
+
+def _kernel_takes(x: Tensor) -> bool:
+    return x.is_cuda or (INTERPRETED and x.dtype in (torch.float32, torch.float16))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+    return swiglu_triton_backward(grad_TF, *ctx.saved_tensors)
+
+
+swiglu_triton.register_autograd(_gradients, setup_context=_keep)
