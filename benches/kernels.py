@@ -122,6 +122,8 @@ def bench(plan: Plan, out: Path | None, say: Callable[[str], None]) -> list[Row]
 def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -> Iterator[Row]:
     """The rows of one shape: all candidates take turns."""
     dtype, shape = DTYPES[plan.dtype], room.workload.shapes[shape_name]
+    # Each shape gets a graph of its own, not one for all; and 8 of them are the most before PyTorch stops compiling.
+    torch.compiler.reset()
     candidates = plan.candidates(room)
     args = room.workload.inputs(shape, dtype, plan.device, 0)
     passes = [name for name in plan.passes if name == "forward" or judging.leaves(args)]

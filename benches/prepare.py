@@ -1,6 +1,6 @@
 """`fastllava prepare` at the size of mix665K: time and memory, beside tokenizing every round again as the original does.
 
-    python benches/prepare.py --tokenizer vicuna-7b-v1.5/tokenizer.model [--records 665298] [--workers 2] [--out DIR]
+    python -P benches/prepare.py --tokenizer vicuna-7b-v1.5/tokenizer.model [--records 665298] [--workers 2] [--out DIR]
 
 Records are drawn with the sources, rounds and lengths of llava_v1_5_mix665k.json, from words made of syllables.
 """
@@ -43,6 +43,9 @@ MIX = 665_298
 
 
 def main() -> None:
+    if not sys.flags.safe_path:
+        # With this folder on the import path, transformers would take kernels.py in it for a library of Hugging Face.
+        sys.exit("error: write python -P benches/prepare.py ...")
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.model of a Llama-family model, or its folder")
     arguments.add_argument("--records", type=int, default=MIX)
@@ -71,6 +74,7 @@ def report(folder: Path, given: argparse.Namespace) -> None:
     tokens, before = original_ms(folder / "records.json", given.tokenizer, given.sample)
     command = [
         sys.executable,
+        "-P",
         __file__,
         "--child",
         "--tokenizer",

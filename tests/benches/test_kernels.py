@@ -18,6 +18,7 @@ from fastllava import cli
 from fastllava.cli import bench_module
 from fastllava.errors import UserError
 from fastllava_kernels import Implementation, Room, rooms
+from fastllava_kernels.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 from fastllava_kernels.workload import Cost
 
@@ -374,3 +375,15 @@ def test_installed_without_the_source_tree_says_where_the_benches_are(monkeypatc
 def test_benches_are_not_on_the_import_path() -> None:
     """There `kernels` would be benches/kernels.py, which transformers takes for a library of Hugging Face."""
     assert not [place for place in sys.path if Path(place).resolve() in (report.README.parents[1], report.README.parents[1] / "benches")]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Liger's kernels run on a CPU through Triton's interpreter only")
+@pytest.mark.parametrize("shape", ["tiny", "tiny-head"])
+def test_liger_computes_the_same_loss_on_every_row(shape: str) -> None:
+    room = rooms()["masked_linear_cross_entropy"]
+    args = room.workload.inputs(room.workload.shapes[shape], torch.float32, CPU, 0)
+    bound = kernel_peers.peers(room)["liger_flce"].build(args)
+    exact = judging.in_fp64(args)
+    truth = judging.run(lambda: room.implementations[REFERENCE].function(*exact), judging.leaves(exact))
+    got = judging.run(bound.function, bound.leaves)
+    assert max(judging.distances([*got.outputs, *got.gradients], [*truth.outputs, *truth.gradients])) < 1e-6

@@ -50,12 +50,11 @@ def test_inputs_are_what_the_reference_takes(room: str, shape: str) -> None:
         assert torch.equal(leaf, leaf.bfloat16().to(leaf.dtype))
 
 
-@pytest.mark.parametrize(("room", "shape"), TINY)
+@pytest.mark.parametrize(("room", "shape"), [param for param in TINY if param.id != "attention-tiny"])
 def test_flops_are_those_that_the_reference_does(room: str, shape: str) -> None:
+    """But for causal attention: the counter does not know that it does half."""
     found = rooms()[room]
     sizes = found.workload.shapes[shape]
-    if room == "attention" and sizes["causal"]:
-        pytest.skip("the counter does not know that causal attention does half")
     args = found.workload.inputs(sizes, torch.float32, CPU, 0)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
