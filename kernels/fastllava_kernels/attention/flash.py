@@ -62,6 +62,7 @@ class Varlen:
         activate(self.switch)
         # PyTorch 2.11 takes grouped heads without being told, and has no such argument.
         grouped = q_THK.shape[1] != k_TGK.shape[1] and "enable_gqa" in signature(varlen_attn).parameters
+        options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
         out_THK, lse_HT = varlen_attn(
             q_THK,
             k_TGK,
@@ -72,7 +73,7 @@ class Varlen:
             max_seqlen,
             return_aux=AuxRequest(lse=True),
             window_size=_window(causal),
-            **({"enable_gqa": True} if grouped else {}),
+            **options,
         )
         return out_THK, lse_HT
 
