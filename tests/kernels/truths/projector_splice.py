@@ -25,14 +25,14 @@ def truth(
     return torch.stack([rows[row] for row in range(len(token_ids))]) if len(token_ids) else embedding[:0]
 
 
-def splice_inputs(rows: int, patch_rows: Sequence[int], depth: int) -> Args:
-    """`depth` Linear layers from width 6 to 5; none is the identity, with features as wide as the embedding."""
-    widths = [6 if depth else 5] + [5] * depth
-    layers = [(draw(out, into, seed=out + i), draw(out, seed=40 + i)) for i, (into, out) in enumerate(pairwise(widths))]
+def splice_inputs(rows: int, patch_rows: Sequence[int], depth: int, tower: int = 6, width: int = 5, scale: float = 1.0) -> Args:
+    """`depth` Linear layers from width `tower` to `width`; none is the identity, with features as wide as the embedding."""
+    widths = [tower if depth else width] + [width] * depth
+    layers = [(draw(out, into, seed=out + i, scale=scale), draw(out, seed=40 + i)) for i, (into, out) in enumerate(pairwise(widths))]
     text = [row for row in range(rows) if row not in patch_rows]
     ids = torch.tensor([(7 * row + 3) % 9 if row in text else 0 for row in range(rows)], dtype=torch.int64)
     where = torch.tensor(list(patch_rows), dtype=torch.int32)
-    return draw(len(patch_rows), widths[0], seed=1), layers, draw(9, 5, seed=2), ids, torch.tensor(text, dtype=torch.int32), where
+    return draw(len(patch_rows), widths[0], seed=1), layers, draw(9, width, seed=2), ids, torch.tensor(text, dtype=torch.int32), where
 
 
 CASES: dict[str, Args] = {
@@ -43,6 +43,9 @@ CASES: dict[str, Args] = {
     "no image": splice_inputs(4, [], 2),
     "image only": splice_inputs(3, [0, 1, 2], 2),
     "patches cut away": splice_inputs(5, [3, 4, 5, 5, 5], 2),
+    "more than a tile of everything": splice_inputs(90, [*range(3, 45), *range(60, 89), 90, 90], 2, 40, 37, 0.2),
+    "whole tiles": splice_inputs(80, range(64), 2, 32, 32, 0.2),
+    "patches out of order": splice_inputs(40, [*range(39, 2, -1)], 2),
     "one token": splice_inputs(1, [], 2),
 }
 

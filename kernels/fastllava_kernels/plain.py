@@ -1,0 +1,72 @@
+"""What `matmul` and `rows` do, in plain PyTorch on any device, also deterministic and without a sync.
+
+Sizes as there. Where rows go to their places, `out` has one row more than T: the bin for what is cut.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastllava_kernels.mm32 import mm32
+
+
+def linear_gelu(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """(pre, GELU(pre)), both [M, N], with pre = x @ weight.T + bias; pre is empty unless `keep`."""
+    pre_MN = F.linear(x_MK, weight_NK, bias_N.to(x_MK.dtype))
+    return pre_MN if keep else pre_MN.new_empty(0), F.gelu(pre_MN)
+
+
+def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, out: Tensor, places_M: Tensor | None = None) -> None:
+    """Writes x @ weight.T + bias into `out`: row m, or with `places` row places[m]."""
+    product = F.linear(x_MK, weight_NK, bias_N.to(x_MK.dtype))
+    if places_M is None:
+        out.copy_(product)
+    else:
+        scatter_rows(product, places_M, out)
+
+
+def gelu_backward(d_out_MK: Tensor, weight_KN: Tensor, pre_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_pre, GELU(pre), column sums of d_pre in fp32 or wider) with d_pre = (d_out @ weight) * GELU'(pre)."""
+    d_pre_MN = torch.ops.aten.gelu_backward(d_out_MK @ weight_KN, pre_MN)
+    return d_pre_MN, F.gelu(pre_MN), column_sums(d_pre_MN)
+
+
+def column_sums(x_MN: Tensor) -> Tensor:
+    """[N], in fp32 or wider."""
+    return x_MN.sum(0, dtype=torch.promote_types(x_MN.dtype, torch.float32))
+
+
+def weight_gradient(d_out_MN: Tensor, x_MK: Tensor, dtype: torch.dtype) -> Tensor:
+    """d_out.T @ x [N, K] in `dtype`, rounded once: an fp32 master weight gets the sums as they are."""
+    if dtype == d_out_MN.dtype:
+        return d_out_MN.t() @ x_MK
+    return mm32(d_out_MN.t(), x_MK).to(dtype)
+
+
+def scatter_rows(source_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
+    """out[places[p]] = source[p]; the bin, out's last row, takes those with places[p] = T."""
+    out.index_copy_(0, places_P.long(), source_PD)
+
+
+def embed_rows(table_VD: Tensor, ids_T: Tensor, places: Tensor, out: Tensor) -> None:
+    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype."""
+    out.index_copy_(0, places.long(), table_VD.index_select(0, ids_T.index_select(0, places)).to(out.dtype))
+
+
+def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
+    """source[places] [P, D], zeros where places[p] is T, and its column sums [D], empty unless `want_sum`."""
+    rows = source_TD.shape[0]
+    if not rows:
+        out_PD = source_TD.new_zeros(len(places_P), source_TD.shape[1])
+    else:
+        out_PD = source_TD.index_select(0, places_P.clamp(max=rows - 1)).masked_fill_((places_P >= rows)[:, None], 0.0)
+    return out_PD, column_sums(out_PD) if want_sum else out_PD.new_empty(0)
+
+
+def embedding_gradient(d_hidden_TD: Tensor, table_VD: Tensor, ids_T: Tensor, places: Tensor) -> Tensor:
+    """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it, in fp32 or wider."""
+    rows = d_hidden_TD.index_select(0, places)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    ids = ids_T.index_select(0, places)
+    # The backward of nn.Embedding sorts; index_add would add with atomics on a GPU.
+    return torch.ops.aten.embedding_dense_backward(rows, ids, table_VD.shape[0], -1, False).to(table_VD.dtype)

@@ -1,0 +1,212 @@
+"""Triton kernels that move whole rows: to their places, back from them, and summed by key. Memory-bound, no atomics.
+
+T rows of hidden states, P patches, D columns, V rows of the embedding table, B blocks of rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllava_kernels import tuning
+from fastllava_kernels.launch import on_device_of
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """x, copied if neighbours in a row are no neighbours in memory; rows may lie at any distance."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit(do_not_specialize=["rows_out"])
+def copy_rows_kernel(
+    source_ptr, places_ptr, ids_ptr, out_ptr, rows_out, columns, source_stride, out_stride, LOOKUP: tl.constexpr, BLOCK_D: tl.constexpr
+) -> None:
+    """out[places[i]] = source[i], or with LOOKUP source[ids[places[i]]]; nothing where places[i] is no row of out."""
+    i = tl.program_id(0)
+    place = tl.load(places_ptr + i).to(tl.int64)
+    kept = place < rows_out
+    if LOOKUP:
+        origin = tl.load(ids_ptr + place, mask=kept, other=0).to(tl.int64)
+    else:
+        origin = i.to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < tl.where(kept, columns, 0)
+    row = tl.load(source_ptr + origin * source_stride + d, mask=inside, other=0.0)
+    tl.store(out_ptr + place * out_stride + d, row.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "rows_in"])
+def gather_rows_kernel(
+    source_ptr,
+    places_ptr,
+    out_ptr,
+    partial_ptr,
+    count,
+    rows_in,
+    columns,
+    source_stride,
+    SUM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """out[i] = source[places[i]], zeros where that is no row of source; SUM: the fp32 sums over each block of rows."""
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = tl.load(places_ptr + i, mask=i < count, other=rows_in).to(tl.int64)
+    inside = d[None, :] < columns
+    tile = tl.load(source_ptr + place[:, None] * source_stride + d[None, :], mask=(place < rows_in)[:, None] & inside, other=0.0)
+    tl.store(out_ptr + i.to(tl.int64)[:, None] * columns + d[None, :], tile, mask=(i < count)[:, None] & inside)
+    if SUM:
+        sums = tl.sum(tile.to(tl.float32), axis=0)
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * columns + d, sums, mask=d < columns)
+
+
+@triton.jit(do_not_specialize=["count"])
+def segment_sum_kernel(
+    source_ptr, keys_ptr, rows_ptr, out_ptr, count, columns, source_stride, out_stride, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+) -> None:
+    """out[key] = sum of source[rows[i]] over the i with keys[i] == key, in their order; keys are sorted.
+
+    The program of a key's first position does the work, the others of that key leave.
+    """
+    first = tl.program_id(0)
+    key = tl.load(keys_ptr + first)
+    before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
+    if before != key:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        start = first
+        more = before != key
+        while more:
+            i = start + tl.arange(0, BLOCK_ROWS)
+            same = tl.load(keys_ptr + i, mask=i < count, other=-1) == key
+            row = tl.load(rows_ptr + i, mask=same, other=0).to(tl.int64)
+            inside = same[:, None] & (d < columns)[None, :]
+            tile = tl.load(source_ptr + row[:, None] * source_stride + d[None, :], mask=inside, other=0.0)
+            sums += tl.sum(tile.to(tl.float32), axis=0)
+            start += BLOCK_ROWS
+            more = tl.load(keys_ptr + start, mask=start < count, other=-1) == key
+        tl.store(out_ptr + key.to(tl.int64) * out_stride + d, sums.to(out_ptr.dtype.element_ty), mask=d < columns)
+
+
+def scatter_rows(source_PD: Tensor, places_P: Tensor, out_TD: Tensor) -> None:
+    """out[places[p]] = source[p]; p is left out where places[p] is T."""
+    _copy("rows.scatter", inner_contiguous(source_PD), places_P, None, out_TD)
+
+
+def embed_rows(table_VD: Tensor, ids_T: Tensor, places: Tensor, out_TD: Tensor) -> None:
+    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype."""
+    name = "rows.embed" if table_VD.dtype == out_TD.dtype else "rows.embed_master"
+    _copy(name, inner_contiguous(table_VD), places, ids_T, out_TD)
+
+
+def _copy(name: str, source: Tensor, places: Tensor, ids: Tensor | None, out: Tensor) -> None:
+    if not len(places):
+        return
+    config = tuning.config(name, len(places), out.device)
+    constants: dict[str, Any] = config | {"LOOKUP": ids is not None}
+    grid = len(places), triton.cdiv(out.shape[1], config["BLOCK_D"])
+    with on_device_of(out):
+        copy_rows_kernel[grid](
+            source, places, places if ids is None else ids, out, out.shape[0], out.shape[1], source.stride(0), out.stride(0),
+            **constants,
+        )  # fmt: skip
+
+
+def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
+    """source[places] [P, D], zeros where places[p] is T, and its fp32 column sums [D], empty unless `want_sum`."""
+    source, count, columns = inner_contiguous(source_TD), len(places_P), source_TD.shape[1]
+    name = "rows.gather_sum" if want_sum else "rows.gather"
+    config = tuning.config(name, count, source.device)
+    constants: dict[str, Any] = config | {"SUM": want_sum}
+    blocks = triton.cdiv(count, config["BLOCK_ROWS"])
+    out_PD = source.new_empty(count, columns)
+    partial_BD = source.new_empty((blocks, columns) if want_sum else (0,), dtype=torch.float32)
+    if count:
+        with on_device_of(source):
+            gather_rows_kernel[blocks, triton.cdiv(columns, config["BLOCK_D"])](
+                source, places_P, out_PD, partial_BD, count, source.shape[0], columns, source.stride(0), **constants
+            )
+    return out_PD, partial_BD.sum(0) if want_sum else partial_BD
+
+
+def embedding_gradient(d_hidden_TD: Tensor, table_VD: Tensor, ids_T: Tensor, places: Tensor) -> Tensor:
+    """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it.
+
+    Summed in fp32 in the order of `places`, so the same bits every time: a stable sort by token, then one sum a token.
+    """
+    gradient_VD = torch.zeros_like(table_VD, memory_format=torch.contiguous_format)
+    if not len(places):
+        return gradient_VD
+    source = inner_contiguous(d_hidden_TD)
+    keys, order = torch.sort(ids_T.index_select(0, places), stable=True)
+    config = tuning.config("rows.segment_sum", len(places), source.device)
+    with on_device_of(source):
+        segment_sum_kernel[len(places), triton.cdiv(source.shape[1], config["BLOCK_D"])](
+            source, keys, places.index_select(0, order), gradient_VD, len(places), source.shape[1], source.stride(0), gradient_VD.stride(0),
+            **config,
+        )  # fmt: skip
+    return gradient_VD
+
+
+def _block(width: int, warps: int, rows: int | None = None) -> Mapping[str, int]:
+    return ({} if rows is None else {"BLOCK_ROWS": rows}) | {"BLOCK_D": width, "num_warps": warps, "num_stages": 1}
+
+
+_COPY = [_block(4096, 8), _block(2048, 4), _block(1024, 4)]
+_GATHER = [_block(256, 8, 32), _block(512, 8, 16), _block(128, 4, 64)]
+_SEGMENT = [_block(512, 4, 16), _block(256, 4, 16), _block(1024, 8, 16)]
+_STRIDES = frozenset({"columns", "source_stride", "out_stride"})
+
+
+def _kernel(
+    name: str,
+    function: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    configs: Sequence[tuning.Config],
+    small: tuning.Config,
+) -> tuning.Kernel:
+    return tuning.Kernel(
+        name=name,
+        function=function,
+        signature=signature,
+        constants=constants,
+        candidates={"sm_90": configs, "sm_80": configs, "interpreter": [small]},
+        room="splice",
+        rows="rows",
+        divisible=_STRIDES & frozenset(signature),
+    )
+
+
+def _copy_kernel(name: str, source: str, lookup: bool) -> tuning.Kernel:
+    pointers = {"source_ptr": source, "places_ptr": "*i32", "ids_ptr": "*i64" if lookup else "*i32", "out_ptr": "*bf16"}
+    sizes = dict.fromkeys(("rows_out", "columns", "source_stride", "out_stride"), "i32")
+    return _kernel(name, copy_rows_kernel, {**pointers, **sizes}, {"LOOKUP": lookup}, _COPY, _block(16, 4))
+
+
+def _gather_kernel(name: str, want_sum: bool) -> tuning.Kernel:
+    pointers = {"source_ptr": "*bf16", "places_ptr": "*i32", "out_ptr": "*bf16", "partial_ptr": "*fp32"}
+    sizes = dict.fromkeys(("count", "rows_in", "columns", "source_stride"), "i32")
+    return _kernel(name, gather_rows_kernel, {**pointers, **sizes}, {"SUM": want_sum}, _GATHER, _block(16, 4, 16))
+
+
+_SEGMENT_SIGNATURE = {
+    "source_ptr": "*bf16",
+    "keys_ptr": "*i64",
+    "rows_ptr": "*i32",
+    "out_ptr": "*fp32",
+    **dict.fromkeys(("count", "columns", "source_stride", "out_stride"), "i32"),
+}
+
+KERNELS = (
+    _copy_kernel("rows.scatter", "*bf16", lookup=False),
+    _copy_kernel("rows.embed", "*bf16", lookup=True),
+    _copy_kernel("rows.embed_master", "*fp32", lookup=True),
+    _gather_kernel("rows.gather", want_sum=False),
+    _gather_kernel("rows.gather_sum", want_sum=True),
+    _kernel("rows.segment_sum", segment_sum_kernel, _SEGMENT_SIGNATURE, {}, _SEGMENT, _block(16, 4, 16)),
+)

@@ -1,0 +1,55 @@
+"""Shapes, inputs and cost of splice."""
+
+from typing import Any
+
+import torch
+
+from fastllava_kernels.llava15 import Draw, sizes, splice_rows
+from fastllava_kernels.workload import Cost, Pass, Shape, Workload
+
+
+def shapes() -> dict[str, Shape]:
+    """Rows T, patches P of them in samples, width D, vocabulary V; "-stage2": the embedding learns."""
+    found: dict[str, Shape] = {}
+    for name, decoder, batch in sizes():
+        shape = {
+            "rows": batch.rows,
+            "patches": batch.patches,
+            "samples": batch.samples,
+            "width": decoder.width,
+            "vocabulary": decoder.vocabulary,
+        }
+        found |= {name: shape | {"embedding_learns": 0}, f"{name}-stage2": shape | {"embedding_learns": 1}}
+    return found
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
+    """projected, which learns, the embedding, token ids, text rows, patch rows."""
+    draw = Draw(device, dtype, seed)
+    learns = bool(shape["embedding_learns"])
+    projected_PD = draw.normal(shape["patches"], shape["width"], learns=True)
+    embedding_VD = draw.normal(shape["vocabulary"], shape["width"], learns=learns, master=learns)
+    text_rows, patch_rows = (
+        torch.tensor(rows, dtype=torch.int32, device=device) for rows in splice_rows(shape["rows"], shape["patches"], shape["samples"])
+    )
+    token_ids_T = draw.integers(shape["vocabulary"], len(text_rows) + len(patch_rows))
+    return projected_PD, embedding_VD, token_ids_T, text_rows, patch_rows
+
+
+def cost(shape: Shape, dtype: torch.dtype, part: Pass) -> Cost:
+    """No products. Forward reads the patches and one embedding row a text row, and writes T rows.
+
+    Backward reads and writes the patches' gradients; an embedding that learns: the text rows' gradients read, its whole
+    gradient written.
+    """
+    patches, width, learns = shape["patches"], shape["width"], shape["embedding_learns"]
+    text = max(shape["rows"] - patches, shape["samples"])
+    master = torch.promote_types(dtype, torch.float32).itemsize
+    if part == "forward":
+        embedded = text * width * (master if learns else dtype.itemsize)
+        return Cost(0, embedded + (text + 2 * patches) * width * dtype.itemsize)
+    embedding = learns * (text * width * dtype.itemsize + shape["vocabulary"] * width * master)
+    return Cost(0, 2 * patches * width * dtype.itemsize + embedding)
+
+
+WORKLOAD = Workload(shapes(), inputs, cost)
