@@ -24,12 +24,13 @@ dev: .venv/installed-dev  ## the same, with what the tests and checks need
 test: dev  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal
 
-check: dev  ## lint, format, types, import floors, spelling, schema
+check: dev  ## lint, format, types, import floors, spelling, kernels compiled for A100 and H100, schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python -m fastllava_kernels.aot --check kernels/aot.md
 	@$(BIN)/python -m fastllava.schema .venv/schema.json
 	@cmp .venv/schema.json configs/schema.json || { echo "configs/schema.json is out of date: run make schema"; exit 1; }
 

@@ -48,6 +48,8 @@ def _as_path(value: Any) -> Path:
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# YAML reads the word off as false.
+Compile = Annotated[Literal["off", "layer", "step"], BeforeValidator(lambda value: "off" if value is False else value)]
 
 
 class Section(BaseModel):
@@ -127,6 +129,9 @@ class TrainConfig(Section):
     )
     recompute: Literal["none", "full"] = Field(
         "none", description="full: keep only each decoder layer's input and compute the rest again in backward"
+    )
+    compile: Compile = Field(
+        "off", description="torch.compile of nothing (off), of each decoder layer and tower block (layer), or of the whole forward (step)"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_steps: int | None = Field(None, ge=1, description="a checkpoint every so many steps")

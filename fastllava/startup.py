@@ -87,3 +87,11 @@ def announce(
     )
     if lr_factor(plan.n_steps - 1, plan.n_steps, optim) == 0.0 and plan.n_steps == 1:
         say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")
+
+
+def kernels_in_words(model: Llava) -> str:
+    """Each room in use with its implementation and how many modules of each part run it."""
+    return ", ".join(
+        f"{room}={use['implementation']} ({' + '.join(f'{count} in {part}' for part, count in use['modules'].items())})"
+        for room, use in model.kernels().items()
+    )

@@ -20,12 +20,13 @@ from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import UserError
 from fastllava.metrics import DeviceScalars, Metrics, check_backends
+from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
 from fastllava.stages import COMPUTE_DTYPE, check_start, prepare_stage, write_result
-from fastllava.startup import announce, choose_device, prepare_data, speaker
+from fastllava.startup import announce, choose_device, kernels_in_words, prepare_data, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
 
@@ -76,7 +77,9 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     console = console or Console()
     say = speaker(console)
     device, dtype = choose_device(config), COMPUTE_DTYPE[config.train.precision]
-    ops = choose_ops(config.kernels, device, dtype)
+    mode = config.train.compile
+    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off")
+    check_compiler(mode, device)
     check_backends(config.log)
     check_start(config)
     with resume.locked(config.output_dir):
@@ -89,9 +92,10 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         model = load_llava(config.model, ops, dtype, config.train.seed)
         trained = prepare_stage(model, config)
         model.to(device)
+        compile_model(model, mode)
         optimizer = build_optimizer(trained.items(), config.optim)
         announce(config, model, trained, prepared, plan, device, say)
-        say("kernels: " + ", ".join(f"{room}={implementation}" for room, implementation in ops.chosen.items()))
+        say(f"compile: {mode}; kernels: {kernels_in_words(model)}")
         if found is not None:
             checkpoint.restore(found, trained, optimizer)
             say(f"resuming before step {found.step} from {found.folder}")
@@ -273,6 +277,7 @@ class Trainer:
             "prepared": str(self.prepared.folder),
             "records": self.plan.n_samples,
             "quarantined": self.prepared.manifest["quarantined"],
+            "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
         }
         return write_summary(self.config.output_dir, status, facts)

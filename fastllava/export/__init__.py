@@ -12,13 +12,11 @@ from fastllava.config import Config, ModelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.export.check import Check
 from fastllava.model.llava import Llava
-from fastllava.model.ops import choose_ops
+from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava, write_checkpoint
 from fastllava.model.weights.configs import read_preprocessor
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
-from fastllava_kernels import rooms
-from fastllava_kernels.room import REFERENCE
 
 _REMEDY = "give the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint"
 
@@ -137,8 +135,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
-    ops = choose_ops(dict.fromkeys(rooms(), REFERENCE), torch.device("cpu"), subject.dtype)
-    model = load_llava(subject.model, ops, subject.dtype, seed=0)
+    model = load_llava(subject.model, reference_ops(), subject.dtype, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in subject.weights.items():

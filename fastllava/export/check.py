@@ -15,6 +15,7 @@ from fastllava.data.loader import Sample, pack
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava, normalise
+from fastllava.model.ops import reference_ops
 from fastllava.model.weights import disk_tensors, load_llava
 from fastllava.model.weights.config_files import Vocabulary
 from fastllava.model.weights.files import TensorFiles, read_json
@@ -72,7 +73,7 @@ class Check:
     def _reloaded(self, out: Path, vocabulary: Vocabulary, report: Report) -> None:
         tower = self._source.vision_tower or self._model.origin.tower_folder
         again = self._source.model_copy(update={"llm": out, "vision_tower": tower, "projector": None, "tokenizer": None})
-        reloaded = load_llava(again, self._model.ops, self._dtype, seed=0)
+        reloaded = load_llava(again, reference_ops(), self._dtype, seed=0)
         with torch.no_grad():
             logits = reloaded.logits(self._batch)[:, : vocabulary.kept]
         if not torch.equal(logits, self._logits[:, : vocabulary.kept]):

@@ -1,8 +1,9 @@
 """CLIP's vision tower (Radford et al. 2021, arXiv 2103.00020), running only the blocks whose output is asked for.
 
-Shape letters: I images, P patches an image, N = P + 1 rows an image (class row first), C width, H heads, K head width.
+Shape letters: I images, P patches an image, N = P + 1 rows an image (class row first), R = I N rows, C width, H heads, K head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fastllava.errors import UserError
 from fastllava.model.layers import Embedding, LayerNorm, Linear
 from fastllava.model.ops import Ops
+from fastllava.model.repeat import apply
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,10 @@ class ClipAttention(nn.Module):
         self.q_proj = Linear(width, width, bias=True)
         self.out_proj = Linear(width, width, bias=True)
 
-    def forward(self, x_INC: Tensor, cu_seqlens: Tensor) -> Tensor:
-        rows = x_INC.flatten(0, 1)
-        q, k, v = (project(rows).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = self.ops.attention(q, k, v, cu_seqlens, x_INC.shape[1], False)
-        return self.out_proj(out.flatten(1)).view_as(x_INC)
+    def forward(self, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+        q, k, v = (project(x_RC).unflatten(-1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out = self.ops.attention(q, k, v, cu_seqlens, rows, False)
+        return self.out_proj(out.flatten(1))
 
 
 class ClipMLP(nn.Module):
@@ -99,7 +100,7 @@ class ClipMLP(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP on the rows of all images, `rows` of each; cu_seqlens: int32 [I+1], where each image starts."""
 
     def __init__(self, config: ClipConfig, ops: Ops) -> None:
         super().__init__()
@@ -108,9 +109,9 @@ class ClipBlock(nn.Module):
         self.mlp = ClipMLP(config, ops)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), cu_seqlens)
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(self, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+        x_RC = x_RC + self.self_attn(self.layer_norm1(x_RC), cu_seqlens, rows)
+        return x_RC + self.mlp(self.layer_norm2(x_RC))
 
 
 class ClipEncoder(nn.Module):
@@ -150,6 +151,8 @@ class ClipVision(nn.Module):
             )
         self.config, self.blocks_needed = config, select_layer % states
         self.vision_model = ClipTransformer(config, ops)
+        self.run_block: Callable[..., Tensor] = apply
+        """Calls a block with its arguments; `compiled.compile_model` replaces it."""
 
     def idle_modules(self) -> set[nn.Module]:
         """Those whose output is not asked for; their weights are kept, so that a checkpoint is whole."""
@@ -158,8 +161,10 @@ class ClipVision(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features [I, P, C] of normalised pixels [I, 3, H, W], in their dtype: the selected hidden state without the class row."""
-        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels))
-        cu_seqlens = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        rows = self.config.patches + 1
+        cu_seqlens = torch.arange(len(pixels) + 1, dtype=torch.int32, device=pixels.device) * rows
+        # All images' rows in one axis, which is never of size 1: compiled, one graph then serves any number of images.
+        x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels).flatten(0, 1))
         for block in self.vision_model.encoder.layers[: self.blocks_needed]:
-            x = block(x, cu_seqlens)
-        return x[:, 1:]
+            x = self.run_block(block, x, cu_seqlens, rows)
+        return x.unflatten(0, (-1, rows))[:, 1:]

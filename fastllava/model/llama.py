@@ -4,8 +4,9 @@ Shape letters: T packed rows, D width, H query heads, G key/value heads, K head 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
 from fastllava.model.ops import Ops
+from fastllava.model.repeat import apply
 
 
 @dataclass(frozen=True)
@@ -146,28 +148,34 @@ class Llama(nn.Module):
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it stays fp32 whatever dtype the module is cast to, and moves to the device once.
         self._frequencies = config.inverse_frequencies()
+        self.run_layer: Callable[..., Tensor] = apply
+        """Calls a layer with its arguments; `compiled.compile_model` replaces it."""
 
     @property
     def head_weight(self) -> Tensor:
         """[V, D], in the dtype it is kept in."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def place_constants(self, device: torch.device) -> None:
+        """Move what is no parameter to `device`: before a graph is compiled, as it would hold the move."""
+        if self._frequencies.device != device:
+            self._frequencies = self._frequencies.to(device)
+
     def forward(self, x_TD: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, recompute: bool = False) -> Tensor:
         """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
 
         `recompute` keeps each layer's input only and computes the layer again in backward.
         """
-        if self._frequencies.device != x_TD.device:
-            self._frequencies = self._frequencies.to(x_TD.device)
+        self.place_constants(x_TD.device)
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
         recompute = recompute and torch.is_grad_enabled()
         for layer in self.model.layers:
-            x_TD = _recomputed(layer, x_TD, packing) if recompute else layer(x_TD, packing)
+            x_TD = _recomputed(self.run_layer, layer, x_TD, packing) if recompute else self.run_layer(layer, x_TD, packing)
         return self.model.norm(x_TD)
 
 
-def _recomputed(layer: nn.Module, x_TD: Tensor, packing: Packing) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Any:
     # No random numbers are drawn in a layer, so their state need not be kept.
-    return cast("Tensor", checkpoint(layer, x_TD, packing, use_reentrant=False, preserve_rng_state=False))
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

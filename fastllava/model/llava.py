@@ -3,6 +3,7 @@
 Shape letters: T packed rows, I images, P patches an image, C tower width, D decoder width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,12 +31,16 @@ class Llava(nn.Module):
         self.llm, self.tower, self.projector = llm, tower, projector
         self.spec, self.dtype = spec, dtype
         self.ops = ops.only("projector_splice", "masked_linear_cross_entropy")
+        self.chosen = ops.chosen
+        """The implementation of every room, whether a module of this model uses it or not."""
         self.recompute = False
         """Keep only each decoder layer's input, and compute the rest again in backward."""
         self.projector_source = "fresh"
         """The file or folder the projector was read from, or "fresh"."""
         self.origin: Any = None
         """`weights.Origin`: what the folders it was loaded from say about it."""
+        self.run_batch: Callable[[Llava, Batch], Tensor] = forward_batch
+        """Computes the loss of a batch; `compiled.compile_model` replaces it."""
         # No buffer, so that no cast of the module rounds it.
         self._mean_std = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device="cpu")
 
@@ -45,16 +50,23 @@ class Llava(nn.Module):
         Nothing here waits for the device, apart from a reference implementation that says so.
         Raises UserError when a sample is longer than the decoder's attention window.
         """
-        hidden = self._hidden(batch)
-        return self.ops.masked_linear_cross_entropy(hidden, self.llm.head_weight, batch.supervised_rows, batch.targets, batch.weights)
+        self._prepare(batch)
+        return self.run_batch(self, batch)
 
-    def modules_by_room(self) -> dict[str, int]:
-        """How many modules that run use each room's op; rooms that none uses are left out."""
-        return modules_by_room(set(self.modules()) - self.tower.idle_modules())
+    def kernels(self) -> dict[str, dict[str, Any]]:
+        """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower") run it."""
+        parts = {"llm": self.llm.modules(), "tower": set(self.tower.modules()) - self.tower.idle_modules(), "llava": [self]}
+        counts = {part: modules_by_room(modules) for part, modules in parts.items()}
+        return {
+            room: {"implementation": implementation, "modules": {part: count[room] for part, count in counts.items() if room in count}}
+            for room, implementation in sorted(self.chosen.items())
+            if any(room in count for count in counts.values())
+        }
 
     def logits(self, batch: Batch) -> Tensor:
         """fp32 [T, V]: the logits of every row."""
-        return F.linear(self._hidden(batch), self.llm.head_weight.to(self.dtype)).float()
+        self._prepare(batch)
+        return F.linear(self.hidden(batch), self.llm.head_weight.to(self.dtype)).float()
 
     def features(self, pixels: Tensor) -> Tensor:
         """[I, P, C] in `dtype`: the tower's features of uint8 pixels [I, 3, H, W]. No gradient when the whole tower is frozen."""
@@ -63,17 +75,26 @@ class Llava(nn.Module):
             # A text-only batch costs nothing here; a tower that trains still gets its zero gradients.
             if not len(pixels) and not trained:
                 return torch.zeros(0, self.spec.patches, self.tower.config.hidden_size, dtype=self.dtype, device=pixels.device)
-            if self._mean_std.device != pixels.device:
-                self._mean_std = self._mean_std.to(pixels.device)
+            self._place_constants(pixels.device)
             return self.tower(normalise(pixels, *self._mean_std).to(self.dtype))
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _prepare(self, batch: Batch) -> None:
+        """What cannot be part of a compiled graph: the check of the window, and constants moved to the device."""
+        self._place_constants(batch.pixels.device)
+        self.llm.place_constants(batch.token_ids.device)
         window = self.llm.config.window
         if window is not None and batch.max_seqlen > window:
             raise UserError(
                 f"data.max_tokens: a sample of {batch.max_seqlen} rows is longer than this LLM's attention window of {window}; "
                 f"write data.max_tokens={window}"
             )
+
+    def _place_constants(self, device: torch.device) -> None:
+        if self._mean_std.device != device:
+            self._mean_std = self._mean_std.to(device)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, D] in `dtype`: the hidden states after the final norm."""
         spliced = self.ops.projector_splice(
             self.features(batch.pixels).flatten(0, 1),
             self.projector.layers(),
@@ -83,3 +104,9 @@ class Llava(nn.Module):
             batch.patch_rows,
         )
         return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.recompute)
+
+
+def forward_batch(model: Llava, batch: Batch) -> Tensor:
+    """The loss of `Llava.forward`, which prepares what this needs."""
+    hidden = model.hidden(batch)
+    return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, batch.supervised_rows, batch.targets, batch.weights)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastllava.errors import UserError
 from fastllava_kernels import choose, rooms
+from fastllava_kernels.room import REFERENCE
 
 
 class Ops:
@@ -41,6 +42,11 @@ def choose_ops(kernels: Mapping[str, str], device: torch.device, dtype: torch.dt
         return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype, compiled) for name, room in rooms().items()})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def reference_ops() -> Ops:
+    """The reference of every room."""
+    return Ops(dict.fromkeys(rooms(), REFERENCE))
 
 
 def modules_by_room(modules: Iterable[nn.Module]) -> dict[str, int]:

@@ -1,0 +1,61 @@
+"""torch.compile of layers and of the whole forward: the eager losses and gradients, in few graphs, all of them whole."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastllava.model.compiled import GRAPHS, compile_model
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava
+
+CPU = torch.device("cpu")
+
+
+def model_of(tiny, **kernels):
+    model = load_llava(tiny.config(projector="fresh"), choose_ops(kernels, CPU, torch.float32, compiled=True), torch.float32, 5)
+    model.tower.requires_grad_(False)
+    return model
+
+
+def losses_and_gradients(model, batches):
+    model.zero_grad(set_to_none=True)
+    losses = [model(batch) for batch in batches]
+    for loss in losses:
+        loss.backward()
+    return [loss.detach() for loss in losses], {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Samples of `mixed_samples`: with 0, 1 and several images, supervised rows and samples; twelve different micro-batches.
+GROUPS = [[2, 3], [0, 2], [0, 1, 3], [5], [1], [1, 5], [0], [4, 2, 3], [3], [2], [0, 1, 2, 3, 4, 5], [2, 4, 5]]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", ["layer", "step"])
+def test_few_graphs_give_the_eager_gradients(tiny, mode: str, recompute: bool) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    samples = tiny.mixed()
+    batches = [tiny.pack([samples[i] for i in group], weight=0.1) for group in (GROUPS if not recompute else GROUPS[:4])]
+    eager, compiled = model_of(tiny), model_of(tiny)
+    eager.recompute = compiled.recompute = recompute
+    compile_model(compiled, mode, graphs)
+    expected, found = losses_and_gradients(eager, batches), losses_and_gradients(compiled, batches)
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(expected[0]), rtol=1e-5, atol=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert 1 <= graphs.frame_count <= GRAPHS[mode]
+
+
+def test_off_compiles_nothing(tiny) -> None:
+    model = model_of(tiny)
+    plain = model.run_batch, model.llm.run_layer, model.tower.run_block
+    compile_model(model, "off")
+    assert (model.run_batch, model.llm.run_layer, model.tower.run_block) == plain
+
+
+def test_an_op_that_cannot_be_traced_is_refused_by_name_and_passed_over_by_auto() -> None:
+    assert choose_ops({}, CPU, torch.float32, compiled=True).chosen["attention"] == "sdpa"
+    with pytest.raises(Exception, match="kernels.attention: 'reference' cannot run here") as caught:
+        choose_ops({"attention": "reference"}, CPU, torch.float32, compiled=True)
+    assert "\n" not in str(caught.value)
