@@ -244,7 +244,7 @@ def _launch_linear(name: str, x: Tensor, weight: Tensor, bias: Tensor, pre: Tens
     constants: dict[str, Any] = {**config, **VARIANTS[name], "EVEN_K": k % config["BLOCK_K"] == 0}
     with on_device_of(x):
         linear_kernel[_grid(m, n, config)](
-            x, weight, bias, pre, out, x if places is None else places, m, n, k, out.shape[0], x.stride(0),
+            x, weight, bias, pre, out, x if places is None else places.contiguous(), m, n, k, out.shape[0], x.stride(0),
             **constants,
         )  # fmt: skip
 

@@ -106,6 +106,7 @@ def embed_rows(table_VD: Tensor, ids_T: Tensor, places: Tensor, out_TD: Tensor) 
 def _copy(name: str, source: Tensor, places: Tensor, ids: Tensor | None, out: Tensor) -> None:
     if not len(places):
         return
+    places, ids = places.contiguous(), None if ids is None else ids.contiguous()
     config = tuning.config(name, len(places), out.device)
     constants: dict[str, Any] = config | {"LOOKUP": ids is not None}
     grid = len(places), triton.cdiv(out.shape[1], config["BLOCK_D"])
@@ -128,7 +129,7 @@ def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Te
     if count:
         with on_device_of(source):
             gather_rows_kernel[blocks, triton.cdiv(columns, config["BLOCK_D"])](
-                source, places_P, out_PD, partial_BD, count, source.shape[0], columns, source.stride(0), **constants
+                source, places_P.contiguous(), out_PD, partial_BD, count, source.shape[0], columns, source.stride(0), **constants
             )
     return out_PD, partial_BD.sum(0) if want_sum else partial_BD
 
