@@ -1,13 +1,12 @@
 """What the kernels of `matmul` and `rows` promise one by one: bounds, 64-bit offsets, devices, tiles, the GELU's digits."""
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
 from judging import FP64, distances, draw, outputs_and_gradients, rounded
+from launches import recorded
 from torch import Tensor
 from truths import truth_of
 
@@ -169,24 +168,6 @@ def test_many_repetitions_beside_single_tokens() -> None:
     assert max(distances([found], [torch.zeros(8, 37, dtype=FP64).index_add_(0, ids.cpu(), values.double().cpu())])) < 1e-6
 
 
-@pytest.fixture(scope="module")
-def vast() -> Iterator[Tensor]:
-    """fp16, 2**32 numbers and a few more. The memory is reserved and, but for a page or two, not used."""
-    if CUDA:
-        pytest.skip("reserves memory that a GPU would have to have")
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    size = (4 * 2**30 + 64) * 2
-    # PROT_READ | PROT_WRITE; MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
-    address = libc.mmap(None, size, 3, 0x4022, -1, 0)
-    assert address not in (None, ctypes.c_void_p(-1).value), "mmap"
-    try:
-        yield torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=torch.float16)
-    finally:
-        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
-
-
 @pytest.mark.parametrize("kind", ["linear", "scatter", "embed"])
 def test_rows_are_written_beyond_2_to_the_31_elements(vast: Tensor, kind: str) -> None:
     """At a row whose offset is 2**32 elements, which is 0 in 32 bits."""
@@ -215,33 +196,8 @@ def test_rows_are_read_beyond_2_to_the_31_elements(vast: Tensor) -> None:
 
 @pytest.mark.parametrize("room", ["projector_splice", "projector_mlp", "splice"])
 def test_kernels_run_on_the_device_of_their_tensors(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current GPU, which on a machine of several need not be the tensors'."""
-    current: list[torch.device] = []
-    launched: list[list[torch.device]] = []
-
-    class Guard:
-        def __init__(self, tensor: Tensor) -> None:
-            self.device = tensor.device
-
-        def __enter__(self) -> None:
-            current.append(self.device)
-
-        def __exit__(self, *_: object) -> None:
-            current.pop()
-
-    class Launcher:
-        def __init__(self, jit: Any) -> None:
-            self.jit = jit
-
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            launched.append(list(current))
-            return self.jit[grid]
-
-    for module in (matmul, rows):
-        monkeypatch.setattr(module, "on_device_of", Guard)
-        for name in [name for name in vars(module) if name.endswith("_kernel") and hasattr(getattr(module, name), "__getitem__")]:
-            monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
+    launched = recorded(monkeypatch, matmul, rows)
     case = next(iter(truth_of(room).CASES.values()))
     outputs_and_gradients(rooms()[room].implementations["triton"].function, rounded(case, torch.float32, torch.float32, DEVICE))
     assert len(launched) >= 3
-    assert all(devices == [torch.empty(0, device=DEVICE).device] for devices in launched)
+    assert {device for _, device in launched} == {torch.empty(0, device=DEVICE).device}

@@ -61,7 +61,7 @@ def spliced(texts: list[int], images: list[int], cut: int = 0, tower: int = 6, w
     return draw(len(patch_rows), widths[0], seed=1), weights, draw(tokens, width, seed=2), ids, *where
 
 
-def close(found: list[Tensor], wanted: list[Tensor], slack: float = 1e-6) -> None:
+def assert_close(found: list[Tensor], wanted: list[Tensor], slack: float = 1e-6) -> None:
     apart = distances(found, [tensor.double() for tensor in wanted])
     assert max(apart) < slack, apart
 
@@ -119,10 +119,10 @@ def test_permuted_samples_give_permuted_rows_and_the_same_gradients(name: str) -
     where[rows] = torch.arange(13, device=DEVICE)
     moved_text = where[text_rows.long()].sort().values.int()
     moved = run(features[patches], layers, table, ids[rows], moved_text, where[patch_rows.long()][patches].int())
-    close([moved], [out[rows]])
+    assert_close([moved], [out[rows]])
     cotangent = draw(*out.shape, seed=9).to(out)
     tensors = leaves([features, layers, table])
-    close(list(torch.autograd.grad(moved, tensors, cotangent[rows])), list(torch.autograd.grad(out, tensors, cotangent)))
+    assert_close(list(torch.autograd.grad(moved, tensors, cotangent[rows])), list(torch.autograd.grad(out, tensors, cotangent)))
 
 
 def crooked(value: Any) -> Any:
@@ -149,7 +149,7 @@ def test_inputs_need_not_be_contiguous(room: str, name: str, change: Callable[[A
     args = on_device(usual(room))
     strided = change(args)
     assert not any(tensor.is_contiguous() for tensor in leaves(strided) if tensor.dim() == 2)
-    close(outputs_and_gradients(function(room, name), strided), outputs_and_gradients(function(room, name), args))
+    assert_close(outputs_and_gradients(function(room, name), strided), outputs_and_gradients(function(room, name), args))
 
 
 @every_room
@@ -165,7 +165,7 @@ def test_upstream_gradients_need_not_be_contiguous(room: str, name: str) -> None
     ):
         assert not cotangent.is_contiguous()
         strided, plain = (torch.autograd.grad(out, leaves(args), c, retain_graph=True) for c in (cotangent, cotangent.contiguous()))
-        close(list(strided), list(plain))
+        assert_close(list(strided), list(plain))
 
 
 @every_room
@@ -177,7 +177,7 @@ def test_a_kept_graph_gives_its_gradients_again(room: str, name: str) -> None:
     cotangent = draw(*out.shape, seed=9).to(out)
     first = torch.autograd.grad(out, leaves(args), 3 * cotangent, retain_graph=True)
     second = torch.autograd.grad(out, leaves(args), cotangent)
-    close([gradient / 3 for gradient in first], list(second))
+    assert_close([gradient / 3 for gradient in first], list(second))
 
 
 @every_room
@@ -187,7 +187,7 @@ def test_used_twice_in_one_graph(room: str, name: str) -> None:
     run, tensors = function(room, name), leaves(args)
     once = torch.autograd.grad(run(*args).square().sum(), tensors)
     both = torch.autograd.grad((run(*args) * run(*args)).sum(), tensors)
-    close(list(both), list(once))
+    assert_close(list(both), list(once))
 
 
 @every_room
@@ -203,7 +203,7 @@ def test_gradients_add_to_those_that_are_there(room: str, name: str) -> None:
     before = [tensor.grad for tensor in tensors]
     run(*args).square().sum().backward()
     assert all(tensor.grad is there for tensor, there in zip(tensors, before, strict=True)), "the sum is kept in place"
-    close([tensor.grad / 4 for tensor in tensors], list(once))
+    assert_close([tensor.grad / 4 for tensor in tensors], list(once))
 
 
 @every_implementation
@@ -222,7 +222,7 @@ def test_masters_get_fp32_gradients_from_half_activations(name: str) -> None:
     assert [gradient.dtype for gradient in found] == [torch.float32] * 3
     exact_args = rounded(args, torch.float16, FP64)
     exact_out = truth_of("projector_splice").truth(*exact_args)
-    close([out], true[:1], 1e-3)
+    assert_close([out], true[:1], 1e-3)
     exact = list(torch.autograd.grad(exact_out, leaves(exact_args)[1:], cotangent.double().cpu()))
     assert max(distances(found, exact)) < 2e-6
     assert min(distances([gradient.half() for gradient in found], exact)) > 2e-5
@@ -326,5 +326,5 @@ def test_in_a_compiled_graph_without_recompiling(room: str, name: str) -> None:
             args = on_device(draw(sum(images), 5, seed=1)), *args[2:]
         elif room == "projector_mlp":
             args = args[:2]
-        close(outputs_and_gradients(compiled, args), outputs_and_gradients(step, args))
+        assert_close(outputs_and_gradients(compiled, args), outputs_and_gradients(step, args))
     assert graphs.frame_count == 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from judging import leaves, outputs_and_gradients, rounded
-from torch import Tensor
+from launches import recorded
 from truths import truth_of
 
 from fastllava_kernels import rooms
@@ -106,19 +106,7 @@ def test_one_graph_for_every_number_of_rows(room: str) -> None:
 
 @every_room
 def test_kernels_run_on_the_device_of_their_tensors(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, entered = KERNELS[room], []
-
-    class Guard:
-        def __init__(self, tensor: Tensor) -> None:
-            self.device = tensor.device
-
-        def __enter__(self) -> None:
-            entered.append(self.device)
-
-        def __exit__(self, *_: object) -> None:
-            entered.append(None)
-
-    monkeypatch.setattr(module, "on_device_of", Guard)
+    launched = recorded(monkeypatch, KERNELS[room])
     args = case(room)
     outputs_and_gradients(function(room), args)
-    assert entered == [args[0].device, None] * 2
+    assert [device for _, device in launched] == [args[0].device] * 2
