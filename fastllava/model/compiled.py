@@ -70,8 +70,7 @@ def check_compiler(mode: Mode, device: torch.device) -> None:
     """Raises UserError when torch.compile cannot make code for `device` here, for want of a C++ compiler, say."""
     if mode == "off":
         return
-    # Without the cache, which would answer for a compiler that is gone.
-    probe = torch.compile(lambda x: x.exp() + 1, fullgraph=True, options={"fx_graph_cache": False})
+    probe = torch.compile(lambda x: x.exp() + 1, fullgraph=True)
     try:
         probe(torch.zeros(2, device=device))
     except (RuntimeError, OSError) as error:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastllava.model.compiled import GRAPHS, compile_model
+from fastllava.errors import UserError
+from fastllava.model.compiled import GRAPHS, check_compiler, compile_model
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 
@@ -59,3 +60,15 @@ def test_an_op_that_cannot_be_traced_is_refused_by_name_and_passed_over_by_auto(
     with pytest.raises(Exception, match=r"kernels\.attention: 'reference' cannot run here") as caught:
         choose_ops({"attention": "reference"}, CPU, torch.float32, compiled=True)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_compiler_is_one_line() -> None:
+    check_compiler("layer", CPU)
+    torch._dynamo.reset()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}),
+        pytest.raises(UserError, match=r"train\.compile: 'step' cannot run here .*write train\.compile=off") as caught,
+    ):
+        check_compiler("step", CPU)
+    assert "\n" not in str(caught.value)
+    check_compiler("off", torch.device("meta"))
