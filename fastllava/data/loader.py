@@ -4,6 +4,7 @@ Shape letters: T packed rows, S samples, I images, P patches per image, M superv
 """
 
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from fastllava.data.images import load_image
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import UserError
+
+_DEATH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,21 @@ def steps(
         step = plan.step(index)
         batches = []
         for _ in step.micro_batches:
-            batch = next(built)
+            batch = _take(built)
             if isinstance(batch, UserError):
                 raise batch
             batches.append(batch)
         yield step, batches
+
+
+def _take(built: Iterator[Batch | UserError]) -> Batch | UserError:
+    """The next micro-batch. Raises RuntimeError, as PyTorch does, when the worker died while it was handing one over."""
+    try:
+        return next(built)
+    except (ConnectionError, EOFError) as error:
+        # The signal of its death, which PyTorch turns into an error that says how it died, comes within moments.
+        time.sleep(_DEATH_SECONDS)
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
 
 
 def _jobs(plan: Plan, first: int) -> Iterable[_Job]:
