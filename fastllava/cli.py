@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 
 from fastllava import __version__
 from fastllava.config import load_config
@@ -113,23 +113,14 @@ def export(
 
 @app.command()
 def toggles() -> None:
-    """List every kernel toggle: its values, which one runs here by default, and why."""
-    import torch
+    """List every toggle, which changes the order of additions at most: its values, what runs here by default, and why."""
+    from fastllava.toggles import kernel_toggles, train_toggles
 
-    from fastllava_kernels import choose, rooms
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16
-    table = Table(title=f"kernels on {device}, bf16")
-    for heading in ("toggle", "values", "default here", "why"):
-        table.add_column(heading, no_wrap=heading == "toggle")
-    for name, room in rooms().items():
-        chosen = choose(room, "auto", device, dtype)
-        reasons = {other: implementation.unsupported(device, dtype) for other, implementation in room.implementations.items()}
-        cannot = [f"{other} cannot run: {reason}" for other, reason in reasons.items() if reason]
-        why = "; ".join(cannot) or ("the only implementation" if len(reasons) == 1 else "the first of the values that can run")
-        table.add_row(f"kernels.{name}", ", ".join(["auto", *room.implementations]), chosen, f"{room.summary}; {why}")
-    Console().print(table)
+    console = Console()
+    for toggle in (*train_toggles(), *kernel_toggles()):
+        console.print(f"[bold]{toggle.key}[/bold]: {toggle.default}")
+        for line in (f"one of {', '.join(toggle.values)}", *toggle.why):
+            console.print(Padding(line, (0, 0, 0, 4)), highlight=False, markup=False)
 
 
 class Device(StrEnum):

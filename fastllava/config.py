@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from fastllava.errors import UserError
 from fastllava.problems import did_you_mean, in_words
@@ -48,6 +49,8 @@ def _as_path(value: Any) -> Path:
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
+SAME_TRAINING = "same training"
+"""Marks a key whose values give the same training in another order of additions."""
 # YAML reads the word off as false.
 Compile = Annotated[Literal["off", "layer", "step"], BeforeValidator(lambda value: "off" if value is False else value)]
 
@@ -124,16 +127,21 @@ class TrainConfig(Section):
     loss_norm: Literal["token", "llava"] = Field(
         "token", description="token: mean over the step's supervised tokens; llava: the original's mean of means"
     )
-    micro_batch_tokens: int = Field(
+    micro_batch_tokens: Annotated[int, SAME_TRAINING] = Field(
         16384, ge=1, description="rows of one packed micro-batch; a step takes as many micro-batches as it needs"
     )
-    recompute: Literal["none", "full"] = Field(
+    recompute: Annotated[Literal["none", "full"], SAME_TRAINING] = Field(
         "none", description="full: keep only each decoder layer's input and compute the rest again in backward"
     )
-    compile: Compile = Field(
+    compile: Annotated[Compile, SAME_TRAINING] = Field(
         "off", description="torch.compile of nothing (off), of each decoder layer and tower block (layer), or of the whole forward (step)"
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tf32: Annotated[bool, SAME_TRAINING] = Field(
+        False, description="true: matrix products in fp32 may take TF32, which keeps 10 bits of each factor; those in bf16 are as they are"
+    )
+    device: Annotated[Literal["auto", "cpu", "cuda"], SAME_TRAINING] = Field(
+        "auto", description="where it trains; auto: a GPU when there is one"
+    )
     checkpoint_steps: int | None = Field(None, ge=1, description="a checkpoint every so many steps")
     checkpoint_minutes: float | None = Field(30.0, gt=0, description="a checkpoint every so many minutes")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept; older ones go")
@@ -230,6 +238,14 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def same_training() -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key whose value changes the order of additions at most, but for `kernels`, with its field."""
+    for section in SECTIONS:
+        model = Config.model_fields[section].annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if SAME_TRAINING in field.metadata)
 
 
 def _set_override(given: dict[str, Any], word: str) -> None:

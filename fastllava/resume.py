@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllava import checkpoint
-from fastllava.config import Config
+from fastllava.config import Config, same_training
 from fastllava.errors import UserError
 from fastllava.summary import SUMMARY_FILE
 
@@ -25,7 +25,7 @@ _FREE = {
     "train.keep_checkpoints",
 }
 # A change here is the same training in another order of additions: allowed, and said.
-_ROUNDING = {"kernels", "train.micro_batch_tokens", "train.recompute", "train.device"}
+_ROUNDING = {"kernels", *(key for key, _ in same_training())}
 
 
 @contextmanager

@@ -36,6 +36,11 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+def set_tf32(config: Config) -> None:
+    """Let fp32 matrix products take TF32, or not: in either case by the config, whatever PyTorch or another run left behind."""
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+
+
 def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
     """Tokenizer.load, its errors beginning with the `key` that `path` came from."""
     try:

@@ -26,7 +26,7 @@ from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
 from fastllava.stages import COMPUTE_DTYPE, check_start, prepare_stage, write_result
-from fastllava.startup import announce, choose_device, kernels_in_words, prepare_data, speaker
+from fastllava.startup import announce, choose_device, kernels_in_words, prepare_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
 
@@ -79,6 +79,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     device, dtype = choose_device(config), COMPUTE_DTYPE[config.train.precision]
     mode = config.train.compile
     ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off")
+    set_tf32(config)
     check_compiler(mode, device)
     check_backends(config.log)
     check_start(config)
@@ -95,7 +96,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         compile_model(model, mode)
         optimizer = build_optimizer(trained.items(), config.optim)
         announce(config, model, trained, prepared, plan, device, say)
-        say(f"compile: {mode}; kernels: {kernels_in_words(model)}")
+        say(f"compile: {mode}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
         if found is not None:
             checkpoint.restore(found, trained, optimizer)
             say(f"resuming before step {found.step} from {found.folder}")

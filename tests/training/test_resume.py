@@ -92,10 +92,11 @@ def test_a_change_of_packing_resumes_and_is_said(settings, tmp_path, capsys):
     values = settings("pretrain", train={"max_steps": 4, "checkpoint_steps": 2})
     run(check_config(values), quiet())
     (tmp_path / "run" / "run_summary.json").unlink()
-    values["train"]["micro_batch_tokens"] = 400
+    values["train"] |= {"micro_batch_tokens": 400, "tf32": True}
     run(check_config(values), Console(width=200))
     said = capsys.readouterr().out
     assert "rounding only: train.micro_batch_tokens was 150 and is now 400" in said
+    assert "rounding only: train.tf32 was False and is now True" in said
     assert "resuming before step 2" in said
 
 

@@ -1,0 +1,62 @@
+"""Every toggle, for `fastllava toggles`: read from the config's fields and from the rooms, so that there is no second list."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from fastllava.config import same_training
+from fastllava_kernels import choose, rooms
+from fastllava_kernels.room import Room, why_not
+
+
+@dataclass(frozen=True)
+class Toggle:
+    """A config key whose values give the same training, apart from the order of additions."""
+
+    key: str
+    values: tuple[str, ...]
+    default: str
+    """What runs on this machine when the config does not say."""
+    why: tuple[str, ...]
+    """What it is, and what cannot run here for what reason."""
+
+
+def train_toggles() -> Iterator[Toggle]:
+    """Those that are not kernels."""
+    for key, field in same_training():
+        if values := _values(field.annotation):
+            yield Toggle(key, values, _word(field.default), (field.description or "",))
+
+
+def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> Iterator[Toggle]:
+    """One for each room, on `device`, or on the GPU where there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, room in rooms().items():
+        chosen, compiled = (choose(room, "auto", device, dtype, compiled=within) for within in (False, True))
+        default = chosen if chosen == compiled else f"{chosen}; {compiled} under train.compile"
+        yield Toggle(f"kernels.{name}", ("auto", *room.implementations), default, (room.summary, *_reasons(room, device, dtype)))
+
+
+def _reasons(room: Room, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """A line for each reason why some implementations do not run here, or not by themselves."""
+    names: dict[str, list[str]] = {}
+    for name, implementation in room.implementations.items():
+        if (reason := why_not(room, name, device, dtype)) is not None:
+            names.setdefault(f"cannot run here: {reason}", []).append(name)
+        elif device.type not in implementation.auto_on:
+            names.setdefault("only when asked for by name", []).append(name)
+        elif (reason := why_not(room, name, device, dtype, compiled=True)) is not None:
+            names.setdefault(f"not under train.compile: {reason}", []).append(name)
+    yield from (f"{', '.join(who)} {why}" for why, who in names.items())
+
+
+def _values(annotation: Any) -> tuple[str, ...]:
+    """The values that a config key may have; none where they cannot be counted."""
+    values = (False, True) if annotation is bool else get_args(annotation) if get_origin(annotation) is Literal else ()
+    return tuple(map(_word, values))
+
+
+def _word(value: Any) -> str:
+    return str(value).lower()
