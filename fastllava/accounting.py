@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
+from fastllava.config import Config
+from fastllava.data.balance import Cost
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
+from fastllava.model.projector import Projector
+from fastllava.model.weights import read_origin
 
 Stage = Literal["pretrain", "finetune"]
 
@@ -30,6 +35,11 @@ PEAK_FLOPS: Sequence[tuple[str, float]] = (
 def peak_flops(device_name: str) -> float | None:
     """The GPU's dense bf16 peak, or None for one that is not listed."""
     return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
+
+
+def peak_of(device: torch.device) -> float | None:
+    """`peak_flops` of the device itself; None for a CPU."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,26 @@ class Accounting:
     """(outputs, inputs) of each Linear of the projector."""
     stage: Stage
     recompute: Literal["none", "full"] = "none"
+
+    @classmethod
+    def of(cls, config: Config) -> "Accounting":
+        """Of the run that `config` describes; reads the config.json files of its model. Raises UserError, as `read_origin`."""
+        origin = read_origin(config.model)
+        with torch.device("meta"):
+            projector = Projector(config.model.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
+        return cls(
+            llama=origin.llama,
+            clip=origin.clip,
+            blocks=config.model.select_layer % (origin.clip.num_hidden_layers + 1),
+            projector=[(weight.shape[0], weight.shape[1]) for weight, _ in projector.layers()],
+            stage=config.stage,
+            recompute=config.train.recompute,
+        )
+
+    def cost(self) -> Cost:
+        """What the plan balances ranks by: the operations that each part of a sample adds to a step of this trainer."""
+        row, pair, image, supervised = (int(self.hardware_flops(Work(*unit)).total) for unit in np.eye(4, dtype=int).tolist())
+        return Cost(per_row=row, per_pair=pair, per_image=image, per_supervised=supervised)
 
     def model_flops(self, work: Work, head_rows: Literal["supervised", "all"] = "supervised") -> Flops:
         """What the training of a step needs, whoever does it.

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fastllava import checkpoint, resume
+from fastllava.accounting import Accounting
 from fastllava.batch import Batch, ImageSpec
 from fastllava.checkpoint import RUN_CONFIG, write_json
 from fastllava.config import Config
@@ -85,7 +86,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     check_start(config)
     with resume.locked(config.output_dir):
         _, spec, prepared = prepare_data(config, say)
-        plan = Plan(prepared, config.data, config.train)
+        plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost())
         if (summary := resume.completed(config, prepared.digest)) is not None:
             say(f"{config.output_dir} holds this run, complete: nothing to do")
             return RunResult(config.output_dir, None, summary)

@@ -37,15 +37,19 @@ class Sample:
     """Of each supervised token in the step's loss."""
 
 
+_NOTHING = Sample(np.zeros(1, np.int32), np.zeros((0, 2), np.int32), (), 0.0)
+
+
 def pack(samples: Sequence[Sample], spec: ImageSpec, max_tokens: int) -> Batch:
     """Samples one after another in T rows: each image becomes P rows, then the sample is cut at `max_tokens` rows.
 
+    Without a sample it is one row that is not supervised: a rank that goes without runs what the others run.
     As `prepare_inputs_labels_for_multimodal` of the original (llava/model/llava_arch.py) does for one padded row a
     sample. The loss of row t is that of the token in row t+1, so a sample's first token is never a target.
     """
     ids, positions, patch_rows, text_rows, rows, targets, weights = [], [], [], [], [], [], []
     starts = [0]
-    for sample in samples:
+    for sample in samples or [_NOTHING]:
         offset = starts[-1]
         is_image = sample.ids == IMAGE_ID
         if int(is_image.sum()) != len(sample.images):
@@ -133,16 +137,16 @@ class _MicroBatches(Dataset):
 
 
 def steps(
-    plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool
+    plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool, rank: int = 0
 ) -> Iterator[tuple[Step, list[Batch]]]:
-    """Every step from number `first` to the plan's last, with its micro-batches on the host (page-locked when `pin`).
+    """Every step from number `first` to the plan's last, with the rank's micro-batches on the host (page-locked when `pin`).
 
     Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.
     """
     loader = DataLoader(
         _MicroBatches(prepared, spec, data),
         batch_size=None,
-        sampler=_jobs(plan, first),  # pyright: ignore[reportArgumentType] (any iterable will do)
+        sampler=_jobs(plan, first, rank),  # pyright: ignore[reportArgumentType] (any iterable will do)
         num_workers=data.workers,
         prefetch_factor=4 if data.workers else None,
         pin_memory=pin,
@@ -170,10 +174,11 @@ def _take(built: Iterator[Batch | UserError]) -> Batch | UserError:
         raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
 
 
-def _jobs(plan: Plan, first: int) -> Iterable[_Job]:
+def _jobs(plan: Plan, first: int, rank: int) -> Iterable[_Job]:
     for index in range(first, plan.n_steps):
         step = plan.step(index)
-        for positions in step.micro_batches:
+        for ranks in step.micro_batches:
+            positions = ranks[rank]
             yield _Job(tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))
 
 

@@ -1,4 +1,4 @@
-"""Which samples form step k, how they are packed, and what each supervised token weighs: pure integers, no I/O.
+"""Which samples form step k, how they lie on ranks and micro-batches, and what each supervised token weighs; no I/O.
 
 `step -> samples` depends on (seed, epoch, prepared set) alone, so the state of the whole data pipeline is the step's number.
 """
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastllava.config import DataConfig, TrainConfig
+from fastllava.data.balance import Cost, MicroBatches, balance
 from fastllava.errors import UserError
 
 
@@ -24,6 +25,8 @@ class Lengths(Protocol):
     """[N] packed rows of the sample."""
     n_supervised: NDArray[np.int32]
     """[N] its targets in the loss."""
+    n_images: NDArray[np.int8]
+    """[N] its images."""
     length_key: NDArray[np.int32]
     """[N] its words, negative without an image: what the original's sampler groups by."""
 
@@ -35,33 +38,73 @@ class Step:
     index: int
     samples: NDArray[np.int64]
     """[B] sample numbers."""
-    micro_batches: tuple[NDArray[np.int64], ...]
-    """Positions in `samples` of each packed micro-batch, ascending."""
+    micro_batches: MicroBatches
+    """`[m][r]`: positions in `samples` of micro-batch m on rank r, ascending; perhaps none. Every rank has every m."""
     weights: NDArray[np.float64]
     """[B] what one supervised token of the sample weighs in the step's loss."""
 
+    @property
+    def empty(self) -> int:
+        """Micro-batches of a rank without a sample; each is computed as one row."""
+        return sum(not len(positions) for ranks in self.micro_batches for positions in ranks)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How well some steps are packed."""
+
+    micro_batches: float
+    """A step's, on average."""
+    imbalance: float
+    """Work of the heaviest rank of each micro-batch over the ranks' mean, both summed over the micro-batches: 1 where none waits."""
+    padding_share: float
+    """Of the rows computed, those that no sample has."""
+
 
 class Plan:
-    """Every step of a run. Raises UserError when there is no sample."""
+    """Every step of a run on `world` ranks; the samples of a step are the same for any. Raises UserError when there is no sample."""
 
-    def __init__(self, lengths: Lengths, data: DataConfig, train: TrainConfig) -> None:
-        self.lengths, self.data, self.train = lengths, data, train
+    def __init__(self, lengths: Lengths, data: DataConfig, train: TrainConfig, cost: Cost, world: int = 1) -> None:
+        self.lengths, self.data, self.train, self.cost, self.world = lengths, data, train, cost, world
         self.n_samples = len(lengths.n_tokens)
         if not self.n_samples:
             raise UserError("data.records: no usable record; see quarantine.jsonl of the prepared set")
         self.steps_per_epoch = math.ceil(self.n_samples / train.global_batch)
         self.n_steps = train.max_steps or self.steps_per_epoch * train.epochs
         self._order = lru_cache(maxsize=2)(self._epoch_order)
+        # The loader asks for a step as its workers begin it, and again as the training comes to it.
+        self._step = lru_cache(maxsize=64)(self._build)
 
     def step(self, index: int) -> Step:
         """Step `index`, 0-based. The last step of an epoch takes the samples that are left."""
+        return self._step(index)
+
+    def work(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B] operations of these samples, by the plan's cost."""
+        lengths = self.lengths
+        return self.cost.of(lengths.n_tokens[samples], lengths.n_images[samples], lengths.n_supervised[samples])
+
+    def figures(self, indices: Sequence[int]) -> Figures:
+        """Of the steps with these numbers."""
+        heaviest = total = rows = empty = count = 0
+        for step in map(self.step, indices):
+            work = self.work(step.samples)
+            loads = [[int(work[positions].sum()) for positions in ranks] for ranks in step.micro_batches]
+            heaviest += sum(map(max, loads))
+            total += sum(map(sum, loads))
+            rows += int(self.lengths.n_tokens[step.samples].sum())
+            empty += step.empty
+            count += len(loads)
+        return Figures(count / len(indices), heaviest * self.world / total, empty / (rows + empty))
+
+    def _build(self, index: int) -> Step:
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self.train.global_batch
         samples = self._order(epoch)[start : start + self.train.global_batch]
         return Step(
             index=index,
             samples=samples,
-            micro_batches=first_fit_decreasing(self.lengths.n_tokens[samples], self.train.micro_batch_tokens),
+            micro_batches=balance(self.lengths.n_tokens[samples], self.work(samples), self.train.micro_batch_tokens, self.world),
             weights=self._weights(self.lengths.n_supervised[samples]),
         )
 
@@ -82,25 +125,6 @@ class Plan:
         starts = range(0, len(n_supervised), size)
         cuts = [n_supervised[start : start + size] for start in starts]
         return np.concatenate([np.full(len(cut), 1.0 / (len(cuts) * max(1, int(cut.sum())))) for cut in cuts])
-
-
-def first_fit_decreasing(n_tokens: NDArray[np.int32], budget: int) -> tuple[NDArray[np.int64], ...]:
-    """Bins of positions whose tokens sum to at most `budget`; a sample longer than that has a bin of its own.
-
-    First-fit decreasing (Johnson 1973), ties in order, so the same answer everywhere. Bins by their first position.
-    """
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for position in np.argsort(-n_tokens.astype(np.int64), kind="stable").tolist():
-        need = int(n_tokens[position])
-        chosen = next((b for b, left in enumerate(room) if need <= left), None)
-        if chosen is None:
-            bins.append([])
-            room.append(budget)
-            chosen = len(bins) - 1
-        bins[chosen].append(position)
-        room[chosen] -= need
-    return tuple(np.array(b) for b in sorted(sorted(b) for b in bins))
 
 
 def group_by_modality(lengths: Sequence[int], batch: int, world: int, generator: torch.Generator) -> list[int]:

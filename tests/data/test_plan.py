@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastllava.config import check_config
-from fastllava.data.plan import Plan, first_fit_decreasing, group_by_modality
+from fastllava.data.balance import Cost
+from fastllava.data.plan import Plan, group_by_modality
 from fastllava.errors import UserError
 
 
@@ -16,16 +17,18 @@ from fastllava.errors import UserError
 class Lengths:
     n_tokens: np.ndarray
     n_supervised: np.ndarray
+    n_images: np.ndarray
     length_key: np.ndarray
 
 
-def make_plan(n=103, seed=1, **train):
+COST = Cost(per_row=400, per_pair=1, per_image=9000, per_supervised=30)
+
+
+def make_plan(n=103, seed=1, world=1, **train):
     rng = np.random.default_rng(seed)
-    lengths = Lengths(
-        n_tokens=rng.integers(10, 900, n).astype(np.int32),
-        n_supervised=rng.integers(1, 60, n).astype(np.int32),
-        length_key=(rng.integers(1, 200, n) * rng.choice([-1, 1], n)).astype(np.int32),
-    )
+    n_tokens, n_supervised = rng.integers(10, 900, n).astype(np.int32), rng.integers(1, 60, n).astype(np.int32)
+    length_key = (rng.integers(1, 200, n) * rng.choice([-1, 1], n)).astype(np.int32)
+    lengths = Lengths(n_tokens, n_supervised, (length_key > 0).astype(np.int8), length_key)
     data = {"records": "r", **train.pop("data", {})}
     config = check_config(
         {
@@ -36,7 +39,7 @@ def make_plan(n=103, seed=1, **train):
             "train": {"global_batch": 16, "reference_micro_batch": 4, "micro_batch_tokens": 2000, **train},
         }
     )
-    return Plan(lengths, config.data, config.train)
+    return Plan(lengths, config.data, config.train, COST, world)
 
 
 def test_group_by_modality_is_the_originals_order(golden):
@@ -89,20 +92,28 @@ def test_file_order():
     assert plan.step(1).samples.tolist() == list(range(16, 32))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 64])
 @pytest.mark.parametrize("budget", [1, 500, 2000, 10**6])
-def test_micro_batches_hold_each_sample_once_within_the_budget(budget):
-    plan = make_plan(micro_batch_tokens=budget)
+def test_micro_batches_hold_each_sample_once_within_the_budget(budget, world):
+    plan = make_plan(micro_batch_tokens=budget, world=world)
     for k in range(plan.n_steps):
         step = plan.step(k)
-        assert sorted(np.concatenate(step.micro_batches).tolist()) == list(range(len(step.samples)))
+        assert {len(ranks) for ranks in step.micro_batches} == {world}
+        bins = [positions for ranks in step.micro_batches for positions in ranks]
+        assert sorted(np.concatenate(bins).tolist()) == list(range(len(step.samples)))
         tokens = plan.lengths.n_tokens[step.samples]
-        for positions in step.micro_batches:
-            assert tokens[positions].sum() <= budget or len(positions) == 1
+        assert all(tokens[positions].sum() <= budget or len(positions) == 1 for positions in bins)
+        assert all((np.diff(positions) > 0).all() for positions in bins)
 
 
-def test_first_fit_decreasing_by_hand():
-    bins = first_fit_decreasing(np.array([3, 7, 5, 5], np.int32), 10)
-    assert [b.tolist() for b in bins] == [[0, 1], [2, 3]]
+def test_the_samples_and_weights_of_a_step_do_not_depend_on_the_world():
+    alone = make_plan()
+    for world in (2, 8, 64):
+        plan = make_plan(world=world)
+        assert plan.n_steps == alone.n_steps
+        for k in range(plan.n_steps):
+            assert np.array_equal(plan.step(k).samples, alone.step(k).samples)
+            assert np.array_equal(plan.step(k).weights, alone.step(k).weights)
 
 
 def test_weights_of_loss_norm_token_sum_to_one_over_the_step():
