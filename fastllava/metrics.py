@@ -88,10 +88,11 @@ class Metrics:
         self._file.write(json.dumps(row) + "\n")
         for backend in self._backends:
             backend.write(row)
+        mfu = f"mfu {100 * row['mfu']:.1f} %  " if "mfu" in row else ""
         figures = (
             f"loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
-            f"{row['samples'] / row['step_seconds']:.1f} samples/s  {row['tokens'] / row['step_seconds']:,.0f} tokens/s  "
-            f"wait {100 * row['data_wait_seconds'] / row['step_seconds']:.0f} %"
+            f"{row['samples_per_second']:.1f} samples/s  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{mfu}wait {100 * row['data_wait_seconds'] / row['step_seconds']:.0f} %"
         )
         done = int(row["step"]) + 1
         self._bar.update(self._task, completed=done, figures=figures)

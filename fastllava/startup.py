@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastllava.accounting import peak_of
 from fastllava.batch import ImageSpec
 from fastllava.config import Config
 from fastllava.data.plan import Plan
@@ -19,6 +20,9 @@ from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
 
 Say = Callable[[str], None]
+
+_STEPS_LOOKED_AT = 50
+"""By the line about the plan; milliseconds each."""
 
 
 def speaker(console: Console) -> Say:
@@ -82,14 +86,18 @@ def announce(
     say(f"projector: {model.projector.kind}, {model.projector_source}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
+    packed = plan.figures(range(min(plan.n_steps, _STEPS_LOOKED_AT)))
     say(
         f"plan: {plan.n_steps:,} steps of {batch} samples, about {rows * batch // plan.n_samples:,} rows each, "
-        f"in micro-batches of at most {train.micro_batch_tokens:,} rows"
+        f"in {packed.micro_batches:.1f} micro-batches of at most {train.micro_batch_tokens:,} rows"
+        + (f" on each of {plan.world} processes, imbalance {packed.imbalance:.3f}" if plan.world > 1 else "")
     )
     say(
         f"optim: AdamW, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, {optim.schedule}, "
         f"warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, recompute {train.recompute}"
     )
+    if device.type == "cuda" and peak_of(device) is None:
+        say(f"note: no peak is listed for {torch.cuda.get_device_name(device)}, so mfu and hfu are left out")
     if lr_factor(plan.n_steps - 1, plan.n_steps, optim) == 0.0 and plan.n_steps == 1:
         say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")
 

@@ -10,29 +10,21 @@ import torch
 
 from fastllava.checkpoint import write_json
 from fastllava.metrics import read_metrics
+from fastllava.throughput import run_figures
 
 SUMMARY_FILE = "run_summary.json"
 LOSS_PLOT = "loss.png"
 
 
-def write_summary(output_dir: Path, status: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write run_summary.json: `status` (complete, interrupted, failed), the facts given, what the metrics add up to, the world.
-
-    Seconds are those of the steps in metrics.jsonl, waiting for data included; set-up and checkpoints are not in them.
-    """
+def write_summary(output_dir: Path, status: str, facts: dict[str, Any], first_step: int, wall_seconds: float) -> dict[str, Any]:
+    """Write run_summary.json: `status` (complete, interrupted, failed), the facts given, `run_figures` of the metrics, the world."""
     rows = read_metrics(output_dir)
-    seconds = sum(row["step_seconds"] for row in rows)
-    totals = {key: sum(row[key] for row in rows) for key in ("samples", "tokens", "supervised_tokens")}
     summary = {
         "status": status,
         **facts,
         "steps": len(rows),
         "final_loss": rows[-1]["loss"] if rows else None,
-        **totals,
-        "step_seconds": seconds,
-        "samples_per_second": totals["samples"] / seconds if seconds else None,
-        "tokens_per_second": totals["tokens"] / seconds if seconds else None,
-        "data_wait_share": sum(row["data_wait_seconds"] for row in rows) / seconds if seconds else None,
+        **run_figures(rows, first_step, wall_seconds),
         "versions": versions(),
     }
     write_json(output_dir / SUMMARY_FILE, summary)

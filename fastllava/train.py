@@ -30,6 +30,7 @@ from fastllava.stages import COMPUTE_DTYPE, check_start, prepare_stage, write_re
 from fastllava.startup import announce, choose_device, kernels_in_words, prepare_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
+from fastllava.throughput import Throughput
 
 
 def train_step(
@@ -75,6 +76,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
 
     Raises UserError for whatever the user can mend. After SIGINT or SIGTERM the step is finished and a checkpoint written.
     """
+    began = time.monotonic()
     console = console or Console()
     say = speaker(console)
     device, dtype = choose_device(config), COMPUTE_DTYPE[config.train.precision]
@@ -86,7 +88,8 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     check_start(config)
     with resume.locked(config.output_dir):
         _, spec, prepared = prepare_data(config, say)
-        plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost())
+        accounting = Accounting.of(config)
+        plan = Plan(prepared, config.data, config.train, accounting.cost())
         if (summary := resume.completed(config, prepared.digest)) is not None:
             say(f"{config.output_dir} holds this run, complete: nothing to do")
             return RunResult(config.output_dir, None, summary)
@@ -102,7 +105,9 @@ def run(config: Config, console: Console | None = None) -> RunResult:
             checkpoint.restore(found, trained, optimizer)
             say(f"resuming before step {found.step} from {found.folder}")
         write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json"))
-        return Trainer(config, model, trained, optimizer, plan, prepared, spec, device, found.step if found else 0, console).train()
+        throughput = Throughput.of(plan, accounting, device)
+        first_step = found.step if found else 0
+        return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console).train()
 
 
 class Trainer:
@@ -114,17 +119,20 @@ class Trainer:
         model: Llava,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        plan: Plan,
+        throughput: Throughput,
         prepared: PreparedSet,
         spec: ImageSpec,
         device: torch.device,
         first_step: int,
+        began: float,
         console: Console,
     ) -> None:
         self.config, self.model, self.trained, self.optimizer = config, model, trained, optimizer
-        self.plan, self.prepared, self.spec, self.device = plan, prepared, spec, device
+        self.throughput, self.plan = throughput, throughput.plan
+        self.prepared, self.spec, self.device = prepared, spec, device
         self.console, self.say = console, speaker(console)
-        self.next_step = first_step
+        self.first_step = self.next_step = first_step
+        self._began = began
         self._saved_step = first_step or -1
         self._saved_at = time.monotonic()
         self._pending: Callable[[], None] = _nothing
@@ -163,7 +171,7 @@ class Trainer:
         summary = self._summarize("complete")
         self.say(
             f"complete: loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
-            f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+            f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
         )
         for path in left:
             self.say(f"left {path}")
@@ -213,12 +221,7 @@ class Trainer:
                 "loss": loss,
                 "grad_norm": norm,
                 "lr": self.config.optim.lr * factor,
-                "samples": len(step.samples),
-                "tokens": int(self.prepared.n_tokens[step.samples].sum()),
-                "supervised_tokens": int(self.prepared.n_supervised[step.samples].sum()),
-                "micro_batches": len(step.micro_batches),
-                "step_seconds": seconds,
-                "data_wait_seconds": waited,
+                **self.throughput.step(step, seconds, waited),
             }
             if self.device.type == "cuda":
                 row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -282,7 +285,7 @@ class Trainer:
             "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
         }
-        return write_summary(self.config.output_dir, status, facts)
+        return write_summary(self.config.output_dir, status, facts, self.first_step, time.monotonic() - self._began)
 
 
 def _nothing() -> None:

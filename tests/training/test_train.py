@@ -47,6 +47,7 @@ def test_loss_falls_and_the_files_of_a_run_are_there(stage, settings, tmp_path):
     summary = json.loads((tmp_path / "run" / "run_summary.json").read_text())
     assert summary["status"] == "complete"
     assert summary["samples"] == sum(row["samples"] for row in rows)
+    assert 0 < summary["goodput"] < 1
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["config"]["stage"] == stage
     names = {"mm_projector.safetensors", "mm_projector.bin"} | ({"config.json", "model.safetensors"} if stage == "finetune" else set())
