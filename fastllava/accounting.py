@@ -1,11 +1,12 @@
 """The floating-point operations of a step: those the training needs (MFU), and those the machine does (HFU).
 
 Counted as in the PaLM paper (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): matrix products only, a multiply-add is two
-operations, the backward of a product is two products. With three differences that make the figure smaller and honest: what is frozen
-has no weight gradient, attention counts the pairs of rows that see each other, and lm_head counts supervised rows.
+operations, the backward of a product is two products. With four differences that make the figure smaller and honest: what is frozen
+has no weight gradient, attention counts the pairs of rows that see each other, lm_head counts supervised rows, and so does the last
+decoder layer apart from its keys and values, as nothing reads the rest of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from fastllava.model.projector import Projector
 from fastllava.model.weights import read_origin
 
 Stage = Literal["pretrain", "finetune"]
+Rows = Literal["supervised", "all"]
 
 PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("H200", 989e12),
@@ -96,6 +98,7 @@ class Accounting:
     """(outputs, inputs) of each Linear of the projector."""
     stage: Stage
     recompute: Literal["none", "full"] = "none"
+    last_layer: Rows = "supervised"
 
     @classmethod
     def of(cls, config: Config) -> "Accounting":
@@ -110,6 +113,7 @@ class Accounting:
             projector=[(weight.shape[0], weight.shape[1]) for weight, _ in projector.layers()],
             stage=config.stage,
             recompute=config.train.recompute,
+            last_layer=config.train.last_layer,
         )
 
     def cost(self) -> Cost:
@@ -117,48 +121,60 @@ class Accounting:
         row, pair, image, supervised = (int(self.hardware_flops(Work(*unit)).total) for unit in np.eye(4, dtype=int).tolist())
         return Cost(per_row=row, per_pair=pair, per_image=image, per_supervised=supervised)
 
-    def model_flops(self, work: Work, head_rows: Literal["supervised", "all"] = "supervised") -> Flops:
+    def model_flops(self, work: Work, rows: Rows = "supervised") -> Flops:
         """What the training of a step needs, whoever does it.
 
-        A frozen product needs its input's gradient only, a trained one its weight's too. `head_rows="all"` is the convention of
-        trainers that compute logits of every row, for comparison with their figures.
+        A frozen product needs its input's gradient only, a trained one its weight's too. The last layer's queries, output and
+        MLP, and lm_head, are needed for supervised rows: there is no loss on the others. `rows="all"` is the convention of
+        trainers that compute these for every row, for comparison with their figures. Attention of the last layer counts every
+        pair either way: which of them are needed depends on where the supervised rows lie.
         """
-        backward = 2 if self.stage == "finetune" else 1
-        rows = work.supervised if head_rows == "supervised" else work.rows
+        counted = work.supervised if rows == "supervised" else work.rows
+        passes = self._passes()
         return Flops(
             tower=work.images * self._tower(),
             projector=work.images * self._projector(),
-            decoder=(1 + backward) * work.rows * self._decoder(),
+            decoder=passes * self._layers(work, counted, self._products()),
             attention=3 * work.pairs * self._attention(),
-            head=(1 + backward) * rows * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
+            head=passes * counted * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
         )
 
     def hardware_flops(self, work: Work) -> Flops:
-        """What this trainer does: the above, and what recompute does again.
+        """What this trainer does: the above, the last layer's rows that `train.last_layer` adds, and what recompute does again.
 
         That is each layer up to the input of its last product, whose output backward has no use for. The scores that a fused
         attention forms again in its backward are not counted, as is the custom.
         """
         needed = self.model_flops(work)
+        rows = work.supervised if self.last_layer == "supervised" else work.rows
         again = 1.0 if self.recompute == "full" else 0.0
+        done = self._passes() * self._layers(work, rows, self._products())
+        repeated = self._layers(work, rows, {name: size for name, size in self._products().items() if name != "down"})
         return Flops(
             tower=needed.tower,
             projector=needed.projector,
-            decoder=needed.decoder + again * work.rows * (self._decoder() - self._last_product()),
+            decoder=done + again * repeated,
             attention=needed.attention + again * work.pairs * self._attention(),
             head=needed.head,
         )
 
-    def _decoder(self) -> float:
-        """Forward of one row through the layers' matrix products."""
-        llama = self.llama
-        queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
-        weights = llama.hidden_size * (2 * queries + 2 * keys + 3 * llama.intermediate_size)
-        return 2.0 * llama.num_hidden_layers * weights
+    def _passes(self) -> int:
+        """Products of a size that training does for one of the forward: itself, its input's gradient, its weight's when that trains."""
+        return 3 if self.stage == "finetune" else 2
 
-    def _last_product(self) -> float:
-        """Forward of one row through every layer's down_proj."""
-        return 2.0 * self.llama.num_hidden_layers * self.llama.hidden_size * self.llama.intermediate_size
+    def _products(self) -> dict[str, float]:
+        """Forward of one row through each product of a layer."""
+        llama = self.llama
+        width, inner = llama.hidden_size, llama.intermediate_size
+        queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
+        outputs = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": inner, "up": inner, "down": inner}
+        return {name: 2.0 * width * size for name, size in outputs.items()}
+
+    def _layers(self, work: Work, last_rows: int, products: Mapping[str, float]) -> float:
+        """These products of every layer, where the last one has `last_rows` of all that is no key or value."""
+        keys_values = products.get("k", 0.0) + products.get("v", 0.0)
+        whole = sum(products.values())
+        return work.rows * (self.llama.num_hidden_layers - 1) * whole + work.rows * keys_values + last_rows * (whole - keys_values)
 
     def _attention(self) -> float:
         """Forward of one pair through all layers: a score and a share of the values, over every head's width."""

@@ -133,6 +133,10 @@ class TrainConfig(Section):
     recompute: Annotated[Literal["none", "full"], SAME_TRAINING] = Field(
         "none", description="full: keep only each decoder layer's input and compute the rest again in backward"
     )
+    last_layer: Annotated[Literal["supervised", "all"], SAME_TRAINING] = Field(
+        "supervised",
+        description="rows whose queries and MLP the decoder's last layer computes: supervised, as nothing reads the others, or all",
+    )
     compile: Annotated[Compile, SAME_TRAINING] = Field(
         "off", description="torch.compile of nothing (off), of each decoder layer and tower block (layer), or of the whole forward (step)"
     )

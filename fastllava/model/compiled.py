@@ -3,8 +3,8 @@
 A graph holds for every number of rows, samples and images; only sizes 0 and 1 get graphs of their own, as torch.compile
 computes with those as constants. How many there can be in one run:
 
-- layer: one for all blocks of the tower, one for all decoder layers, and one more for the first of them where the splice
-  gives it a view, as the reference does;
+- layer: one for all blocks of the tower, one for all decoder layers but the last, one more for the first of them where the
+  splice gives it a view, as the reference does, and for the last one each of 0, 1 and more supervised rows, so at most six;
 - step: one for each of 0, 1 and more images with each of 0, 1 and more supervised rows, so at most nine.
 
 Loss and gradients are the eager ones up to the order of additions.
@@ -27,7 +27,7 @@ from fastllava.model.repeat import apply
 
 Mode = Literal["off", "layer", "step"]
 
-GRAPHS: dict[Mode, int] = {"off": 0, "layer": 3, "step": 9}
+GRAPHS: dict[Mode, int] = {"off": 0, "layer": 6, "step": 9}
 """The most graphs that a run compiles."""
 
 # Above what any run needs; beyond it a whole graph is an error, never a fall back to eager.

@@ -1,6 +1,7 @@
 """The decoder: the Llama family (Llama 2 and 3, Vicuna, Mistral, Qwen2) on packed samples.
 
-Shape letters: T packed rows, D width, H query heads, G key/value heads, K head width, F width of the MLP, V vocabulary.
+Shape letters: T packed rows, M rows whose result is wanted, D width, H query heads, G key/value heads, K head width,
+F width of the MLP, V vocabulary.
 """
 
 import math
@@ -80,7 +81,13 @@ class Packing:
 
 
 class Attention(nn.Module):
-    """Causal attention inside each sample, with rotary positions and grouped keys and values."""
+    """Causal attention inside each sample, with rotary positions and grouped keys and values.
+
+    Keys and values are of all T rows; with `wanted`, int64 [M], queries and results are of those rows only. The other queries
+    are zeros for the attention op, which takes as many queries as keys: the wanted rows of several turns are no suffix of
+    their sample, which alone variable-length kernels would take. What attention makes of the zeros is never read, so it
+    gets a zero gradient and gives none to keys and values.
+    """
 
     def __init__(self, config: LlamaConfig, ops: Ops) -> None:
         super().__init__()
@@ -91,10 +98,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, config.output_bias)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        q, k, v = (project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+        """[T, D], or [M, D] of the wanted rows."""
+        queried = x_TD if wanted is None else x_TD.index_select(0, wanted)
+        inputs = ((self.q_proj, queried), (self.k_proj, x_TD), (self.v_proj, x_TD))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project, x in inputs)
+        if wanted is not None:
+            # Turned after they are laid out, so that rope needs no positions of its own for them: zeros stay zeros.
+            q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy_(0, wanted, q)
         q, k = self.ops.rope(q, k, packing.cos, packing.sin)
         out = self.ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, True)
+        if wanted is not None:
+            out = out.index_select(0, wanted)
         return self.o_proj(out.flatten(1))
 
 
@@ -113,7 +128,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Pre-norm attention and MLP; with `wanted`, int64 [M], all that comes after keys and values is of those rows only."""
 
     def __init__(self, config: LlamaConfig, ops: Ops) -> None:
         super().__init__()
@@ -122,10 +137,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, x_TD: Tensor, packing: Packing) -> Tensor:
-        attended_TD = self.self_attn(self.input_layernorm(x_TD), packing)
-        normed_TD, x_TD = self.post_attention_layernorm(attended_TD, x_TD)
-        return x_TD + self.mlp(normed_TD)
+    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+        """[T, D], or [M, D] of the wanted rows."""
+        attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
+        residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
+        normed, summed = self.post_attention_layernorm(attended, residual)
+        return summed + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -161,9 +178,18 @@ class Llama(nn.Module):
         if self._frequencies.device != device:
             self._frequencies = self._frequencies.to(device)
 
-    def forward(self, x_TD: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int, recompute: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        recompute: bool = False,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
 
+        `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work.
         `recompute` keeps each layer's input only and computes the layer again in backward.
         """
         self.place_constants(x_TD.device)
@@ -171,8 +197,9 @@ class Llama(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
         recompute = recompute and torch.is_grad_enabled()
-        for layer in self.model.layers:
-            x_TD = _recomputed(self.run_layer, layer, x_TD, packing) if recompute else self.run_layer(layer, x_TD, packing)
+        for index, layer in enumerate(self.model.layers, start=1):
+            args = layer, x_TD, packing, wanted if index == len(self.model.layers) else None
+            x_TD = _recomputed(self.run_layer, *args) if recompute else self.run_layer(*args)
         return self.model.norm(x_TD)
 
 

@@ -1,10 +1,10 @@
 """LLaVA: tower, projector, splice, decoder and masked loss on one packed batch.
 
-Shape letters: T packed rows, I images, P patches an image, C tower width, D decoder width, V vocabulary.
+Shape letters: T packed rows, M supervised rows, I images, P patches an image, C tower width, D decoder width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class Llava(nn.Module):
         """The implementation of every room, whether a module of this model uses it or not."""
         self.recompute = False
         """Keep only each decoder layer's input, and compute the rest again in backward."""
+        self.last_layer: Literal["supervised", "all"] = "supervised"
+        """The rows for which the loss has the decoder's last layer computed."""
         self.projector_source = "fresh"
         """The file or folder the projector was read from, or "fresh"."""
         self.origin: Any = None
@@ -93,8 +95,8 @@ class Llava(nn.Module):
         if self._mean_std.device != device:
             self._mean_std = self._mean_std.to(device)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """[T, D] in `dtype`: the hidden states after the final norm."""
+    def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
+        """[T, D] in `dtype`: the hidden states after the final norm; [M, D] of the rows `wanted`, int64 [M], when given."""
         spliced = self.ops.projector_splice(
             self.features(batch.pixels).flatten(0, 1),
             self.projector.layers(),
@@ -103,10 +105,14 @@ class Llava(nn.Module):
             batch.text_rows,
             batch.patch_rows,
         )
-        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.recompute)
+        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.recompute, wanted)
 
 
 def forward_batch(model: Llava, batch: Batch) -> Tensor:
     """The loss of `Llava.forward`, which prepares what this needs."""
-    hidden = model.hidden(batch)
-    return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, batch.supervised_rows, batch.targets, batch.weights)
+    if model.last_layer == "all":
+        hidden, rows = model.hidden(batch), batch.supervised_rows
+    else:
+        hidden = model.hidden(batch, batch.supervised_rows.long())
+        rows = torch.arange(hidden.shape[0], dtype=torch.int32, device=hidden.device)
+    return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, rows, batch.targets, batch.weights)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastllava.accounting import Accounting, Work, peak_flops
+from fastllava.accounting import Accounting, Rows, Work, peak_flops
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig
 from fastllava.model.clip import ClipConfig
@@ -40,17 +40,17 @@ def batch_of(images: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("recompute", "last_layer"), [("none", "supervised"), ("none", "all"), ("full", "supervised")])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_within_one_percent_of_pytorch_s_counter(
-    world: Path, stage: Literal["pretrain", "finetune"], recompute: Literal["none", "full"]
+    world: Path, stage: Literal["pretrain", "finetune"], recompute: Literal["none", "full"], last_layer: Rows
 ) -> None:
     ops = choose_ops(dict.fromkeys(("attention", "masked_linear_cross_entropy", "projector_splice"), "reference"), CPU, torch.float32)
     model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), ops, torch.float32, 0)
     model.requires_grad_(False)
     for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
         part.requires_grad_(True)
-    model.recompute = recompute == "full"
+    model.recompute, model.last_layer = recompute == "full", last_layer
     # Attention by plain products, which the counter sees: of the whole square, as it knows no mask.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch_of(2)).backward()
@@ -58,7 +58,7 @@ def test_within_one_percent_of_pytorch_s_counter(
     attention = counted.pop("aten.bmm")
 
     widths = [tuple(weight.shape) for weight, _ in model.projector.layers()]
-    accounting = Accounting(model.llm.config, model.tower.config, model.tower.blocks_needed, widths, stage, recompute)
+    accounting = Accounting(model.llm.config, model.tower.config, model.tower.blocks_needed, widths, stage, recompute, last_layer)
     flops = accounting.hardware_flops(Work.of(LENGTHS, [1, 1, 0], [5, 5, 5]))
     tower = model.tower.config
     tower_attention = 2 * accounting.blocks * 4 * tower.hidden_size * (tower.patches + 1) ** 2
@@ -81,17 +81,20 @@ SEVEN_B = Accounting(
 
 
 def test_seven_b_by_hand() -> None:
-    """6.476e9 weights in the layers; CLIP-L/336 does about 0.36e12 operations an image; a projector of 21e6 weights."""
+    """202.4e6 weights a layer, 168.8e6 of them behind keys and values; CLIP-L/336 does about 0.36e12 operations an image."""
     work = Work.of([640] * 16, [1] * 16, [32] * 16)
     flops = SEVEN_B.model_flops(work)
-    assert flops.decoder == pytest.approx(4 * 6.476e9 * 10240, rel=1e-3)
+    assert flops.decoder == pytest.approx(4 * (6.476e9 * 10240 - 168.8e6 * (10240 - 512)), rel=1e-3)
     assert flops.tower / 16 == pytest.approx(0.36e12, rel=0.05)
     assert flops.projector == pytest.approx(9216 * 2 * (2 * 1024 * 4096 + 3 * 4096 * 4096), rel=1e-6)
     assert flops.head == pytest.approx(4 * 512 * 4096 * 32000, rel=1e-6)
-    assert SEVEN_B.model_flops(work, "all").head == pytest.approx(20 * flops.head)
+    convention = SEVEN_B.model_flops(work, "all")
+    assert convention.head == pytest.approx(20 * flops.head)
+    assert convention.decoder == pytest.approx(4 * 6.476e9 * 10240, rel=1e-3)
+    assert dataclasses.replace(SEVEN_B, last_layer="all").hardware_flops(work).decoder == convention.decoder
     finetune = dataclasses.replace(SEVEN_B, stage="finetune")
     assert finetune.model_flops(work).decoder == pytest.approx(1.5 * flops.decoder)
-    full = dataclasses.replace(SEVEN_B, recompute="full")
+    full = dataclasses.replace(SEVEN_B, recompute="full", last_layer="all")
     assert full.hardware_flops(work).decoder == pytest.approx((6 * 6.476e9 - 2 * 32 * 4096 * 11008) * 10240, rel=1e-3)
     assert full.model_flops(work) == flops
 

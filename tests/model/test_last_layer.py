@@ -1,0 +1,90 @@
+"""The decoder's last layer for supervised rows only: the loss and the gradients of all rows, and less work."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastllava.model.llama import MLP
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava
+
+CPU = torch.device("cpu")
+# What a GPU takes, where it can run without one; each falls back on plain PyTorch for tensors on a CPU.
+GPU_OPS = {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", "rope": "triton", "swiglu": "triton"}
+
+
+def loss_and_gradients(model, batch, last_layer):
+    model.last_layer = last_layer
+    model.zero_grad(set_to_none=True)
+    loss = model(batch)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def model_of(tiny, ops, dtype):
+    model = load_llava(tiny.config(projector="fresh"), ops, dtype, 5)
+    model.tower.requires_grad_(False)
+    return model
+
+
+def gpu_ops():
+    from fastllava.model.ops import Ops
+
+    return Ops(choose_ops({}, CPU, torch.float32).chosen | GPU_OPS)
+
+
+# Supervised rows lie apart (several turns), lead their samples, are all in one sample, are a single one, or are none.
+@pytest.mark.parametrize("group", [[2], [0, 1, 2, 3, 4, 5], [5, 3], [4], [5], [1, 5]])
+@pytest.mark.parametrize("ops", ["reference", "gpu"])
+def test_loss_and_every_gradient_are_those_of_all_rows(tiny, group, ops):
+    model = model_of(tiny, gpu_ops() if ops == "gpu" else tiny.ops, torch.float64)
+    batch = tiny.pack([tiny.mixed()[i] for i in group], weight=0.1)
+    expected, found = loss_and_gradients(model, batch, "all"), loss_and_gradients(model, batch, "supervised")
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+    assert found[1].keys() == expected[1].keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-11 * gradient.norm(), name
+    if len(batch.targets):
+        assert all(gradient.norm() > 0 for name, gradient in found[1].items() if "llm" in name)
+
+
+def test_every_row_supervised(tiny):
+    model = model_of(tiny, tiny.ops, torch.float64)
+    batch = tiny.pack(tiny.mixed())
+    rows = len(batch.token_ids)
+    batch = replace(
+        batch,
+        supervised_rows=torch.arange(rows, dtype=torch.int32),
+        targets=torch.arange(rows) % 90,
+        weights=torch.linspace(0.5, 1.0, rows),
+    )
+    expected, found = loss_and_gradients(model, batch, "all"), loss_and_gradients(model, batch, "supervised")
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-11 * gradient.norm(), name
+
+
+def test_only_the_last_layer_s_mlp_sees_fewer_rows(tiny):
+    model = model_of(tiny, tiny.ops, torch.float32)
+    batch = tiny.pack(tiny.mixed())
+    rows, supervised = len(batch.token_ids), len(batch.targets)
+    seen: list[int] = []
+    for module in model.llm.modules():
+        if isinstance(module, MLP):
+            module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model(batch)
+    model.last_layer = "all"
+    model(batch)
+    model.logits(batch)
+    assert seen == [rows, supervised] + [rows] * 4
+    assert supervised < rows
+
+
+def test_a_frozen_decoder_and_no_supervised_row_give_the_projector_zeros(tiny):
+    model = model_of(tiny, gpu_ops(), torch.float32)
+    model.llm.requires_grad_(False)
+    loss, gradients = loss_and_gradients(model, tiny.pack([tiny.mixed()[5]]), "supervised")
+    assert loss == 0
+    assert {name.split(".")[0] for name in gradients} == {"projector"}
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
