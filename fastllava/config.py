@@ -16,6 +16,7 @@ from fastllava.strict_yaml import in_yaml, parse_yaml
 from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
+Recompute = Literal["none", "norms", "selective", "full"]
 
 # Recipe of scripts/v1_5/{pretrain,finetune}.sh of the original (haotian-liu/LLaVA, c121f04).
 STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -130,8 +131,10 @@ class TrainConfig(Section):
     micro_batch_tokens: Annotated[int, SAME_TRAINING] = Field(
         16384, ge=1, description="rows of one packed micro-batch; a step takes as many micro-batches as it needs"
     )
-    recompute: Annotated[Literal["none", "full"], SAME_TRAINING] = Field(
-        "none", description="full: keep only each decoder layer's input and compute the rest again in backward"
+    recompute: Annotated[Recompute, SAME_TRAINING] = Field(
+        "none",
+        description="what of each decoder layer backward computes again, for memory: nothing (none), all but matrix products and attention "
+        "(norms), the MLP too (selective), or everything but the layer's input (full)",
     )
     last_layer: Annotated[Literal["supervised", "all"], SAME_TRAINING] = Field(
         "supervised",

@@ -38,7 +38,7 @@ def prepare_stage(model: Llava, config: Config) -> dict[str, nn.Parameter]:
     model.requires_grad_(False)
     for part in [model.projector] if config.stage == "pretrain" else [model.projector, model.llm]:
         part.float().requires_grad_(True)
-    model.recompute = config.train.recompute == "full"
+    model.recompute = config.train.recompute
     model.last_layer = config.train.last_layer
     model.train()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -7,14 +7,14 @@ F width of the MLP, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from fastllava.config import Recompute
 from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
 from fastllava.model.ops import Ops
+from fastllava.model.recompute import recomputed
 from fastllava.model.repeat import apply
 
 
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project, x in inputs)
         if wanted is not None:
             # Turned after they are laid out, so that rope needs no positions of its own for them: zeros stay zeros.
-            q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy_(0, wanted, q)
+            q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, wanted, q)
         q, k = self.ops.rope(q, k, packing.cos, packing.sin)
         out = self.ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, True)
         if wanted is not None:
@@ -137,8 +137,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none") -> Tensor:
         """[T, D], or [M, D] of the wanted rows."""
+        # In here, so that a graph of this layer, or its shards, hold what is computed again.
+        if recompute == "none":
+            return self._compute(x_TD, packing, wanted)
+        return recomputed(self._compute, recompute, x_TD, packing, wanted)
+
+    def _compute(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
         residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)
@@ -184,25 +190,20 @@ class Llama(nn.Module):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        recompute: bool = False,
+        recompute: Recompute = "none",
         wanted: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
 
-        `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work.
-        `recompute` keeps each layer's input only and computes the layer again in backward.
+        `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work. Without gradients there
+        is nothing to `recompute`.
         """
         self.place_constants(x_TD.device)
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
-        recompute = recompute and torch.is_grad_enabled()
+        recompute = recompute if torch.is_grad_enabled() else "none"
         for index, layer in enumerate(self.model.layers, start=1):
-            args = layer, x_TD, packing, wanted if index == len(self.model.layers) else None
-            x_TD = _recomputed(self.run_layer, *args) if recompute else self.run_layer(*args)
+            last = index == len(self.model.layers)
+            x_TD = self.run_layer(layer, x_TD, packing, wanted if last else None, recompute)
         return self.model.norm(x_TD)
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Any) -> Any:
-    # No random numbers are drawn in a layer, so their state need not be kept.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllava.batch import Batch, ImageSpec
+from fastllava.config import Recompute
 from fastllava.errors import UserError
 from fastllava.model.clip import ClipVision
 from fastllava.model.llama import Llama
@@ -33,8 +34,8 @@ class Llava(nn.Module):
         self.ops = ops.only("projector_splice", "masked_linear_cross_entropy")
         self.chosen = ops.chosen
         """The implementation of every room, whether a module of this model uses it or not."""
-        self.recompute = False
-        """Keep only each decoder layer's input, and compute the rest again in backward."""
+        self.recompute: Recompute = "none"
+        """What of each decoder layer backward computes again."""
         self.last_layer: Literal["supervised", "all"] = "supervised"
         """The rows for which the loss has the decoder's last layer computed."""
         self.projector_source = "fresh"

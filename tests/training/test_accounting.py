@@ -50,7 +50,7 @@ def test_within_one_percent_of_pytorch_s_counter(
     model.requires_grad_(False)
     for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
         part.requires_grad_(True)
-    model.recompute, model.last_layer = recompute == "full", last_layer
+    model.recompute, model.last_layer = recompute, last_layer
     # Attention by plain products, which the counter sees: of the whole square, as it knows no mask.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch_of(2)).backward()

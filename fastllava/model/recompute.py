@@ -1,0 +1,62 @@
+"""Recompute: which results of a decoder layer are kept for backward, and which are computed there again from those.
+
+Values kept per row of a layer by the ops that run on a GPU, in the compute dtype, and the products that backward repeats.
+D width, Q = query heads x head width, G = key/value heads x head width, F width of the MLP; 7B: D = Q = G = 4096, F = 11008.
+
+               kept                                                                       7B, bf16   repeated (7B: Mflop)
+    none       x, q, k, v, attention, o_proj's added to x, gate, up: 2 D + 2 Q + 2 G + 2 F  93.2 kB   nothing
+               if the decoder trains, both norms' results and swiglu's: 2 D + F more       131.6 kB   nothing
+    norms      x, q, k, v, attention, o_proj's, gate, up: 2 D + 2 Q + 2 G + 2 F             93.2 kB   no product
+    selective  x, q, k, v, attention, o_proj's: 2 D + 2 Q + 2 G                             49.2 kB   gate, up (180)
+    full       x: D                                                                          8.2 kB   all but down_proj (315)
+
+A product of a [rows, n] input takes n operations to repeat for a byte that keeping it costs: D of them for each but
+down_proj, whose result no backward reads. Keeping attention comes cheapest (its kernels run farther from the peak), then
+what is small; gate and up are the largest two and run nearest the peak: `selective` repeats these. So at 16,384 rows 7B keeps
+64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and has nothing left for `norms` to give back.
+
+The same kernels run again, so loss and gradients are those of `none`, bit for bit, without torch.compile.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+
+from fastllava.config import Recompute
+
+# q, k, v, o; and gate, up. What comes later in a layer is down_proj's.
+_KEPT_PRODUCTS: dict[Recompute, int] = {"norms": 6, "selective": 4}
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::_scaled_mm"}
+_ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
+
+
+def recomputed(function: Callable[..., Any], recompute: Recompute, *args: Any) -> Any:
+    """`function(*args)` of a decoder layer, of whose results backward finds those that `recompute` keeps; not for "none"."""
+    # No random numbers are drawn in a layer, so their state need not be kept.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute != "full":
+        settings["context_fn"] = partial(_contexts, _KEPT_PRODUCTS[recompute])
+    return checkpoint(function, *args, **settings)
+
+
+def _contexts(products: int) -> Any:
+    return create_selective_checkpoint_contexts(_Kept(products))
+
+
+class _Kept:
+    """Keeps attention and the first so many matrix products of one pass through a layer."""
+
+    def __init__(self, products: int) -> None:
+        self.products, self.seen = products, Counter[bool]()
+
+    def __call__(self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = op.name().partition(".")[0]
+        keep = name.startswith(_ATTENTION)
+        if name in _PRODUCTS:
+            # Some versions of PyTorch ask again while they compute again.
+            self.seen[context.is_recompute] += 1
+            keep = self.seen[context.is_recompute] <= self.products
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
