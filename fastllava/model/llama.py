@@ -195,8 +195,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
 
-        `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work. Without gradients there
-        is nothing to `recompute`.
+        `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work.
+        Without gradients there is nothing to `recompute`.
         """
         self.place_constants(x_TD.device)
         angles = position_ids.float().unsqueeze(1) * self._frequencies

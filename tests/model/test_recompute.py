@@ -7,10 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastllava.memory import activation_bytes, recomputed_bytes, weight_copy_bytes
-from fastllava.model.llama import Llama
+from fastllava.model.compiled import whole_graph
+from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
+from fastllava.model.repeat import apply
 from fastllava.model.weights import load_llava
-from fastllava.model.weights.configs import llama_config
 
 CPU = torch.device("cpu")
 POLICIES = ("none", "norms", "selective", "full")
@@ -82,14 +83,18 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def config_of(width: int, inner: int, layers: int, heads: int, keys: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=keys, head_dim=width // heads, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False,
+        output_bias=False, mlp_bias=False, tied=False, window=None,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def decoder():
     """Three layers with grouped keys, of random weights; and its input of 200 rows, 37 of them wanted."""
-    given = dict(
-        vocab_size=64, hidden_size=64, intermediate_size=168, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, rms_norm_eps=1e-5, hidden_act="silu",
-    )  # fmt: skip
-    llama = Llama(llama_config({"model_type": "llama", **given}, "test"), OPS)
+    llama = Llama(config_of(64, 168, 3, 4, 2), OPS)
     generator = torch.Generator().manual_seed(0)
     for parameter in llama.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)
@@ -107,7 +112,7 @@ def run(decoder, frozen, recompute, wanted):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_bytes_kept(decoder, frozen, wanted):
     """Within 2 % of what is foreseen, and falling from policy to policy as far as there is something to give back."""
-    llama, x, rows = decoder
+    llama, x, _ = decoder
     found = {}
     for recompute in POLICIES:
         llama.to(torch.bfloat16 if frozen else torch.float32)
@@ -146,10 +151,29 @@ def test_bytes_while_a_layer_is_computed_again(decoder, recompute):
     assert found == [pytest.approx(expected, rel=1e-3)]
 
 
+@pytest.mark.parametrize("recompute", ["norms", "selective"])
+def test_a_graph_keeps_the_same_bytes(decoder, recompute, monkeypatch):
+    llama, *_ = decoder
+    llama.to(torch.bfloat16)
+    torch._dynamo.reset()
+    monkeypatch.setattr(llama, "run_layer", whole_graph(apply, "aot_eager"))
+    parameters = {parameter.data_ptr() for parameter in llama.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        out = run(decoder, True, recompute, False)
+    assert sum(kept.values()) == pytest.approx(activation_bytes(llama.config, 200, recompute, torch.bfloat16, True), rel=1e-3)
+    out.sum().backward()
+
+
 def test_bytes_of_7b_at_16384_rows():
     """The table in fastllava.model.recompute, and the copies of fp32 weights."""
-    seven_b = llama_config({"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-                            "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-5, "hidden_act": "silu"}, "test")  # fmt: skip
+    seven_b = config_of(4096, 11008, 32, 32, 32)
     gib = [activation_bytes(seven_b, 16384, recompute, torch.bfloat16, False) / 2**30 for recompute in POLICIES]
     assert gib == pytest.approx([64.3, 45.5, 24.0, 4.0], abs=0.25)
     assert activation_bytes(seven_b, 16384, "none", torch.bfloat16, True) / 2**30 == pytest.approx(45.5, abs=0.25)
