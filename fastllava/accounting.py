@@ -14,15 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastllava.config import Config
+from fastllava.config import Config, Recompute, Stage
 from fastllava.data.balance import Cost
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.projector import Projector
 from fastllava.model.weights import read_origin
 
-Stage = Literal["pretrain", "finetune"]
 Rows = Literal["supervised", "all"]
+
+REPEATED: Mapping[Recompute, Sequence[str]] = {
+    "none": (),
+    "norms": (),
+    "selective": ("gate", "up"),
+    "full": ("q", "k", "v", "o", "gate", "up"),
+}
+"""The products of a layer that backward does again; with `full` attention too."""
 
 PEAK_FLOPS: Sequence[tuple[str, float]] = (
     ("H200", 989e12),
@@ -97,7 +104,7 @@ class Accounting:
     projector: Sequence[tuple[int, int]]
     """(outputs, inputs) of each Linear of the projector."""
     stage: Stage
-    recompute: Literal["none", "full"] = "none"
+    recompute: Recompute = "none"
     last_layer: Rows = "supervised"
 
     @classmethod
@@ -142,19 +149,18 @@ class Accounting:
     def hardware_flops(self, work: Work) -> Flops:
         """What this trainer does: the above, the last layer's rows that `train.last_layer` adds, and what recompute does again.
 
-        That is each layer up to the input of its last product, whose output backward has no use for. The scores that a fused
-        attention forms again in its backward are not counted, as is the custom.
+        That is never a layer's last product, whose output backward has no use for. The scores that a fused attention forms again
+        in its backward are not counted, as is the custom.
         """
         needed = self.model_flops(work)
         rows = work.supervised if self.last_layer == "supervised" else work.rows
-        again = 1.0 if self.recompute == "full" else 0.0
-        done = self._passes() * self._layers(work, rows, self._products())
-        repeated = self._layers(work, rows, {name: size for name, size in self._products().items() if name != "down"})
+        products = self._products()
+        again = {name: products[name] for name in REPEATED[self.recompute]}
         return Flops(
             tower=needed.tower,
             projector=needed.projector,
-            decoder=done + again * repeated,
-            attention=needed.attention + again * work.pairs * self._attention(),
+            decoder=self._passes() * self._layers(work, rows, products) + self._layers(work, rows, again),
+            attention=needed.attention + (work.pairs * self._attention() if self.recompute == "full" else 0.0),
             head=needed.head,
         )
 
