@@ -231,9 +231,11 @@ def test_a_stop_by_signal_saves_and_goes_on(number, code, settings, tmp_path):
     values = settings("finetune", data={"workers": 2}, train={"epochs": 200})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
-    process = subprocess.Popen([FASTLLAVA, "train", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [FASTLLAVA, "train", path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_steps(tmp_path / "run", 5, process)
-    process.send_signal(number)
+    # To its data workers too, as terminals, torchrun and schedulers do.
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
