@@ -88,6 +88,14 @@ class Processes:
         """`error`, which every process has come to alike, for the first of them to tell."""
         return error if self.first else ToldElsewhere(str(error))
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Of a UserError in this block, which every process comes to alike, only the first tells."""
+        try:
+            yield
+        except UserError as error:
+            raise self.voiced(error) from None
+
     def total(self, value: Tensor) -> Tensor:
         """`value`, summed over the processes in place. On GPUs the host does not wait."""
         if self.world > 1:

@@ -94,16 +94,18 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         found = group.on_first(lambda: resume.find_checkpoint(config, prepared.digest, say))
         sharding = Sharding(group, config.parallel)
         model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
-        trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
-        model.to(device)
-        compile_model(model, config.train.compile)
+        with group.alike():
+            trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
+            model.to(device)
+            compile_model(model, config.train.compile)
         optimizer = build_optimizer(trained.items(), config.optim)
         announce(config, model, trained, prepared, plan, device, say)
         say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
         if group.world > 1:
             say(sharding_in_words(model, sharding))
         if found is not None:
-            checkpoint.restore(found, trained, optimizer, group)
+            with group.alike():
+                checkpoint.restore(found, trained, optimizer, group)
             say(f"resuming before step {found.step} from {found.folder}")
         group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json")))
         first_step = found.step if found else 0
@@ -295,10 +297,11 @@ class Trainer:
         path = self.config.output_dir / f"non_finite_step_{step.index}.json"
         if self.group.first:
             write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
-        raise UserError(
+        error = UserError(
             f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, checkpoint-{step.index} holds the state "
             f"before it; look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
         )
+        raise self.group.voiced(error)
 
     def _in_words(self, error: UserError | OSError | torch.OutOfMemoryError) -> UserError:
         again = "and start the same command again"
@@ -308,7 +311,8 @@ class Trainer:
                 f"train.micro_batch_tokens: {rows} rows need too much GPU memory; write less, or train.recompute=full, {again}"
             )
         if isinstance(error, OSError):
-            return UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
+            full = UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
+            return full if self._in_step else self.group.voiced(full)
         if self.group.first:
             self._summarize("failed")
         return error
@@ -345,6 +349,7 @@ class Trainer:
             "quarantined": self.prepared.manifest["quarantined"],
             "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
+            "processes": self.group.world,
         }
         return write_summary(self.config.output_dir, status, facts)
 

@@ -216,7 +216,10 @@ FILES = {
     "tab": (BASE + "\toptim: 1\n", "config.yaml, line 9: is not valid YAML (found character '\\t' that cannot start any token)"),
     "two documents": (BASE + "---\nstage: finetune\n", "config.yaml, line 9: is not valid YAML (but found another document)"),
     "mapping as a key": (BASE + "? [a, b]\n: 1\n", "config.yaml, line 9: is not valid YAML (a key must be a word)"),
-    "number as a key": (BASE + "3: 1\n", "3: no such key; write one of stage, output_dir, model, data, optim, train, kernels, parallel, log"),
+    "number as a key": (
+        BASE + "3: 1\n",
+        "3: no such key; write one of stage, output_dir, model, data, optim, train, kernels, parallel, log",
+    ),
     "inside itself": (BASE + "log: &a\n  project: *a\n", "config.yaml, line 9: is not valid YAML (found unconstructable recursive node)"),
     "too deep": ("a: " + "[" * 3000, "config.yaml: is nested too deeply; a config is a few levels of keys"),
     "unknown alias": (BASE + "log: *nothing\n", "config.yaml, line 9: is not valid YAML (found undefined alias 'nothing')"),
