@@ -3,7 +3,7 @@
 `output_dir/checkpoint-N/` is the state before step N:
 
     tensors/          trained weights and AdamW's moments, through torch.distributed.checkpoint
-    state.json        step, digests of prepared set and code; JSON, never pickle
+    state.json        step, digest of the prepared set, versions; JSON, never pickle
     run_config.json   the run's configuration
     manifest.json     size and SHA-256 of every other file; written last
 
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from fastllava import __version__
 from fastllava.config import Config, check_config
 from fastllava.disk import sync
 from fastllava.errors import UserError
+from fastllava.parallel import ALONE, Processes
 
 RUN_CONFIG = "run_config.json"
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
@@ -51,27 +52,51 @@ class Checkpoint:
 
 
 def save(
-    output_dir: Path, step: int, config: Config, prepared_digest: str, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    output_dir: Path,
+    step: int,
+    config: Config,
+    prepared_digest: str,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    processes: Processes = ALONE,
 ) -> Path:
-    """Write `output_dir/checkpoint-{step}` and return it. Raises OSError, leaving older checkpoints as they were."""
+    """Write `output_dir/checkpoint-{step}` and return it. Raises OSError, leaving older checkpoints as they were.
+
+    All `processes` of a run call this together and write their shards of the tensors; what is written does not depend on
+    how many they are, and any other number can read it. When one fails, all raise.
+    """
     final = output_dir / f"checkpoint-{step}"
     beside = output_dir / f".checkpoint-{step}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
-        _write_tensors(_tensors(trained, optimizer), beside / _TENSORS)
-        versions = {"fastllava": __version__, "torch": torch.__version__}
-        write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, **versions})
-        write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
-        write_json(beside / _MANIFEST, {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(beside)})
-        sync(beside)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        sync(output_dir)
+        processes.on_first(lambda: _make_anew(beside))
+        _write_tensors(_tensors(trained, optimizer), beside / _TENSORS, processes)
+        hashed = processes.gather(lambda: _shards_of(beside / _TENSORS, processes.rank))
+        processes.on_first(lambda: _complete(beside, final, step, config, prepared_digest, hashed))
     except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(beside, ignore_errors=True)
         raise
     return final
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(
+    beside: Path, final: Path, step: int, config: Config, prepared_digest: str, hashed: Sequence[dict[str, dict[str, Any]]]
+) -> None:
+    """Write what is not tensors, the manifest last, and give the folder its name."""
+    versions = {"fastllava": __version__, "torch": torch.__version__}
+    write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, "processes": len(hashed), **versions})
+    write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
+    shards = {name: entry for part in hashed for name, entry in part.items()}
+    write_json(beside / _MANIFEST, {**_contents(beside, but=shards), **shards})
+    sync(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    sync(final.parent)
 
 
 def keep_last(output_dir: Path, count: int) -> None:
@@ -105,7 +130,7 @@ def verify(folder: Path) -> Checkpoint:
     remedy = "use an older checkpoint or remove the folder"
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        found = {name: {"bytes": size, "sha256": digest} for name, size, digest in _contents(folder)}
+        found = _contents(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: is no complete checkpoint ({error}); {remedy}") from None
     for name in sorted(manifest.keys() | found.keys()):
@@ -116,10 +141,12 @@ def verify(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state["step"], state["prepared_digest"], check_config(json.loads((folder / RUN_CONFIG).read_text())))
 
 
-def restore(checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Load a verified checkpoint into the trained parameters and their optimizer, in place."""
+def restore(
+    checkpoint: Checkpoint, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, processes: Processes = ALONE
+) -> None:
+    """Load a verified checkpoint into the trained parameters and their optimizer, in place; all `processes` together."""
     with torch.no_grad():
-        _read_tensors(_tensors(trained, optimizer), checkpoint.folder / _TENSORS)
+        _read_tensors(_tensors(trained, optimizer), checkpoint.folder / _TENSORS, processes)
 
 
 def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -144,21 +171,25 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
     return flat
 
 
-def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    with _one_process():
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, processes: Processes) -> None:
+    with _quiet():
         try:
-            dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
+            dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), **_group(processes))
         except CheckpointException as error:
             # It derives from BaseException, so an `except OSError` further up would let it through.
             raise OSError(f"checkpoint could not be written: {_cause(error)}") from None
 
 
-def _read_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    with _one_process():
+def _read_tensors(tensors: dict[str, Tensor], folder: Path, processes: Processes = ALONE) -> None:
+    with _quiet():
         try:
-            dcp_load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+            dcp_load(tensors, storage_reader=FileSystemReader(folder), **_group(processes))
         except CheckpointException as error:
             raise UserError(f"{folder}: does not fit this model ({_cause(error)}); use the config that wrote it") from None
+
+
+def _group(processes: Processes) -> dict[str, Any]:
+    return {"no_dist": True} if processes.world == 1 else {"process_group": processes.host}
 
 
 def _cause(error: CheckpointException) -> str:
@@ -166,8 +197,8 @@ def _cause(error: CheckpointException) -> str:
 
 
 @contextmanager
-def _one_process() -> Iterator[None]:
-    """Without its warning that one process is taken to be what is meant: it is."""
+def _quiet() -> Iterator[None]:
+    """Without the warning that one process is taken to be what is meant: it is."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -183,9 +214,19 @@ def _folders(output_dir: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered)]
 
 
-def _contents(folder: Path) -> list[tuple[str, int, str]]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST)
-    return [(p.relative_to(folder).as_posix(), p.stat().st_size, file_digest(p)) for p in files]
+def _contents(folder: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file in `folder` apart from the manifest and those named in `but`."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: _described(folder / name) for name in names if name != _MANIFEST and name not in but}
+
+
+def _shards_of(tensors: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and hash of the files that process `rank` wrote: each hashes its own, as they are large."""
+    return {f"{_TENSORS}/{path.name}": _described(path) for path in sorted(tensors.glob(f"__{rank}_*"))}
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
 
 
 def file_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from rich.padding import Padding
 
 from fastllava import __version__
 from fastllava.config import load_config
-from fastllava.errors import UserError
+from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
 
@@ -63,9 +63,11 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train one stage. Prepares the data when needed; goes on where it stopped when output_dir holds the run."""
+    with first_of_machine_speaks():
+        checked = load_config(config, overrides or ())
     from fastllava.train import run
 
-    result = run(load_config(config, overrides or ()))
+    result = run(checked)
     if result.stopped_by is not None:
         # The shell's convention for a stop by signal, so that `train A && train B` does not go on.
         raise typer.Exit(128 + result.stopped_by)
@@ -190,6 +192,8 @@ def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2, never a traceback."""
     try:
         app()
+    except ToldElsewhere:
+        raise SystemExit(2) from None
     except UserError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")

@@ -32,7 +32,7 @@ STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-SECTIONS = ("model", "data", "optim", "train", "kernels", "log")
+SECTIONS = ("model", "data", "optim", "train", "kernels", "parallel", "log")
 
 
 def _as_path(value: Any) -> Path:
@@ -154,6 +154,27 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept; older ones go")
 
 
+class ParallelConfig(Section):
+    """How several processes, as torchrun starts them, share the work. Without torchrun nothing here matters."""
+
+    frozen: Annotated[Literal["auto", "replicate", "shard"], SAME_TRAINING] = Field(
+        default="auto",
+        description="the decoder that stage pretrain does not train: whole on every GPU, or sharded; auto replicates what takes at most "
+        "two fifths of a GPU's memory. The tower is always whole",
+    )
+    reshard: Annotated[bool, SAME_TRAINING] = Field(
+        default=True, description="true: a layer's weights are gathered for its forward and again for its backward; false: kept in between"
+    )
+    reduce: Annotated[Literal["micro_batch", "step"], SAME_TRAINING] = Field(
+        default="micro_batch",
+        description="gradients are summed over the processes after every micro-batch, beside its backward, or once a step, "
+        "which keeps a whole fp32 gradient on every GPU",
+    )
+    replicas: Annotated[int, SAME_TRAINING] = Field(
+        default=1, ge=1, description="groups that each hold one whole sharded copy, such as one a node (HSDP); a divisor of the processes"
+    )
+
+
 class LogConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -173,6 +194,7 @@ class Config(Section):
     kernels: dict[str, str] = Field(
         default_factory=dict, validate_default=True, description="implementation by room; 'reference' alone means every room"
     )
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
     @field_validator("kernels", mode="before")

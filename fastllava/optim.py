@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastllava.config import OptimConfig
 
@@ -72,8 +73,9 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def gradient_norm(params: list[nn.Parameter]) -> Tensor:
-    """fp32 scalar on the device: the 2-norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    """fp32 scalar on the device: the 2-norm of all gradients together, over all shards. The host does not wait for a GPU."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(params: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:

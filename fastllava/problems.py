@@ -35,7 +35,6 @@ ORIGINAL_FLAGS = {
 
 # Keys that the design names and this version does not have yet.
 _NOT_YET = {
-    "parallel": "this version trains in one process on one device; leave it out",
     "lora": "this version trains the whole language model; leave it out",
 }
 

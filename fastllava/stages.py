@@ -1,14 +1,16 @@
 """The two stages: what each trains, what it starts from and what it leaves behind."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastllava.config import Config
+from fastllava.config import Config, Stage
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.weights import projector_file, read_origin, write_checkpoint, write_projector
+from fastllava.sharding import full_tensors
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,18 +30,28 @@ def check_start(config: Config) -> None:
         )
 
 
-def prepare_stage(model: Llava, config: Config) -> dict[str, nn.Parameter]:
+def trained_parts(model: Llava, stage: Stage) -> list[nn.Module]:
+    """The parts that train: pretrain's projector, finetune's projector and decoder with embedding and head (llava/train/train.py)."""
+    return [model.projector] if stage == "pretrain" else [model.projector, model.llm]
+
+
+def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] = lambda _: None) -> dict[str, nn.Parameter]:
     """Freeze and unfreeze; the parameters that train, by internal name.
 
-    pretrain trains the projector, finetune the projector and the whole decoder with embedding and head; the tower never
-    trains (llava/train/train.py of the original). What trains is kept in fp32, the master weights, made from weights that
-    were rounded to the compute dtype as the original's are; what is frozen stays in the compute dtype.
+    What trains is kept in fp32, the master weights, made from weights that were rounded to the compute dtype as the
+    original's are; what is frozen stays in the compute dtype.
+
+    `place` is called with the model when `requires_grad` is right and everything still in the compute dtype: to shard it,
+    so that no process ever holds all master weights.
     """
     model.requires_grad_(False)
-    for part in [model.projector] if config.stage == "pretrain" else [model.projector, model.llm]:
-        part.float().requires_grad_(True)
-    model.recompute = config.train.recompute
-    model.last_layer = config.train.last_layer
+    parts = trained_parts(model, config.stage)
+    for part in parts:
+        part.requires_grad_(True)
+    place(model)
+    for part in parts:
+        part.float()
+    model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
     model.train()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
@@ -47,13 +59,25 @@ def prepare_stage(model: Llava, config: Config) -> dict[str, nn.Parameter]:
     return trained
 
 
-def write_result(model: Llava, config: Config) -> list[Path]:
+def gather_result(model: Llava, config: Config, keep: bool) -> dict[str, Tensor]:
+    """The state that `write_result` needs of a sharded model, on the CPU of processes that `keep` it; all must call this."""
+    dtype = COMPUTE_DTYPE[config.train.precision]
+    if config.stage == "finetune":
+        return full_tensors(model, dtype, keep)
+    return {f"projector.{name}": tensor for name, tensor in full_tensors(model.projector, dtype, keep).items()}
+
+
+def write_result(model: Llava, config: Config, state: Mapping[str, Tensor] | None = None) -> list[Path]:
     """Write what the stage leaves in output_dir, in the compute dtype as the original does; the paths to show the user.
 
     pretrain: mm_projector.safetensors and mm_projector.bin. finetune: those and a whole checkpoint in the original's layout.
+    `state` is `gather_result`'s where the model is sharded.
     """
     dtype = COMPUTE_DTYPE[config.train.precision]
-    write_projector(model.projector, config.output_dir, dtype)
+    projector = None
+    if state is not None:
+        projector = {name.removeprefix("projector."): tensor for name, tensor in state.items() if name.startswith("projector.")}
+    write_projector(model.projector, config.output_dir, dtype, projector)
     if config.stage == "pretrain":
         return [config.output_dir / "mm_projector.safetensors", config.output_dir / "mm_projector.bin"]
     write_checkpoint(
@@ -66,5 +90,6 @@ def write_result(model: Llava, config: Config) -> list[Path]:
         image_policy=config.data.image_policy,
         max_tokens=config.data.max_tokens,
         legacy=config.data.legacy,
+        state=state,
     )
     return [config.output_dir]

@@ -1,6 +1,5 @@
 """What a run does before its first step: choose the device, prepare the data, say what is about to happen."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
+from fastllava.parallel import Processes
 
 Say = Callable[[str], None]
 
@@ -30,14 +30,16 @@ def speaker(console: Console) -> Say:
     return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def choose_device(config: Config) -> torch.device:
-    """`train.device`, or the GPU when there is one. Raises UserError when it is not there, or in one of several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: this version trains in one process; start it without torchrun, as fastllava train CONFIG")
-    wanted = config.train.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+def choose_device(config: Config, local_rank: int = 0) -> torch.device:
+    """`train.device`, or the GPU when there is one: that of number `local_rank`. Raises UserError when it is not there."""
+    wanted, gpus = config.train.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not gpus:
         raise UserError("train.device: 'cuda' is not available here; write train.device=cpu or auto, or install a CUDA build of torch")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    if wanted == "cpu" or not gpus:
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise UserError(f"torchrun: --nproc-per-node asks for more processes than the {gpus} GPUs here; write {gpus}, or train.device=cpu")
+    return torch.device("cuda", local_rank)
 
 
 def set_tf32(config: Config) -> None:
@@ -70,6 +72,17 @@ def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, Prepar
         window = origin.llama.window
         raise UserError(f"data.max_tokens: {config.data.max_tokens} is more than model.llm's attention window; write at most {window}")
     return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say)
+
+
+def open_data(config: Config, say: Say, processes: Processes) -> tuple[ImageSpec, PreparedSet]:
+    """What the tower wants to see, and the prepared set: the first process makes it or finds it, all open it."""
+
+    def prepared() -> tuple[ImageSpec, Path]:
+        _, spec, made = prepare_data(config, say)
+        return spec, made.folder
+
+    spec, folder = processes.on_first(prepared)
+    return spec, processes.together(lambda: PreparedSet.open(folder))
 
 
 def announce(

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from fastllava.config import Config
 from fastllava.data.loader import steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
-from fastllava.errors import UserError
+from fastllava.errors import PeerLost, UserError
 from fastllava.metrics import DeviceScalars, Metrics, check_backends
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
-from fastllava.model.ops import choose_ops
+from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
-from fastllava.stages import COMPUTE_DTYPE, check_start, prepare_stage, write_result
-from fastllava.startup import announce, choose_device, kernels_in_words, prepare_data, set_tf32, speaker
+from fastllava.parallel import Processes, attempt, peers, processes
+from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
+from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
+from fastllava.startup import announce, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
 from fastllava.throughput import Throughput
@@ -40,17 +43,20 @@ def train_step(
     batches: Sequence[Batch],
     device: torch.device,
     max_norm: float | None,
+    sharding: Sharding = UNSHARDED,
 ) -> DeviceScalars:
     """One optimizer step over its micro-batches: fp32 loss, gradient norm before clipping, and whether the guard has tripped.
 
-    The batches' weights already hold the step's normalisation, so losses and gradients only add up. Nothing here waits
-    for the device.
+    `batches` are this process's; loss and norm are those of all. The batches' weights already hold the step's normalisation,
+    so losses and gradients only add up. Nothing here waits for the device.
     """
     loss = torch.zeros((), device=device)
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
+        sharding.begin_micro_batch(model, last=number == len(batches))
         part = model(batch.to(device))
         part.backward()
         loss += part.detach()
+    loss = sharding.total(loss)
     params = parameters(optimizer)
     norm = gradient_norm(params)
     tripped = guard.watch(loss, norm)
@@ -77,37 +83,49 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     Raises UserError for whatever the user can mend. After SIGINT or SIGTERM the step is finished and a checkpoint written.
     """
     began = time.monotonic()
-    console = console or Console()
-    say = speaker(console)
-    device, dtype = choose_device(config), COMPUTE_DTYPE[config.train.precision]
-    mode = config.train.compile
-    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off")
+    with processes() as group, ExitStack() as stack:
+        console = (console or Console()) if group.first else Console(quiet=True)
+        say = speaker(console)
+        device, ops = group.together(lambda: _check(config, group))
+        group.together(lambda: stack.enter_context(resume.locked(config.output_dir) if group.first else nullcontext()))
+        spec, prepared = open_data(config, say, group)
+        accounting = group.together(lambda: Accounting.of(config))
+        plan = group.together(lambda: Plan(prepared, config.data, config.train, accounting.cost(), group.world))
+        if (summary := group.on_first(lambda: resume.completed(config, prepared.digest))) is not None:
+            say(f"{config.output_dir} holds this run, complete: nothing to do")
+            return RunResult(config.output_dir, None, summary)
+        found = group.on_first(lambda: resume.find_checkpoint(config, prepared.digest, say))
+        sharding = Sharding(group, config.parallel)
+        model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
+        with group.alike():
+            trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
+            model.to(device)
+            compile_model(model, config.train.compile)
+        optimizer = build_optimizer(trained.items(), config.optim)
+        announce(config, model, trained, prepared, plan, device, say)
+        say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
+        if group.world > 1:
+            say(sharding_in_words(model, sharding))
+        if found is not None:
+            with group.alike():
+                checkpoint.restore(found, trained, optimizer, group)
+            say(f"resuming before step {found.step} from {found.folder}")
+        group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json")))
+        throughput = Throughput.of(plan, accounting, device)
+        first_step = found.step if found else 0
+        return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console, sharding).train()
+
+
+def _check(config: Config, group: Processes) -> tuple[torch.device, Ops]:
+    """The device and the kernels, once all is there that can be looked for before data and weights are read."""
+    device, mode = choose_device(config, group.local_rank), config.train.compile
+    ops = choose_ops(config.kernels, device, COMPUTE_DTYPE[config.train.precision], compiled=mode != "off")
     set_tf32(config)
     check_compiler(mode, device)
     check_backends(config.log)
+    check_replicas(config.parallel, group.world)
     check_start(config)
-    with resume.locked(config.output_dir):
-        _, spec, prepared = prepare_data(config, say)
-        accounting = Accounting.of(config)
-        plan = Plan(prepared, config.data, config.train, accounting.cost())
-        if (summary := resume.completed(config, prepared.digest)) is not None:
-            say(f"{config.output_dir} holds this run, complete: nothing to do")
-            return RunResult(config.output_dir, None, summary)
-        found = resume.find_checkpoint(config, prepared.digest, say)
-        model = load_llava(config.model, ops, dtype, config.train.seed)
-        trained = prepare_stage(model, config)
-        model.to(device)
-        compile_model(model, mode)
-        optimizer = build_optimizer(trained.items(), config.optim)
-        announce(config, model, trained, prepared, plan, device, say)
-        say(f"compile: {mode}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
-        if found is not None:
-            checkpoint.restore(found, trained, optimizer)
-            say(f"resuming before step {found.step} from {found.folder}")
-        write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json"))
-        throughput = Throughput.of(plan, accounting, device)
-        first_step = found.step if found else 0
-        return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console).train()
+    return device, ops
 
 
 class Trainer:
@@ -126,28 +144,36 @@ class Trainer:
         first_step: int,
         began: float,
         console: Console,
+        sharding: Sharding = UNSHARDED,
     ) -> None:
         self.config, self.model, self.trained, self.optimizer = config, model, trained, optimizer
         self.throughput, self.plan = throughput, throughput.plan
         self.prepared, self.spec, self.device = prepared, spec, device
         self.console, self.say = console, speaker(console)
+        self.sharding, self.group = sharding, sharding.processes
         self.first_step = self.next_step = first_step
         self._began = began
         self._saved_step = first_step or -1
         self._saved_at = time.monotonic()
         self._pending: Callable[[], None] = _nothing
+        self._in_step = False
 
     def train(self) -> RunResult:
         """Run every step that is left and write the result."""
         out = self.config.output_dir
         try:
-            with stop_requests() as stopped, Metrics(self.config, self.next_step, self.plan.n_steps, self.console) as metrics:
-                self._steps(metrics, lambda: bool(stopped))
-            plot_loss(out, f"{self.config.stage}: {out}")
+            with stop_requests() as stopped, ExitStack() as stack:
+                metrics = self.group.together(lambda: stack.enter_context(self._metrics()))
+                stop = self._steps(metrics, stopped)
+            self.group.on_first(lambda: plot_loss(out, f"{self.config.stage}: {out}"))
+        except PeerLost:
+            raise
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             # Something the user can mend broke on the way: what was trained so far is kept.
             self.optimizer.zero_grad(set_to_none=True)
-            self._save()
+            # A checkpoint takes all processes, and the others do not know of what befell this one within a step.
+            if self.group.world == 1 or not self._in_step:
+                self._save()
             raise self._in_words(error) from None
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -156,19 +182,28 @@ class Trainer:
             raise UserError(
                 f"data.workers: {' '.join(str(error).split())}; free memory or write fewer data.workers, and start the same command again"
             ) from None
-        if self.next_step < self.plan.n_steps:
-            if not self._save():
-                raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
-            self.say(
-                f"stopped by {stopped[0].name} before step {self.next_step} of {self.plan.n_steps}; the same command goes on from there"
-            )
-            return RunResult(out, stopped[0], self._summarize("interrupted"))
+        if stop is not None:
+            return self._stopped(stop)
+        return self._completed()
+
+    def _stopped(self, stop: signal.Signals) -> RunResult:
+        out, again = self.config.output_dir, "the same command goes on from there"
+        if not self._save():
+            error = UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
+            raise self.group.voiced(error)
+        self.say(f"stopped by {stop.name} before step {self.next_step} of {self.plan.n_steps}; {again}")
+        return RunResult(out, stop, self.group.on_first(lambda: self._summarize("interrupted")))
+
+    def _completed(self) -> RunResult:
+        out = self.config.output_dir
         try:
-            left = write_result(self.model, self.config)
+            state = gather_result(self.model, self.config, self.group.first) if self.group.world > 1 else None
+            left = self.group.on_first(lambda: write_result(self.model, self.config, state))
         except OSError as error:
             self._save()
-            raise UserError(f"output_dir: {out} did not take the result ({error}); make room and start the same command again") from None
-        summary = self._summarize("complete")
+            mend = f"output_dir: {out} did not take the result ({error}); make room and start the same command again"
+            raise self.group.voiced(UserError(mend)) from None
+        summary = self.group.on_first(lambda: self._summarize("complete"))
         self.say(
             f"complete: loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
             f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
@@ -177,38 +212,63 @@ class Trainer:
             self.say(f"left {path}")
         return RunResult(out, None, summary)
 
-    def _steps(self, metrics: Metrics, stop: Callable[[], bool]) -> None:
-        guard = FiniteGuard(self.optimizer, self.device)
-        on_gpu = self.device.type == "cuda"
+    def _metrics(self) -> AbstractContextManager[Metrics | None]:
+        return Metrics(self.config, self.next_step, self.plan.n_steps, self.console) if self.group.first else nullcontext()
+
+    def _steps(self, metrics: Metrics | None, stopped: Sequence[signal.Signals]) -> signal.Signals | None:
+        """Run the steps that are left; the signal that ended them early on any process, or None.
+
+        Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all agree what to do about
+        it, before a step: within one, a process that left would leave the others waiting.
+        """
+        guard, on_gpu = FiniteGuard(self.optimizer, self.device), self.device.type == "cuda"
+        stream = steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu, rank=self.group.rank)
+        began, failed = time.perf_counter(), None
         try:
-            began = time.perf_counter()
-            for step, batches in steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu):
-                waited = time.perf_counter() - began
-                factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
-                set_lr(self.optimizer, factor)
-                scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm)
-                # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
-                self.next_step = step.index + 1
-                before = self._pending
-                self._pending = self._recorder(metrics, step, scalars, factor, waited, time.perf_counter() - began)
-                # The row of the step before: its numbers have arrived while this step was being launched.
-                before()
-                began = time.perf_counter()
-                if stop():
-                    break
-                if self._save_due():
-                    self._record_pending()
+            while self.next_step < self.plan.n_steps:
+                fetching = time.perf_counter()
+                fetched, failed = attempt(lambda: next(stream)) if failed is None else (None, failed)
+                waited = time.perf_counter() - fetching
+                stop, save = self.group.agree(failed, int(stopped[0]) if stopped else 0, int(self._save_due()))
+                if stop:
+                    self.group.together(self._record_pending)
+                    return signal.Signals(stop)
+                if save:
+                    saving = time.perf_counter()
+                    self.group.together(self._record_pending)
                     self._save()
-                    began = time.perf_counter()
+                    began += time.perf_counter() - saving
+                began, failed = self._step(metrics, guard, *fetched, began, waited)
+            self.group.agree(failed)
+            self.group.together(self._record_pending)
+            return None
         finally:
             self._record_pending()
+
+    def _step(
+        self, metrics: Metrics | None, guard: FiniteGuard, step: Step, batches: list[Batch], began: float, waited: float
+    ) -> tuple[float, Exception | None]:
+        """Run `step`; when it had been launched, and what went wrong with recording the one before."""
+        factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
+        set_lr(self.optimizer, factor)
+        self._in_step = True
+        with peers():
+            scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding)
+        # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
+        self.next_step = step.index + 1
+        self._in_step = False
+        before, ended = self._pending, time.perf_counter()
+        self._pending = self._recorder(metrics, step, scalars, factor, waited, ended - began)
+        # The row of the step before: its numbers have arrived while this step was being launched. To wait for them is part of
+        # the time between two launches, so of the next step's.
+        return ended, attempt(before)[1]
 
     def _record_pending(self) -> None:
         pending, self._pending = self._pending, _nothing
         pending()
 
     def _recorder(
-        self, metrics: Metrics, step: Step, scalars: DeviceScalars, factor: float, waited: float, seconds: float
+        self, metrics: Metrics | None, step: Step, scalars: DeviceScalars, factor: float, waited: float, seconds: float
     ) -> Callable[[], None]:
         """Writes the step's row when called, once its numbers are on the host."""
 
@@ -216,6 +276,8 @@ class Trainer:
             loss, norm, tripped = scalars.read()
             if tripped:
                 self._fail_on_non_finite(step, loss, norm)
+            if metrics is None:
+                return
             row: dict[str, float | int] = {
                 "step": step.index,
                 "loss": loss,
@@ -235,11 +297,13 @@ class Trainer:
         self._pending = _nothing
         ids = [self.prepared.row(int(i)).id for i in step.samples]
         path = self.config.output_dir / f"non_finite_step_{step.index}.json"
-        write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
-        raise UserError(
+        if self.group.first:
+            write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
+        error = UserError(
             f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, checkpoint-{step.index} holds the state "
             f"before it; look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
         )
+        raise self.group.voiced(error)
 
     def _in_words(self, error: UserError | OSError | torch.OutOfMemoryError) -> UserError:
         again = "and start the same command again"
@@ -249,8 +313,10 @@ class Trainer:
                 f"train.micro_batch_tokens: {rows} rows need too much GPU memory; write less, or train.recompute=full, {again}"
             )
         if isinstance(error, OSError):
-            return UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
-        self._summarize("failed")
+            full = UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
+            return full if self._in_step else self.group.voiced(full)
+        if self.group.first:
+            self._summarize("failed")
         return error
 
     def _save_due(self) -> bool:
@@ -266,8 +332,9 @@ class Trainer:
         self._saved_at = time.monotonic()
         out = self.config.output_dir
         try:
-            folder = checkpoint.save(out, self.next_step, self.config, self.prepared.digest, self.trained, self.optimizer)
-            checkpoint.keep_last(out, self.config.train.keep_checkpoints)
+            state = self.prepared.digest, self.trained, self.optimizer, self.group
+            folder = checkpoint.save(out, self.next_step, self.config, *state)
+            self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints))
         except OSError as error:
             self.say(f"checkpoint before step {self.next_step} could not be written ({error}); older ones are untouched, training goes on")
             return False
@@ -284,6 +351,7 @@ class Trainer:
             "quarantined": self.prepared.manifest["quarantined"],
             "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
+            "processes": self.group.world,
         }
         return write_summary(self.config.output_dir, status, facts, self.first_step, time.monotonic() - self._began)
 

@@ -183,7 +183,7 @@ def _jobs(plan: Plan, first: int, rank: int) -> Iterable[_Job]:
 
 
 def _in_worker(_: int) -> None:
-    """Ctrl-C is the main process's to answer; SIGTERM ends a worker as it ends any process."""
+    """Ctrl-C is the main process's to answer, and so is a first SIGTERM: torchrun and schedulers send it to the whole group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     torch.set_num_threads(1)

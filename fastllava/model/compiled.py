@@ -12,13 +12,15 @@ Loss and gradients are the eager ones up to the order of additions.
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import FunctionType
 from typing import Any, Literal
 
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as shapes_config
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastllava.batch import Batch
 from fastllava.errors import UserError
@@ -35,10 +37,21 @@ _RECOMPILE_LIMIT = 32
 
 
 def compile_model(model: Llava, mode: Mode, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let `model` run its layers, or all of its forward, through torch.compile. Compiles at the first micro-batch."""
+    """Let `model` run its layers, or all of its forward, through torch.compile. Compiles at the first micro-batch.
+
+    A sharded layer is gathered and freed around its graph. Raises UserError for one graph of a model with sharded layers.
+    """
+    sharded = [layer for layer in model.llm.model.layers if isinstance(layer, FSDPModule)]
     if mode == "layer":
-        model.llm.run_layer = whole_graph(apply, backend)
         model.tower.run_block = whole_graph(apply, backend)
+        if not sharded:
+            model.llm.run_layer = whole_graph(apply, backend)
+            return
+        graph = whole_graph(_inside, backend)
+        for layer in sharded:
+            layer.forward = partial(graph, layer)
+    elif mode == "step" and sharded:
+        raise UserError("train.compile: 'step' makes one graph, and sharded layers are gathered one by one; write train.compile=layer")
     elif mode == "step":
         graph = whole_graph(forward_batch, backend)
 
@@ -48,6 +61,11 @@ def compile_model(model: Llava, mode: Mode, backend: str | Callable[..., Any] = 
             return graph(model, batch)
 
         model.run_batch = run_batch
+
+
+def _inside(layer: nn.Module, *args: Any) -> Any:
+    """`layer(*args)` without what is hooked to it."""
+    return type(layer).forward(layer, *args)
 
 
 def whole_graph(function: FunctionType, backend: str | Callable[..., Any]) -> Callable[..., Any]:

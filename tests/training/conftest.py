@@ -15,11 +15,11 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with llm/ (and its tokenizer.model), clip/, images/, captions.json and chats.json (some without an image)."""
+    """A folder with llm/ (and its tokenizer.model), clip/, images/, captions.json, chats.json (some without an image), texts.json."""
     root = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
-    captions, chats = [], []
+    captions, chats, texts = [], [], []
     for i in range(24):
         colour = list(COLOURS)[i % len(COLOURS)]
         size = rng.integers(20, 60, 2)
@@ -32,9 +32,11 @@ def world(tmp_path_factory) -> Path:
         chats.append({"id": f"chat{i}", "image": f"{i}.png", "conversations": question + more * (i % 3)})
         text = [{"from": "human", "value": f"Count to {i}."}, {"from": "gpt", "value": " ".join(str(n) for n in range(i + 1))}]
         if i % 3 == 0:
-            chats.append({"id": f"text{i}", "conversations": text})
+            texts.append({"id": f"text{i}", "conversations": text})
+            chats.append(texts[-1])
     (root / "captions.json").write_text(json.dumps(captions))
     (root / "chats.json").write_text(json.dumps(chats))
+    (root / "texts.json").write_text(json.dumps(texts))
 
     (root / "llm").mkdir()
     text = "\n".join(turn["value"] for record in captions + chats for turn in record["conversations"])

@@ -59,7 +59,7 @@ def config_of(name: str, shared: Path, out: Path, **train: Any) -> dict[str, Any
     }
 
 
-def check_equal(name: str, shared: Path, out: Path) -> None:
+def check_equal(name: str, shared: Path, out: Path, norm_tolerance: float = 1e-4) -> None:
     """The issue's tolerances: loss 1e-5, gradient norm 1e-4, learning rate exact, final tensors 1e-4 in norm."""
     trace = shared / "golden" / "trace"
     steps = json.loads((trace / f"trace_{name}.json").read_text())["steps"]
@@ -67,7 +67,7 @@ def check_equal(name: str, shared: Path, out: Path) -> None:
     assert [row["step"] for row in rows] == [step["step"] for step in steps]
     for row, step in zip(rows, steps, strict=True):
         assert row["loss"] == pytest.approx(step["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(step["grad_norm"], rel=norm_tolerance)
         assert row["lr"] == step["lr"]
         assert row["samples"] == len(step["ids"])
         assert row["supervised_tokens"] == sum(micro["supervised_tokens"] for micro in step["micro_batches"])

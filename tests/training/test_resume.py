@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from parallel_runs import start
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -37,28 +38,24 @@ def same_files(one, other, name):
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def start(values, path):
-    path.write_text(yaml.safe_dump(values))
-    return subprocess.Popen([FASTLLAVA, "train", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def test_killed_at_ten_random_points(settings, tmp_path):
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     base = {"max_steps": STEPS, "checkpoint_steps": 7, "loss_norm": "llava"}
     values = settings("finetune", output_dir=str(broken), data={"workers": 1}, train=base)
     points = sorted(random.Random(os.environ.get("KILL_SEED", "0")).sample(range(3, STEPS - 10), KILLS))
     for point in points:
-        process = start(values, tmp_path / "config.yaml")
+        process = start(values, tmp_path / "said")
         while len(read_metrics(broken)) <= point:
-            assert process.poll() is None, process.stdout.read()
+            assert process.is_alive(), (tmp_path / "said").read_text()
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was still training"
-    process = start(values, tmp_path / "config.yaml")
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
-    assert "resuming before step" in out
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was still training"
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    done = subprocess.run([FASTLLAVA, "train", path], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming before step" in done.stdout
 
     run(check_config({**values, "output_dir": str(unbroken)}), quiet())
     assert numbers(broken) == numbers(unbroken)

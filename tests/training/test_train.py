@@ -16,9 +16,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastllava import checkpoint
-from fastllava.config import check_config
+from fastllava.config import ParallelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.metrics import read_metrics
+from fastllava.sharding import check_replicas
 from fastllava.train import run
 
 FASTLLAVA = Path(sys.executable).with_name("fastllava")
@@ -153,10 +154,17 @@ def test_cuda_where_there_is_none_is_refused(settings, monkeypatch):
         train(settings(train={"device": "cuda"}))
 
 
-def test_several_processes_are_refused(settings, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("LOCAL_RANK", None)])
+def test_variables_that_torchrun_has_not_set_are_named(name, value, settings, monkeypatch):
+    for variable, given in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: value}.items():
+        monkeypatch.setenv(variable, given) if given else monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=f"{name}: is {value!r} in the environment; start several processes with torchrun"):
         train(settings())
+
+
+def test_replicas_that_do_not_divide_the_processes_are_refused():
+    with pytest.raises(UserError, match=r"parallel\.replicas: 3 does not divide the 4 processes; write a divisor of 4"):
+        check_replicas(ParallelConfig(replicas=3), 4)
 
 
 def test_a_second_run_in_the_same_output_dir_is_refused(settings, tmp_path):
@@ -224,9 +232,11 @@ def test_a_stop_by_signal_saves_and_goes_on(number, code, settings, tmp_path):
     values = settings("finetune", data={"workers": 2}, train={"epochs": 200})
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
-    process = subprocess.Popen([FASTLLAVA, "train", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [FASTLLAVA, "train", path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_steps(tmp_path / "run", 5, process)
-    process.send_signal(number)
+    # To its data workers too, as terminals, torchrun and schedulers do.
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err

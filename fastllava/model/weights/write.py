@@ -5,7 +5,7 @@ Everything is written beside its place, synced, and renamed; a config.json comes
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,13 @@ SHARD_BYTES = 5 * 10**9
 """A checkpoint's files are cut here, as transformers cuts them."""
 
 
-def write_projector(projector: Projector, folder: Path, dtype: torch.dtype) -> None:
-    """`mm_projector.safetensors` and `.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`."""
-    tensors = {f"model.mm_projector.{name}": _on_cpu(tensor, dtype) for name, tensor in projector.state_dict().items()}
+def write_projector(projector: Projector, folder: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> None:
+    """`mm_projector.safetensors` and `.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`.
+
+    `state` stands for the projector's own state where that is sharded.
+    """
+    state = projector.state_dict() if state is None else state
+    tensors = {f"model.mm_projector.{name}": _on_cpu(tensor, dtype) for name, tensor in state.items()}
     with _beside(folder) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
         torch.save(tensors, beside / "mm_projector.bin")
@@ -47,12 +51,14 @@ def write_checkpoint(
     max_tokens: int,
     legacy: bool | None = None,
     report: Callable[[str], object] = lambda line: None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """The whole model in `folder`, which may hold other files: weights in `dtype`, configs, tokenizer.
 
     layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
     processor files). `source` says where the tokenizer is; template, image_policy and max_tokens are those of training,
-    legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed.
+    legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed. `state`
+    stands for the model's own state where that is sharded.
     Raises UserError before any weight is written when the layout cannot hold this model.
     """
     if layout == "hf" and model.projector.kind != "mlp2x_gelu":
@@ -60,7 +66,7 @@ def write_checkpoint(
     with _beside(folder) as beside:
         tokenizer = _write_tokenizer(model, layout, beside, source, template, max_tokens, legacy, report)
         vocabulary = vocabulary_of(model, layout, tokenizer)
-        _write_tensors(disk_tensors(model, layout, dtype, vocabulary), beside)
+        _write_tensors(disk_tensors(model, layout, dtype, vocabulary, state), beside)
         files = config_files(
             model,
             layout,
@@ -79,9 +85,11 @@ def write_checkpoint(
             _write_tower(model, beside / "vision_tower", dtype)
 
 
-def disk_tensors(model: Llava, layout: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Iterator[tuple[str, Tensor]]:
+def disk_tensors(
+    model: Llava, layout: str, dtype: torch.dtype, vocabulary: Vocabulary, state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if state is None else state).items():
         is_table = name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
         yield to_disk(name, layout), _on_cpu(vocabulary.fit(tensor) if is_table else tensor, dtype)
 

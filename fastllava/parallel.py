@@ -1,0 +1,174 @@
+"""The processes of one run, as torchrun starts them: who is who, what they agree on, and whose word the user hears.
+
+Two groups: the default one moves tensors (nccl between GPUs, gloo between CPUs), and `Processes.host` is gloo on the hosts,
+for agreements between steps. An agreement never waits for a device, and its timeout is long: data may take hours to prepare.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastllava.errors import PeerLost, ToldElsewhere, UserError
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(hours=24)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed")
+"""What gloo says when a process at the other end has gone."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and the others of the run; one that is alone agrees with itself and talks to nobody."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    """Its number on this machine, and that of its GPU."""
+    host: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prepares, speaks and writes."""
+        return self.rank == 0
+
+    def on_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on the first process, which alone runs it; its UserError or OSError on every process."""
+        if self.world == 1:
+            return action()
+        outcome: list[Any] = list(attempt(action)) if self.first else [None, None]
+        with peers():
+            dist.broadcast_object_list(outcome, src=0, group=self.host)
+        value, error = outcome
+        if error is not None:
+            _raise(error, mine=self.first)
+        return value
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action`, in which no process may wait for another, on every process; when one fails, all raise its error."""
+        values: list[T] = []
+        self.gather(lambda: values.append(action()))
+        return values[0]
+
+    def gather(self, action: Callable[[], T]) -> list[T]:
+        """What `action`, in which no process may wait for another, returns on each process; when one fails, all raise its error."""
+        if self.world == 1:
+            return [action()]
+        outcomes: list[Any] = [None] * self.world
+        outcome = attempt(action)
+        with peers():
+            dist.all_gather_object(outcomes, outcome, group=self.host)
+        self._raise_first([error for _, error in outcomes])
+        return [value for value, _ in outcomes]
+
+    def agree(self, failed: Exception | None = None, *numbers: int) -> list[int]:
+        """The largest value that each of `numbers` has on any process. When one `failed`, all raise its error instead.
+
+        One all-reduce of a few bytes between the hosts.
+        """
+        if self.world == 1:
+            _reraise(failed)
+            return list(numbers)
+        values = torch.tensor([int(failed is not None), *numbers], dtype=torch.int32)
+        with peers():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.host)
+        any_failed, *largest = values.tolist()
+        if any_failed:
+            self.gather(lambda: _reraise(failed))
+        return largest
+
+    def voiced(self, error: UserError) -> UserError:
+        """`error`, which every process has come to alike, for the first of them to tell."""
+        return error if self.first else ToldElsewhere(str(error))
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Of a UserError in this block, which every process comes to alike, only the first tells."""
+        try:
+            yield
+        except UserError as error:
+            raise self.voiced(error) from None
+
+    def total(self, value: Tensor) -> Tensor:
+        """`value`, summed over the processes in place. On GPUs the host does not wait."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def _raise_first(self, errors: list[Any]) -> None:
+        for rank, error in enumerate(errors):
+            if error is not None:
+                _raise(error, mine=rank == self.rank)
+
+
+ALONE = Processes()
+"""A run in one process."""
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """The processes that torchrun started, connected until the block ends; without torchrun, or for one, this one alone.
+
+    A default process group that is there already is used and left as it is. Raises UserError when torchrun's variables do not
+    make sense.
+    """
+    mine = not dist.is_initialized()
+    world = _number("WORLD_SIZE", 1) if mine else dist.get_world_size()
+    if world == 1:
+        yield ALONE
+        return
+    local_rank = _number("LOCAL_RANK")
+    gpus = torch.cuda.device_count()
+    if local_rank < gpus:
+        torch.cuda.set_device(local_rank)
+    if mine:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=_number("RANK"), world_size=world)
+    host: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    yield Processes(dist.get_rank(), world, local_rank, host)
+    # Only after a good end: when one process has failed, taking nccl down would wait for it. The others' exit frees all.
+    dist.destroy_process_group(None if mine else host)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """A collective that fails because a process has gone raises PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST):
+            raise PeerLost("another process of this run has ended") from None
+        raise
+
+
+def attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
+    """What `action` returns, and None; or None, and the UserError or OSError that it raised."""
+    try:
+        return action(), None
+    except (UserError, OSError) as error:
+        return None, error
+
+
+def _reraise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _raise(error: Exception, *, mine: bool) -> NoReturn:
+    if isinstance(error, UserError) and not mine:
+        raise ToldElsewhere(str(error))
+    raise error
+
+
+def _number(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name, default)
+    try:
+        return int(value)  # pyright: ignore[reportArgumentType] (None raises what is caught)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: is {value!r} in the environment; start several processes with torchrun, which sets it") from None
