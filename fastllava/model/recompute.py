@@ -1,19 +1,23 @@
-"""Recompute: which results of a decoder layer are kept for backward, and which are computed there again from those.
+"""Recompute: which results of a decoder layer are kept for backward, and which are computed again from those.
 
 Values kept per row of a layer by the ops that run on a GPU, in the compute dtype, and the products that backward repeats.
 D width, Q = query heads x head width, G = key/value heads x head width, F width of the MLP; 7B: D = Q = G = 4096, F = 11008.
 
-               kept                                                                       7B, bf16   repeated (7B: Mflop)
+               kept                                                                     7B, bf16   repeated (7B: Mflop)
     none       x, q, k, v, attention, o_proj's added to x, gate, up: 2 D + 2 Q + 2 G + 2 F  93.2 kB   nothing
-               if the decoder trains, both norms' results and swiglu's: 2 D + F more       131.6 kB   nothing
-    norms      x, q, k, v, attention, o_proj's, gate, up: 2 D + 2 Q + 2 G + 2 F             93.2 kB   no product
-    selective  x, q, k, v, attention, o_proj's: 2 D + 2 Q + 2 G                             49.2 kB   gate, up (180)
-    full       x: D                                                                          8.2 kB   all but down_proj (315)
+               if the decoder trains, both norms' results and swiglu's: 2 D + F more     131.6 kB   nothing
+    norms      x, q, k, v, attention, o_proj's, gate, up: 2 D + 2 Q + 2 G + 2 F           93.2 kB   no product
+    selective  x, q, k, v, attention, o_proj's: 2 D + 2 Q + 2 G                           49.2 kB   gate, up (180)
+    full       x: D                                                                        8.2 kB   all but down_proj (315)
 
-A product of a [rows, n] input takes n operations to repeat for a byte that keeping it costs: D of them for each but
-down_proj, whose result no backward reads. Keeping attention comes cheapest (its kernels run farther from the peak), then
-what is small; gate and up are the largest two and run nearest the peak: `selective` repeats these. So at 16,384 rows 7B keeps
-64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and has nothing left for `norms` to give back.
+So at 16,384 rows 7B keeps 64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and `norms`
+gives it nothing back but 1 / rms.
+
+Why these: a byte of a product's result saves n operations, for an input of width n. That is D for all products but down_proj,
+whose result no backward reads. At one price what counts is size: gate and up are the two largest and near the matrix units' peak, so
+`selective` repeats them and keeps six values of width D. A byte of attention's result saves L operations in a sample of L rows, at
+perhaps 0.4 of the peak: from about 1600 rows on it is dearer to repeat than a product. It is kept at every length, so that what a
+policy costs does not depend on the data.
 
 The same kernels run again, so loss and gradients are those of `none`, bit for bit, without torch.compile.
 """
