@@ -4,7 +4,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from rich.console import Console
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fastllava import checkpoint, train
 from fastllava.config import check_config
 from fastllava.data import loader
 from fastllava.errors import UserError
-from fastllava.model.compiled import compile_model
+from fastllava.model import compiled
 
 # CUDA does not outlive a fork.
 METHOD = "forkserver" if torch.cuda.is_available() else "fork"
@@ -56,9 +57,9 @@ def _connected(rank: int, count: int, folder: str, jobs: Sequence[Job], log: Pat
     for number, (config, fate) in enumerate(jobs):
         own = Path(f"{log}.{number}.{rank}")
         with pytest.MonkeyPatch.context() as patch:
-            # What is within a graph is the same for every backend, and this one needs no compiler.
+            # To compile takes longer than all else together.
             patch.setattr(train, "check_compiler", lambda *_: None)
-            patch.setattr(train, "compile_model", partial(compile_model, backend="eager"))
+            patch.setattr(compiled, "whole_graph", _in_place_of_a_graph)
             if fate is not None and rank == count - 1:
                 stop_after(patch, fate) if isinstance(fate, int) else MISHAPS[fate](patch)
             try:
@@ -67,6 +68,17 @@ def _connected(rank: int, count: int, folder: str, jobs: Sequence[Job], log: Pat
                 with own.open("a", encoding="utf-8") as said:
                     said.write(f"{type(error).__name__}: {error}\n")
     dist.destroy_process_group()
+
+
+def _in_place_of_a_graph(function: Callable[..., Any], _: Any) -> Callable[..., Any]:
+    """`function` of a module as it is, which must find whole weights: gathering them cannot be part of a graph."""
+
+    def call(module: nn.Module, *args: Any) -> Any:
+        sharded = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+        assert not sharded, f"in the graph of {type(module).__name__}: {sharded}"
+        return function(module, *args)
+
+    return call
 
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:

@@ -42,11 +42,11 @@ PAIRS = {
     "as it is": ("clipped", {}),
     "kept gathered, computed again, compiled": (
         "stage 2",
-        {"train": {"recompute": "full", "compile": "layer"}, "parallel": {"reshard": False}},
+        {"train": {"recompute": "selective", "compile": "layer"}, "parallel": {"reshard": False}},
     ),
     "reduced once a step": ("clipped", {"parallel": {"reduce": "step"}}),
     "frozen whole": ("stage 1", {"parallel": {"frozen": "replicate"}}),
-    "frozen sharded, computed again": ("stage 1", {"parallel": {"frozen": "shard"}, "train": {"recompute": "full"}}),
+    "frozen sharded, computed again": ("stage 1", {"parallel": {"frozen": "shard"}, "train": {"recompute": "norms"}}),
     "stage 1 in bf16": ("stage 1 in bf16", {"parallel": {"frozen": "shard"}}),
     "stage 2 in bf16": ("stage 2 in bf16", {}),
 }
