@@ -65,6 +65,17 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, seconds: float)
     return {name: Times.of(each) for name, each in taken.items()}
 
 
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Of a call that is long beside what it takes to launch; on a GPU from idle to idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
 def _flush_buffer(device: torch.device) -> torch.Tensor | None:
     if device.type != "cuda":
         return None
