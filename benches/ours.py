@@ -137,8 +137,8 @@ class Fastllava:
         packed = [pack([samples[i] for i in ranks[0].tolist()], self.run.samples.spec, CAP) for ranks in step.micro_batches]
         return [batch.pin_memory() for batch in packed] if self.device.type == "cuda" else packed
 
-    def step(self, batches: Sequence[Batch]) -> DeviceScalars:
-        """One optimizer step: its loss and the norm of its gradient, then what else the trainer reads."""
+    def step(self, batches: Sequence[Batch], judged: bool = True) -> DeviceScalars:
+        """One optimizer step: its loss and the norm of its gradient, which the trainer takes anyway, then what else it reads."""
         return train_step(self.model, self.optimizer, self.guard, batches, self.device, self.run.config.optim.max_grad_norm)
 
     def state_bytes(self) -> int:

@@ -66,7 +66,9 @@ class Peer(ABC):
         loss = norm = torch.zeros((), device=self.device)
         supervised = sum(batch["supervised"] for batch in batches)
         for batch in batches:
-            on_device = {name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            on_device = {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()
+            }
             part = self.loss(on_device, supervised)
             part.backward()
             loss = loss + part.detach().float()

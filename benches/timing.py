@@ -135,7 +135,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 def _allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """What `function` gives, and the size of every CPU allocation (releases negative) meanwhile, in order."""
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         result = function()
     kineto: Any = profiler.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
@@ -143,7 +143,7 @@ def _allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The profiler of PyTorch 2.13 writes two lines to stderr each time; they go nowhere."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
