@@ -205,6 +205,12 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
+def recompute_layers(module: Any, reentrant: bool) -> None:
+    """Let a model of transformers keep each decoder layer's input only; its method has another name from 5.24 on."""
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Of their storages, each counted once."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())

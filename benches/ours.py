@@ -26,8 +26,8 @@ from fastllava.optim import FiniteGuard, build_optimizer, set_lr
 from fastllava.stages import COMPUTE_DTYPE, prepare_stage
 from fastllava.train import train_step
 
-DRAWN = 4096
-"""Samples to plan from: 16 steps of the larger global batch."""
+DRAWN = 2048
+"""Samples to plan from: 8 steps of the larger global batch."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Original(Peer):
         self.modules = [self.llm, self.tower, self.projector]
         self.start(*([self.projector] if run.config.stage == "pretrain" else [self.llm, self.projector]))
         # train.py:852-858; the re-entrant kind is what transformers 4.37 has.
-        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        models.recompute_layers(self.llm, reentrant=True)
         self.llm.enable_input_require_grads()
 
     @property

@@ -43,7 +43,7 @@ class Transformers(Peer):
         projector = self.llava.model.multi_modal_projector
         self.start(*([projector] if run.config.stage == "pretrain" else [self.llava.model.language_model, self.llava.lm_head, projector]))
         if recompute:
-            self.llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            models.recompute_layers(self.llava, reentrant=False)
 
     @property
     def accounting(self) -> Accounting:
@@ -131,7 +131,9 @@ def _globals() -> dict[tuple[Any, str], Any]:
 
 def _changes(before: dict[tuple[Any, str], Any]) -> list[Change]:
     after = _globals()
-    return [(owner, name, old, after[owner, name]) for (owner, name), old in before.items() if after[owner, name] is not old]
+    # The methods of a class that was replaced as a whole are not there any more; its name in the module is.
+    pairs = ((owner, name, old, after.get((owner, name), old)) for (owner, name), old in before.items())
+    return [(owner, name, old, new) for owner, name, old, new in pairs if new is not old]
 
 
 def no_liger(device: torch.device) -> str | None:

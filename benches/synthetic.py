@@ -56,6 +56,8 @@ MIX665K: Sequence[Source] = (
     Source(48_447, 280, 0.45, 0.50, (3, 9)),  # RefCOCO
     Source(86_417, 330, 0.40, 0.50, (10, 10)),  # VG
 )
+LONGEST = 1024
+"""Ids of a first question: with a longer one the cut might leave no answer, and `fastllava prepare` takes no such record."""
 CAPTION: Between = (8, 38)
 """Ids of a caption of LCS-558K, the line's end included."""
 
@@ -138,6 +140,7 @@ def _conversation(rng: np.random.Generator, source: Source) -> NDArray[np.int64]
     lengths = SHORTEST + np.diff(np.concatenate(([0], cuts, [max(0, total - rounds * SHORTEST)])))
     answers = np.maximum(2, (source.supervised * lengths).astype(np.int64))
     questions = lengths - answers
+    questions[0] = min(questions[0], LONGEST)
     # The system prompt and USER:, and the image's mark.
     questions[0] += PREFIX + source.has_image
     return np.stack((questions, answers), axis=1)

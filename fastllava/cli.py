@@ -200,12 +200,16 @@ def bench_peers(
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 32 on a GPU")] = 0,
     layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
+    report: Annotated[bool, typer.Option("--report", help="only write the table of README.md from benches/results")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
 
     Overrides are for fastllava's run, such as train.compile=layer. Exits with 1 when a variant breaks or gives another loss.
     """
+    if report:
+        bench_module("step_report").write_report()
+        return
     peers = bench_module("peers")
     rows = peers.bench(
         peers.Comparison.of(
