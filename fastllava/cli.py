@@ -229,6 +229,26 @@ def bench_peers(
         raise typer.Exit(1)
 
 
+@bench.command("ablate")
+def bench_ablate(
+    overrides: Overrides = None,
+    toggles: Annotated[str, typer.Option(metavar="A,B", help="such as kernels.swiglu,train.recompute; all when left out")] = "",
+    sizes: Annotated[str, typer.Option(metavar="A,B", help="as bench step; when left out 7b on a GPU, tiny on a CPU")] = "",
+    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain",
+    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a value; three turns at least")] = 15,
+    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 32 on a GPU")] = 0,
+    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
+) -> None:
+    """Set every toggle of a run to each other value in turn: what it changes in time, memory, loss and gradient."""
+    ablate = bench_module("ablate")
+    given = ([part for part in names.split(",") if part] for names in (sizes, stages, toggles))
+    rows = ablate.bench(ablate.Ablation(_device(device), *given, samples, seconds, layers, overrides or ()), out, typer.echo)
+    if bench_module("peer_rows").failures(rows):
+        raise typer.Exit(1)
+
+
 def _device(given: Device | None) -> Any:
     """The one that was asked for, else the GPU where there is one."""
     import torch
