@@ -32,7 +32,7 @@ DRAWN = 2048
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained on what. The steps are those of the recipe, or the first samples of each."""
+    """What is trained on what. The steps are those of the recipe, or some samples of each."""
 
     size: Size
     config: Config
@@ -100,13 +100,15 @@ def config_of(stage: Stage, train: Mapping[str, Any], overrides: Sequence[str]) 
 
 
 class _Shorter(Plan):
-    """The first samples of another plan's steps."""
+    """Some samples that follow each other in another plan's steps, from a random place: a step's first ones are its longest."""
 
     def __init__(self, whole: Plan, per_step: int) -> None:
         train = whole.train.model_copy(update={"global_batch": per_step, "max_steps": None})
         super().__init__(whole.lengths, whole.data, train, whole.cost)
-        full = [whole.step(i).samples for i in range(whole.steps_per_epoch)]
-        self._chosen = np.concatenate([samples[:per_step] for samples in full if len(samples) >= per_step])
+        full = [samples for i in range(whole.steps_per_epoch) if len(samples := whole.step(i).samples) >= per_step]
+        places = np.random.default_rng(whole.train.seed).integers(0, 2**31, len(full))
+        starts = [place % (len(samples) // per_step) * per_step for place, samples in zip(places.tolist(), full, strict=True)]
+        self._chosen = np.concatenate([samples[start : start + per_step] for samples, start in zip(full, starts, strict=True)])
         self.steps_per_epoch = len(self._chosen) // per_step
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

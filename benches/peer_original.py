@@ -110,6 +110,6 @@ def _splice(ids: Tensor, labels: Tensor, image_PD: Tensor, embed: torch.nn.Modul
         return torch.cat((embed(ids), image_PD[0:0])), labels
     at = torch.where(marked)[0].tolist()[0]
     text = embed(torch.cat((ids[:at], ids[at + 1 :])))
-    before, after = torch.split(text, (at, len(ids) - at - 1))
+    before, after = torch.split(text, [at, len(ids) - at - 1])
     no_labels = torch.full((len(image_PD),), IGNORED, device=labels.device, dtype=labels.dtype)
     return torch.cat((before, image_PD, after)), torch.cat((labels[:at], no_labels, labels[at + 1 :]))

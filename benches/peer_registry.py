@@ -29,6 +29,11 @@ class Settings:
     rows: int
     """Of one of ours."""
 
+    @property
+    def dealt(self) -> int:
+        """What the original's sampler deals samples to ranks by: the micro-batch, or the next smaller power of two."""
+        return 2 ** (self.original.bit_length() - 1)
+
     @classmethod
     def of(cls, device: torch.device, size: str, stage: Stage, samples: int) -> "Settings":
         """On a GPU the recipe's, halved while memory is short; on a CPU what its memory takes for sure. At most the whole step."""
@@ -41,12 +46,16 @@ def _anywhere(device: torch.device) -> str | None:
     return None
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Variant:
-    """`build(run, our model, device, settings, names of weights that all share)`; none for ours, which is there already."""
+    """`build(run, our model, device, settings, names of weights that all share)`; of ours, which is there already, nothing."""
 
     summary: str
-    build: Callable[[Run, Llava, torch.device, Settings, Sequence[str]], Any] | None = None
+    build: Callable[[Run, Llava, torch.device, Settings, Sequence[str]], Any] = _nothing
     unsupported: Callable[[torch.device], str | None] = _anywhere
 
 

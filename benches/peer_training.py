@@ -155,6 +155,6 @@ def pixels_of(samples: Sequence[Sample], run: Run) -> list[Tensor]:
 
 def attention_for(device: torch.device) -> str:
     """What transformers attends with: FlashAttention 2 where it is installed, as the original's train_mem.py; else PyTorch's."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"

@@ -1,6 +1,7 @@
 """What is known of each variant of `fastllava bench peers`, and whether it may be timed: only where all give the same."""
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,14 +99,15 @@ def attempt(trial: Trial, act: Callable[[], None], device: torch.device) -> None
 def agree(trials: Mapping[str, Trial], dtype: torch.dtype) -> None:
     """Make void what is not what most variants give: the loss of every turn and, of the first step, the gradient's norm."""
     loss_tolerance, norm_tolerance = TOLERANCE[dtype]
-    alive = {name: trial for name, trial in trials.items() if trial.void is None and trial.loss is not None}
+    alive = {name: trial for name, trial in trials.items() if trial.void is None}
     checks = [("loss", loss_tolerance, {name: trial.loss for name, trial in alive.items()})]
     checks += [("gradient norm", norm_tolerance, {name: trial.norm for name, trial in alive.items()})]
     turns = min((len(trial.losses) for trial in alive.values()), default=0)
     checks += [("loss", loss_tolerance, {name: trial.losses[k] for name, trial in alive.items()}) for k in range(turns)]
-    for what, tolerance, values in checks:
+    for what, tolerance, found in checks:
+        values = {name: value for name, value in found.items() if value is not None}
+        common = statistics.median([value for value in values.values() if math.isfinite(value)] or [math.inf])
         for name, value in values.items():
-            common = statistics.median(values.values())
             if not distance(value, common) <= tolerance and trials[name].void is None:
                 trials[name].fail(
                     f"wrong: {what} {value:.6g}, where the variants' median is {common:.6g}; allowed is a share of {tolerance:g}"

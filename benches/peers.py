@@ -64,7 +64,7 @@ class Comparison:
             cast("Sequence[Stage]", stages),
             variants or (list(VARIANTS) if on_gpu else ON_A_CPU),
             precision="bf16" if on_gpu else "fp32",
-            samples=samples or (32 if on_gpu else 8),
+            samples=samples or (32 if on_gpu else 4),
             **others,
         )
 
@@ -96,7 +96,7 @@ def bench(comparison: Comparison, out: Path | None, say: Callable[[str], None]) 
 def compare(comparison: Comparison, size: str, stage: Stage, say: Callable[[str], None]) -> Iterator[Row]:
     """The rows of one size and stage."""
     settings = Settings.of(comparison.device, size, stage, comparison.samples)
-    train = {"precision": comparison.precision, "reference_micro_batch": settings.original, "micro_batch_tokens": settings.rows}
+    train = {"precision": comparison.precision, "reference_micro_batch": settings.dealt, "micro_batch_tokens": settings.rows}
     run = plan_run(stage, size_named(size).with_layers(comparison.layers), train, comparison.overrides, comparison.samples)
     say(f"{size} {stage}: {run.n_steps} different steps of {comparison.samples} samples on {world(comparison.device)['device']}")
     trials = start(comparison, run, settings)

@@ -70,7 +70,7 @@ def profile_step(trainer: Fastllava, step: Step) -> Profile:
 
 def _busy(events: Sequence[Any] | Any, seconds: float) -> float:
     """Share of the time in which a kernel ran, those that ran at once counted once."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == torch.autograd.DeviceType.CUDA)
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
     busy = end = 0.0
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))

@@ -62,7 +62,7 @@ CAPTION: Between = (8, 38)
 """Ids of a caption of LCS-558K, the line's end included."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Samples:
     """N drawn samples, as a plan wants to know them (`fastllava.data.plan.Lengths`) and, each when asked for, with their content."""
 

@@ -198,7 +198,7 @@ def bench_peers(
     out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
     charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a size and stage")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
-    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 32 on a GPU")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
     layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
     report: Annotated[bool, typer.Option("--report", help="only write the table of README.md from benches/results")] = False,
     overrides: Overrides = None,

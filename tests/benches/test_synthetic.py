@@ -10,7 +10,7 @@ from fastllava.data.balance import Cost
 from fastllava.data.plan import Plan
 
 synthetic, models = (bench_module(name) for name in ("synthetic", "models"))
-SPEC = ImageSpec(24, 576, (0.5,) * 3, (0.5,) * 3)
+SPEC = ImageSpec(24, 576, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 COUNT = 4096
 
 
