@@ -1,17 +1,14 @@
 """`fastllava bench ablate`: every toggle of a run to each of its other values in turn, beside the run as it is.
 
-The toggles are the rooms of kernels.* and the keys of the configuration that have a fixed choice of values, but for those that
-change what is trained. A row is one JSON line: what changed, and by how much time, memory, loss and gradient did; both runs take
-turns in one process. What cannot run here has a row too: `void` says why.
+A row is one JSON line: what changed, and by how much time, memory, loss and gradient did; both runs take turns in one process.
+What cannot run here has a row too: `void` says why.
 """
 
 import functools
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -24,14 +21,13 @@ from benches.results import Row, append
 from benches.timing import Times, seconds_of
 from benches.world import world
 from fastllava.accounting import Stage
-from fastllava.config import Config, OptimConfig, TrainConfig
+from fastllava.config import Config
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
-from fastllava_kernels import rooms
+from fastllava.toggles import kernel_toggles, train_toggles
 
 FEWEST = 3
 """Turns, whatever the budget says."""
-CHANGES_WHAT_IS_TRAINED = {"train.precision", "train.loss_norm", "train.device", "optim.schedule"}
 ALONE = "train.micro_batch_tokens=1"
 """Every sample a micro-batch of its own: no packing, and no padding."""
 
@@ -59,32 +55,19 @@ class Ablation:
         check_device(self.device)
         for name in self.sizes:
             size_named(name).with_layers(self.layers)
-        known = sorted(dict.fromkeys(key for key, _ in choices()))
+        known = sorted(dict.fromkeys(key for key, _ in choices(self.device)))
         for key in self.toggles:
             if key not in known:
                 raise UserError(f"--toggles: '{key}' is none of {', '.join(known)}")
 
 
-def choices() -> Iterator[tuple[str, str]]:
-    """Every (key, value) that a run may have, from the rooms and the configuration's own fields."""
-    for name, room in rooms().items():
-        for implementation in room.implementations:
-            yield f"kernels.{name}", implementation
-    for section, model in (("train", TrainConfig), ("optim", OptimConfig)):
-        for name, field in model.model_fields.items():
-            if f"{section}.{name}" not in CHANGES_WHAT_IS_TRAINED:
-                for value in _values(field.annotation):
-                    yield f"{section}.{name}", value
-    yield tuple(ALONE.split("="))  # pyright: ignore[reportReturnType] (two parts)
-
-
-def _values(annotation: Any) -> Sequence[str]:
-    """Of a field with a fixed choice, as YAML writes them; none for another."""
-    if get_origin(annotation) is Literal:
-        return [value for value in get_args(annotation) if isinstance(value, str)]
-    if isinstance(annotation, types.UnionType):
-        return [value for part in get_args(annotation) for value in _values(part)]
-    return ["true", "false"] if annotation is bool else []
+def choices(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Every (key, value) that a run on `device` may have, as `fastllava toggles` lists them."""
+    for toggle in (*kernel_toggles(device), *train_toggles()):
+        if toggle.key != "train.device":
+            yield from ((toggle.key, value) for value in toggle.values if value != "auto")
+    key, _, value = ALONE.partition("=")
+    yield key, value
 
 
 def bench(ablation: Ablation, out: Path | None, say: Callable[[str], None]) -> list[Row]:
@@ -111,7 +94,7 @@ def ablate(ablation: Ablation, size: str, stage: Stage) -> Iterator[Row]:
     attempt(base, functools.partial(_start, base, run, device), device)
     if base.void is not None:
         raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
-    for key, value in choices():
+    for key, value in choices(device):
         if value == _now(run.config, base.trainer, key) or (ablation.toggles and key not in ablation.toggles):
             continue
         trial = Trial()

@@ -24,6 +24,7 @@ from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.ops import choose_ops
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
 from fastllava.stages import COMPUTE_DTYPE, prepare_stage
+from fastllava.startup import set_tf32
 from fastllava.train import train_step
 
 DRAWN = 2048
@@ -141,6 +142,7 @@ class Fastllava:
 
     def step(self, batches: Sequence[Batch], judged: bool = True) -> DeviceScalars:
         """One optimizer step: its loss and the norm of its gradient, which the trainer takes anyway, then what else it reads."""
+        set_tf32(self.run.config)
         return train_step(self.model, self.optimizer, self.guard, batches, self.device, self.run.config.optim.max_grad_norm)
 
     def state_bytes(self) -> int:

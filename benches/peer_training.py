@@ -18,6 +18,7 @@ from fastllava.batch import IMAGE_ID
 from fastllava.data.loader import Sample
 from fastllava.data.plan import Step
 from fastllava.metrics import DeviceScalars
+from fastllava.startup import set_tf32
 
 IGNORED = -100
 """The label of a row that is not supervised."""
@@ -63,6 +64,7 @@ class Peer(ABC):
 
     def step(self, batches: Sequence[Tensors], judged: bool = False) -> DeviceScalars:
         """One optimizer step: the loss and, when `judged`, the norm of its gradient, else 0."""
+        set_tf32(self.run.config)
         loss = norm = torch.zeros((), device=self.device)
         supervised = sum(batch["supervised"] for batch in batches)
         for batch in batches:

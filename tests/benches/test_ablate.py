@@ -23,11 +23,13 @@ KEYS = {
 
 
 def test_toggles_are_those_of_rooms_and_config() -> None:
-    found = set(ablate.choices())
+    found = set(ablate.choices(torch.device("cpu")))
     assert found >= {(f"kernels.{name}", each) for name, room in rooms().items() for each in room.implementations}
     assert found >= {("train.recompute", mode) for mode in get_args(TrainConfig.model_fields["recompute"].annotation)}
     assert found >= {("train.compile", "off"), ("train.compile", "layer"), ("train.compile", "step"), ("train.micro_batch_tokens", "1")}
-    assert not {key for key, _ in found} & {"train.precision", "train.loss_norm", "optim.schedule", "train.device"}
+    keys = {key for key, _ in found}
+    assert {key.partition(".")[0] for key in keys} <= {"kernels", "train", "optim", "parallel"}
+    assert not keys & {"train.precision", "train.loss_norm", "optim.schedule", "train.device"}
 
 
 def test_each_value_stands_beside_the_run_as_it_is(tmp_path: Path) -> None:
