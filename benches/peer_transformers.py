@@ -67,10 +67,14 @@ class Transformers(Peer):
 
     def loss(self, batch: Tensors, supervised: int) -> Tensor:
         """transformers' own, its `num_items_in_batch` counting the whole step as the Trainer does."""
+        return self.llava(**self.inputs(batch), num_items_in_batch=supervised, use_cache=False).loss
+
+    def inputs(self, batch: Tensors) -> Tensors:
+        """Of the model's forward."""
         given = {name: value for name, value in batch.items() if name != "supervised"}
         if given["pixel_values"] is not None:
             given["pixel_values"] = given["pixel_values"].to(self.run.dtype)
-        return self.llava(**given, num_items_in_batch=supervised, use_cache=False).loss
+        return given
 
     def _expand(self, sample: Sample) -> tuple[Tensor, Tensor]:
         patches = self.run.samples.spec.patches
@@ -81,14 +85,18 @@ class Transformers(Peer):
 
 
 class TransformersLiger(Transformers):
-    """The same with Liger's LLaVA patch, which changes transformers for the whole process: here for this variant's steps only."""
+    """The same with Liger's LLaVA patch, which changes transformers for the whole process: here for this variant's steps only.
+
+    Its forward pass of the whole model returns what transformers 5.24 has no place for, after the work is done: here are its lines
+    that compute, the decoder patched and its fused linear cross-entropy on every row.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         from liger_kernel.transformers import apply_liger_kernel_to_llava
 
         super().__init__(*args, **options)
         before = _globals()
-        apply_liger_kernel_to_llava(model=self.llava)
+        apply_liger_kernel_to_llava(model=self.llava, fused_linear_cross_entropy=False)
         self._changes = _changes(before)
         for owner, name, old, _ in self._changes:
             setattr(owner, name, old)
@@ -97,6 +105,17 @@ class TransformersLiger(Transformers):
         """As any, with the patch in place."""
         with patched(self._changes):
             return super().step(batches, judged)
+
+    def loss(self, batch: Tensors, supervised: int) -> Tensor:
+        """As liger_kernel.transformers.model.llava computes it."""
+        from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
+
+        given = self.inputs(batch)
+        labels = given.pop("labels")
+        head = self.llava.lm_head.weight
+        hidden = self.llava.model(**given, use_cache=False)[0]
+        loss = LigerForCausalLMLoss(hidden, head, labels, hidden_size=head.shape[1], num_items_in_batch=supervised)
+        return loss if isinstance(loss, Tensor) else loss.loss
 
 
 Change = tuple[Any, str, Any, Any]
