@@ -172,7 +172,6 @@ def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, sh
 
     config._attn_implementation = attention
     weights, not_copied = dict(ours.named_parameters()), set(shared)
-    device = next(iter(weights.values())).device
     with torch.device("meta"):
         module = kind._from_config(config, dtype=ours.dtype, attn_implementation=attention)
     for name, _ in list(module.named_parameters()):
@@ -181,19 +180,17 @@ def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, sh
             raise RuntimeError(f"{kind.__name__} of this transformers has {name}, which is no weight of LLaVA")
         weight = weights[source].detach()
         _set(module, name, weight if source in not_copied else weight.to(ours.dtype, copy=True))
-    _rebuild_buffers(module, device)
+    _rebuild_buffers(module, ours)
     return module.train()
 
 
-def _rebuild_buffers(module: nn.Module, device: torch.device) -> None:
+def _rebuild_buffers(module: nn.Module, ours: Llava) -> None:
     """What a module computes when it is made, which it could not on the meta device."""
+    device = ours.llm.head_weight.device
     for owner in module.modules():
-        held: Any = owner
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if name in ("inv_freq", "original_inv_freq"):
-                width = held.config.head_dim
-                angles = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-                setattr(owner, name, 1.0 / 10000.0**angles)
+                setattr(owner, name, ours.llm.config.inverse_frequencies().to(device))
             elif name == "position_ids":
                 setattr(owner, name, torch.arange(buffer.shape[-1], device=device).unsqueeze(0))
             else:

@@ -60,7 +60,8 @@ class Peer(ABC):
     def batches(self, step: Step) -> list[Tensors]:
         """The step's micro-batches in the recipe's order."""
         samples = self.run.contents(step)
-        return [self.collate(samples[start : start + self.micro_batch]) for start in range(0, len(samples), self.micro_batch)]
+        collated = [self.collate(samples[start : start + self.micro_batch]) for start in range(0, len(samples), self.micro_batch)]
+        return [_pinned(batch) for batch in collated] if self.device.type == "cuda" else collated
 
     def step(self, batches: Sequence[Tensors], judged: bool = False) -> DeviceScalars:
         """One optimizer step: the loss and, when `judged`, the norm of its gradient, else 0."""
@@ -107,6 +108,10 @@ class Peer(ABC):
     def state_bytes(self) -> int:
         """Of weights, buffers and optimizer."""
         return tensor_bytes([*parameters_of(*self.modules), *self.optimizer.tensors()])
+
+
+def _pinned(batch: Tensors) -> Tensors:
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 class MasterAdamW:

@@ -115,24 +115,27 @@ def compare(comparison: Comparison, size: str, stage: Stage, say: Callable[[str]
 
 
 def start(comparison: Comparison, run: Run, settings: Settings) -> dict[str, Trial]:
-    """Build every variant that can run here. Ours holds the weights, so it is always built; frozen ones are the very same for all."""
-    ours = Fastllava(run, comparison.device)
-    trials: dict[str, Trial] = {}
-    for name in comparison.variants:
-        trial = trials[name] = Trial()
+    """Build every variant that can run here. Ours draws the weights, so it is always built; frozen ones are the very same for all."""
+    device = comparison.device
+    ours = Trial()
+    attempt(ours, functools.partial(_build, ours, Fastllava, run, device), device)
+    trials = {name: ours if name == OURS else Trial() for name in comparison.variants}
+    for name, trial in trials.items():
         if name == OURS:
-            trial.trainer = ours
-        elif (reason := VARIANTS[name].unsupported(comparison.device)) is not None:
+            continue
+        if (reason := VARIANTS[name].unsupported(device)) is not None:
             trial.fail(CANNOT + reason)
+        elif ours.void is not None:
+            trial.fail(f"{ours.void}, where the weights are drawn")
         else:
-            build = VARIANTS[name].build
-            attempt(trial, functools.partial(_build, trial, build, run, ours, settings), comparison.device)
+            model = ours.trainer.model
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+            attempt(trial, functools.partial(_build, trial, VARIANTS[name].build, run, model, device, settings, frozen), device)
     return trials
 
 
-def _build(trial: Trial, build: Callable[..., Any], run: Run, ours: Fastllava, settings: Settings) -> None:
-    frozen = [name for name, parameter in ours.model.named_parameters() if not parameter.requires_grad]
-    trial.trainer = build(run, ours.model, ours.device, settings, frozen)
+def _build(trial: Trial, build: Callable[..., Any], *args: Any) -> None:
+    trial.trainer = build(*args)
 
 
 def take_turns(trials: Mapping[str, Trial], run: Run, comparison: Comparison) -> list[Step]:

@@ -203,6 +203,21 @@ def test_memory_that_is_short_halves_the_micro_batch() -> None:
     assert trial.peak >= 10
 
 
+def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(peers, "Fastllava", none_left)
+    monkeypatch.setattr(peers, "measure_matmul", lambda *_: 0.1)
+    rows = peers.bench(comparison(), None, lambda line: None)
+    assert {row["variant"]: row["void"].partition(",")[0] for row in rows} == {
+        name: "cannot run here: Liger's kernels need a CUDA GPU" if name == "transformers_liger" else "out of memory"
+        for name in registry.VARIANTS
+    }
+    assert all(set(row) == KEYS for row in rows)
+    assert rows_of.failures(rows) == []
+
+
 def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
     pytest.importorskip("liger_kernel")
     from transformers.models.llama import modeling_llama
