@@ -20,8 +20,7 @@ from benches.peer_trials import CANNOT, Trial, attempt, check_device, check_stag
 from benches.results import Row, append
 from benches.timing import Times, seconds_of
 from benches.world import world
-from fastllava.accounting import Stage
-from fastllava.config import Config
+from fastllava.config import Config, Stage
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 from fastllava.toggles import kernel_toggles, train_toggles
@@ -111,7 +110,7 @@ def ablate(ablation: Ablation, size: str, stage: Stage) -> Iterator[Row]:
 
 
 def _plan(ablation: Ablation, size: str, stage: Stage, samples: int, *words: str) -> Run:
-    settings = Settings.of(ablation.device, size, stage, samples)
+    settings = Settings.of(ablation.device, stage, samples)
     train = {"precision": "bf16" if ablation.device.type == "cuda" else "fp32", "micro_batch_tokens": settings.rows}
     return plan_run(stage, size_named(size).with_layers(ablation.layers), train, [*ablation.overrides, *words], samples)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from benches.models import SELECT_LAYER, Size, build, parameters_of, tensor_bytes
 from benches.synthetic import CAP, Samples, draw
-from fastllava.accounting import Accounting, Stage, Work
+from fastllava.accounting import Accounting, Work
 from fastllava.batch import Batch
-from fastllava.config import Config, load_config
+from fastllava.config import Config, Stage, load_config
 from fastllava.data.loader import Sample, pack
 from fastllava.data.plan import Plan, Step
 from fastllava.metrics import DeviceScalars
@@ -78,6 +78,7 @@ def plan_run(stage: Stage, size: Size, settings: Mapping[str, Any], overrides: S
         projector=size.projector,
         stage=stage,
         recompute=config.train.recompute,
+        last_layer=config.train.last_layer,
     )
     plan = Plan(samples, config.data, config.train, accounting.cost())
     if per_step is not None:

@@ -44,8 +44,8 @@ class Original(Peer):
 
     @property
     def accounting(self) -> Accounting:
-        """Every block of the tower, and everything of the decoder twice forward."""
-        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute="full")
+        """Every block of the tower, every row of the last layer, and everything of the decoder twice forward."""
+        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute="full", last_layer="all")
 
     def images(self, step: Step) -> int:
         """One for each sample, black ones included."""

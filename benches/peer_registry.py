@@ -11,7 +11,7 @@ from benches.ours import Run
 from benches.peer_original import Original
 from benches.peer_training import attention_for
 from benches.peer_transformers import Transformers, TransformersLiger, no_liger
-from fastllava.accounting import Stage
+from fastllava.config import Stage
 from fastllava.model.llava import Llava
 
 RECIPE = {"finetune": 16, "pretrain": 32}
@@ -35,11 +35,11 @@ class Settings:
         return 2 ** (self.original.bit_length() - 1)
 
     @classmethod
-    def of(cls, device: torch.device, size: str, stage: Stage, samples: int) -> "Settings":
+    def of(cls, device: torch.device, stage: Stage, samples: int) -> "Settings":
         """On a GPU the recipe's, halved while memory is short; on a CPU what its memory takes for sure. At most the whole step."""
         if device.type == "cuda":
             return cls(min(RECIPE[stage], samples), min(RECIPE[stage], samples), 16384)
-        return cls(min(RECIPE[stage], samples), min(4, samples), 1024 if size == "tiny" else 2048)
+        return cls(min(RECIPE[stage], samples), min(4, samples), 1024)
 
 
 def _anywhere(device: torch.device) -> str | None:

@@ -63,12 +63,13 @@ def of_ours(run: Run, trainer: Fastllava | None) -> Row:
     return {
         "micro_batch_tokens": train.micro_batch_tokens,
         "recompute": train.recompute,
+        "last_layer": train.last_layer,
         "compile": train.compile,
         "kernels": None if trainer is None else {room: use["implementation"] for room, use in trainer.model.kernels().items()},
     }
 
 
-NOT_OURS = dict.fromkeys(("micro_batch_tokens", "recompute", "compile", "kernels"))
+NOT_OURS = dict.fromkeys(("micro_batch_tokens", "recompute", "last_layer", "compile", "kernels"))
 
 
 def row_of(name: str, trials: Mapping[str, Trial], run: Run, steps: Sequence[Step], size: str, ceiling: float, device: torch.device) -> Row:

@@ -47,9 +47,9 @@ class Transformers(Peer):
 
     @property
     def accounting(self) -> Accounting:
-        """Every block of the tower."""
+        """Every block of the tower, and every row of the last layer."""
         recompute = "full" if self.recompute else "none"
-        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute=recompute)
+        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute=recompute, last_layer="all")
 
     def collate(self, samples: Sequence[Sample]) -> Tensors:
         """As a processor: the image's id once for every patch, padding on the right."""

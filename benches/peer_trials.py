@@ -11,7 +11,7 @@ import torch
 
 from benches.ours import Fastllava
 from benches.timing import Call, peak_bytes
-from fastllava.accounting import Stage
+from fastllava.config import Stage
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 

@@ -23,7 +23,7 @@ from benches.peer_trials import CANNOT, Trial, agree, attempt, check_device, che
 from benches.results import Row, append
 from benches.timing import seconds_of
 from benches.world import world
-from fastllava.accounting import Stage
+from fastllava.config import Stage
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 
@@ -95,7 +95,7 @@ def bench(comparison: Comparison, out: Path | None, say: Callable[[str], None]) 
 
 def compare(comparison: Comparison, size: str, stage: Stage, say: Callable[[str], None]) -> Iterator[Row]:
     """The rows of one size and stage."""
-    settings = Settings.of(comparison.device, size, stage, comparison.samples)
+    settings = Settings.of(comparison.device, stage, comparison.samples)
     train = {"precision": comparison.precision, "reference_micro_batch": settings.dealt, "micro_batch_tokens": settings.rows}
     run = plan_run(stage, size_named(size).with_layers(comparison.layers), train, comparison.overrides, comparison.samples)
     say(f"{size} {stage}: {run.n_steps} different steps of {comparison.samples} samples on {world(comparison.device)['device']}")

@@ -22,7 +22,7 @@ from benches.results import Row, append
 from benches.step_profile import profile_step
 from benches.timing import seconds_of
 from benches.world import world
-from fastllava.accounting import Stage
+from fastllava.config import Stage
 
 WARM_UP, FEWEST = 2, 3
 """Steps before the clock, and under it whatever the budget says."""
@@ -70,7 +70,7 @@ def measure_step(steps: Steps, size: str, stage: Stage, say: Callable[[str], Non
     """The row of one size and stage."""
     device, on_gpu = steps.device, steps.device.type == "cuda"
     samples = steps.samples or (64 if on_gpu else 8)
-    settings = Settings.of(device, size, stage, samples)
+    settings = Settings.of(device, stage, samples)
     train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
     run = plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
     trial = Trial()

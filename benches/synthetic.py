@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllava.accounting import Stage, Work
+from fastllava.accounting import Work
 from fastllava.batch import IMAGE_ID, ImageSpec
+from fastllava.config import Stage
 from fastllava.data.loader import Sample
 
 CAP = 2048

@@ -28,7 +28,7 @@ TIMES = {
 KEYS = TIMES | {
     *("variant", "stage", "size", "mfu", "hfu", "device", "versions", "commit", "dirty", "driver", "power_limit_watts"),
     *("layers", "dtype", "samples_per_step", "turns", "model_flops", "matmul_ceiling_tflops", "loss", "grad_norm", "error"),
-    *("micro_batch", "attention", "micro_batch_tokens", "recompute", "compile", "kernels", "void"),
+    *("micro_batch", "attention", "micro_batch_tokens", "recompute", "last_layer", "compile", "kernels", "void"),
 }
 
 

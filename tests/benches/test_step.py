@@ -18,7 +18,7 @@ KEYS = {
     *("variant", "stage", "size", "samples_per_second", "tokens_per_second", "mfu", "hfu", "ceiling_share", "peak_bytes", "device"),
     *("versions", "commit", "dirty", "driver", "power_limit_watts", "layers", "dtype", "samples_per_step", "turns", "void"),
     *("step_ms_p20", "step_ms_p50", "step_ms_p80", "model_flops", "hardware_flops", "matmul_ceiling_tflops", "loss", "grad_norm"),
-    *("micro_batches", "micro_batch_tokens", "recompute", "compile", "kernels", "overrides", "host_waits", "idle_share"),
+    *("micro_batches", "micro_batch_tokens", "recompute", "last_layer", "compile", "kernels", "overrides", "host_waits", "idle_share"),
 }
 
 
