@@ -33,11 +33,16 @@ class Ceilings:
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
     """`seconds` for each size. Random numbers: a GPU multiplies zeros faster, because they take less power."""
-    tflops = max(_product(sizes, device, dtype, seconds) for sizes in PRODUCTS[device.type])
+    tflops = measure_matmul(device, dtype, seconds)
     source = torch.randn(COPIED[device.type] // dtype.itemsize, device=device).to(dtype)
     target = torch.empty_like(source)
     copy = interleaved({"copy": Call(lambda _: target.copy_(source))}, device, seconds)["copy"]
     return Ceilings(tflops, 2 * source.nbytes / copy.p50 / 1e6)
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """10^12 FLOPs a second of the fastest product, `seconds` for each."""
+    return max(_product(sizes, device, dtype, seconds) for sizes in PRODUCTS[device.type])
 
 
 def _product(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seconds: float) -> float:

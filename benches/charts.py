@@ -29,12 +29,12 @@ class Bar:
     low: float
     high: float
     share: float
-    """Of the ceiling, 1 being all of it."""
+    """Of the ceiling, 1 being all of it; or whatever the second panel shows."""
     colour: str
 
 
-def bars(found: Sequence[Bar], path: Path, title: str, value_label: str, share_label: str, note: str = "") -> None:
-    """Two panels: the values with their spread, and the shares. Its height follows the number of bars; groups keep their order."""
+def bars(found: Sequence[Bar], path: Path, title: str, value_label: str, share_label: str, note: str = "", scale: float = 100.0) -> None:
+    """Two panels: the values with their spread, and the shares times `scale`. As high as there are bars; groups keep their order."""
     figure = Figure(figsize=(11, 1.7 + ROW_INCHES * (len(found) + len({bar.group for bar in found}))), layout="constrained")
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     values, shares = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -43,14 +43,14 @@ def bars(found: Sequence[Bar], path: Path, title: str, value_label: str, share_l
         spread = [[bar.value - bar.low], [bar.high - bar.value]]
         values.barh(place, bar.value, color=bar.colour, height=0.8, xerr=spread, error_kw={"lw": 0.8, "ecolor": "#444444"})
         values.annotate(f" {bar.value:.3g}", (bar.high, place), va="center", fontsize=7.5)
-        shares.barh(place, 100 * bar.share, color=bar.colour, height=0.8)
-        shares.annotate(f" {100 * bar.share:.3g}", (100 * bar.share, place), va="center", fontsize=7.5)
+        shares.barh(place, scale * bar.share, color=bar.colour, height=0.8)
+        shares.annotate(f" {scale * bar.share:.3g}", (scale * bar.share, place), va="center", fontsize=7.5)
     values.set_yticks(places, [bar.label for bar in found], fontsize=8)
     _name_groups(values, found, places)
     values.set_ylim(places[-1] + 0.6, -0.4)
     ratio = max(bar.high for bar in found) / min(bar.value for bar in found)
     _finish(values, value_label, [bar.value for bar in found], max(bar.high for bar in found), logarithmic=ratio > LOG_FROM)
-    _finish(shares, share_label, [100 * bar.share for bar in found], 100 * max(bar.share for bar in found), logarithmic=False)
+    _finish(shares, share_label, [scale * bar.share for bar in found], scale * max(bar.share for bar in found), logarithmic=False)
     if note:
         figure.supxlabel(note, fontsize=8, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)

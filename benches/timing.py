@@ -65,6 +65,17 @@ def interleaved(calls: Mapping[str, Call], device: torch.device, seconds: float)
     return {name: Times.of(each) for name, each in taken.items()}
 
 
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Of a call that is long beside what it takes to launch; on a GPU from idle to idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
 def _flush_buffer(device: torch.device) -> torch.Tensor | None:
     if device.type != "cuda":
         return None
@@ -124,7 +135,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 def _allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """What `function` gives, and the size of every CPU allocation (releases negative) meanwhile, in order."""
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         result = function()
     kineto: Any = profiler.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
@@ -132,7 +143,7 @@ def _allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The profiler of PyTorch 2.13 writes two lines to stderr each time; they go nowhere."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

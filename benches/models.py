@@ -1,0 +1,220 @@
+"""Models of the sizes that are measured, with random weights: ours, and the same weights in modules of transformers."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllava.batch import ImageSpec
+from fastllava.errors import UserError
+from fastllava.model.clip import ClipConfig, ClipVision
+from fastllava.model.llama import Llama, LlamaConfig
+from fastllava.model.llava import Llava
+from fastllava.model.ops import Ops
+from fastllava.model.projector import Projector
+from fastllava.model.weights.configs import clip_config, image_spec, llama_config
+
+SELECT_LAYER = -2
+PROJECTOR = "mlp2x_gelu"
+STD = 0.02
+"""Of random weights."""
+
+Fields = Mapping[str, Any]
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int = 32000) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    }
+
+
+def _clip(width: int, inner: int, layers: int, heads: int, side: int, patch: int) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": side,
+        "patch_size": patch,
+        "hidden_act": "quick_gelu",
+    }
+
+
+CLIP_L = _clip(1024, 4096, 24, 16, 336, 14)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The fields of both config.json files."""
+
+    text: Fields
+    vision: Fields
+
+    @property
+    def llama(self) -> LlamaConfig:
+        """Of the decoder."""
+        return llama_config(self.text, "bench")
+
+    @property
+    def clip(self) -> ClipConfig:
+        """Of the tower."""
+        return clip_config(self.vision, "bench")
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the tower wants to see."""
+        return image_spec(self.clip, {}, "bench")
+
+    @property
+    def projector(self) -> list[tuple[int, int]]:
+        """(outputs, inputs) of its products, as `Accounting` wants them."""
+        width = self.llama.hidden_size
+        return [(width, self.clip.hidden_size), (width, width)]
+
+    def with_layers(self, layers: int | None) -> "Size":
+        """With fewer decoder layers; None: with all."""
+        if layers is None:
+            return self
+        if not 1 <= layers <= self.text["num_hidden_layers"]:
+            raise UserError(f"--layers: {layers}, but the decoder has {self.text['num_hidden_layers']}; write 1 to that")
+        return replace(self, text={**self.text, "num_hidden_layers": layers})
+
+
+SIZES: Mapping[str, Size] = {
+    "7b": Size(_llama(4096, 11008, 32, 32, 32), CLIP_L),
+    "13b": Size(_llama(5120, 13824, 40, 40, 40), CLIP_L),
+    "1.1b": Size(_llama(2048, 5632, 22, 32, 4), CLIP_L),
+    # For a CPU: 148 million parameters, and a tower as deep as CLIP-L of few FLOPs that gives as many patches.
+    "150m": Size(_llama(768, 2048, 14, 12, 12), _clip(128, 512, 24, 2, 336, 14)),
+    "tiny": Size(_llama(64, 96, 2, 4, 2, 211), _clip(32, 64, 3, 2, 24, 4)),
+}
+
+
+def size_named(name: str) -> Size:
+    """Raises UserError for one that is not there."""
+    if name not in SIZES:
+        raise UserError(f"--sizes: '{name}' is none of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def build(size: Size, ops: Ops, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Llava:
+    """Our model with random weights in `dtype`: N(0, 0.02^2), norms near one, the projector as PyTorch draws a Linear."""
+    with torch.device("meta"):
+        llm = Llama(size.llama, ops)
+        tower = ClipVision(size.clip, ops, SELECT_LAYER)
+        projector = Projector(PROJECTOR, size.clip.hidden_size, size.llama.hidden_size)
+    model = Llava(llm, tower, projector, size.spec, ops, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = projector.draw(seed)
+    for name, parameter in list(model.named_parameters()):
+        own = drawn.get(name.removeprefix("projector.")) if name.startswith("projector.") else None
+        if own is None:
+            own = torch.randn(parameter.shape, device=device, generator=generator) * STD
+            own += "norm" in name and name.endswith("weight")
+        _set(model, name, own.to(device, dtype))
+    return model
+
+
+def llava_of_transformers(size: Size, ours: Llava, attention: str, image_token: int, shared: Iterable[str]) -> Any:
+    """`LlavaForConditionalGeneration` with our weights, in our compute dtype; `shared`: our names of weights not to copy."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        text_config=dict(size.text),
+        vision_config=dict(size.vision),
+        image_token_index=image_token,
+        vision_feature_layer=SELECT_LAYER,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+    )
+    return _filled(LlavaForConditionalGeneration, config, attention, ours, "hf", shared)
+
+
+def llama_of_transformers(size: Size, ours: Llava, attention: str, shared: Iterable[str]) -> Any:
+    """`LlamaForCausalLM` with our decoder's weights."""
+    from transformers import LlamaConfig as Config
+    from transformers import LlamaForCausalLM
+
+    return _filled(LlamaForCausalLM, Config(**size.text, tie_word_embeddings=False), attention, ours, "llm", shared)
+
+
+def clip_of_transformers(size: Size, ours: Llava, attention: str, shared: Iterable[str]) -> Any:
+    """`CLIPVisionModel` with our tower's weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return _filled(CLIPVisionModel, CLIPVisionConfig(**size.vision), attention, ours, "clip", shared)
+
+
+def projector_as_sequential(size: Size, ours: Llava) -> nn.Sequential:
+    """The projector as the original builds it, with our weights in the compute dtype."""
+    width, inputs = size.llama.hidden_size, size.clip.hidden_size
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
+    for name, parameter in ours.projector.named_parameters():
+        _set(module, name, parameter.detach().to(ours.dtype, copy=True))
+    return module
+
+
+def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, shared: Iterable[str]) -> Any:
+    from fastllava.model.weights.layouts import to_ours
+
+    config._attn_implementation = attention
+    weights, not_copied = dict(ours.named_parameters()), set(shared)
+    with torch.device("meta"):
+        module = kind._from_config(config, dtype=ours.dtype, attn_implementation=attention)
+    for name, _ in list(module.named_parameters()):
+        source = to_ours(name, layout)
+        if source is None or source not in weights:
+            raise RuntimeError(f"{kind.__name__} of this transformers has {name}, which is no weight of LLaVA")
+        weight = weights[source].detach()
+        _set(module, name, weight if source in not_copied else weight.to(ours.dtype, copy=True))
+    _rebuild_buffers(module, ours)
+    return module.train()
+
+
+def _rebuild_buffers(module: nn.Module, ours: Llava) -> None:
+    """What a module computes when it is made, which it could not on the meta device."""
+    device = ours.llm.head_weight.device
+    for owner in module.modules():
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            if name in ("inv_freq", "original_inv_freq"):
+                setattr(owner, name, ours.llm.config.inverse_frequencies().to(device))
+            elif name == "position_ids":
+                setattr(owner, name, torch.arange(buffer.shape[-1], device=device).unsqueeze(0))
+            else:
+                raise RuntimeError(f"{type(owner).__name__} of this transformers has a buffer {name} that is not known here")
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def recompute_layers(module: Any, reentrant: bool) -> None:
+    """Let a model of transformers keep each decoder layer's input only; its method has another name from 5.24 on."""
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def parameters_of(*modules: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()

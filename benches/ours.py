@@ -1,0 +1,152 @@
+"""A run of fastllava on synthetic samples: the configuration, the plan and the step are the trainer's own."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from benches.models import SELECT_LAYER, Size, build, parameters_of, tensor_bytes
+from benches.synthetic import CAP, Samples, draw
+from fastllava.accounting import Accounting, Work
+from fastllava.batch import Batch
+from fastllava.config import Config, Stage, load_config
+from fastllava.data.loader import Sample, pack
+from fastllava.data.plan import Plan, Step
+from fastllava.metrics import DeviceScalars
+from fastllava.model.compiled import check_compiler, compile_model
+from fastllava.model.ops import choose_ops
+from fastllava.optim import FiniteGuard, build_optimizer, set_lr
+from fastllava.stages import COMPUTE_DTYPE, prepare_stage
+from fastllava.startup import set_tf32
+from fastllava.train import train_step
+
+DRAWN = 2048
+"""Samples to plan from: 8 steps of the larger global batch."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on what. The steps are those of the recipe, or some samples of each."""
+
+    size: Size
+    config: Config
+    samples: Samples
+    plan: Plan
+    accounting: Accounting
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """To compute in."""
+        return COMPUTE_DTYPE[self.config.train.precision]
+
+    @property
+    def n_steps(self) -> int:
+        """Different ones."""
+        return self.plan.steps_per_epoch
+
+    def step(self, index: int) -> Step:
+        """They come again after the last."""
+        return self.plan.step(index % self.n_steps)
+
+    def contents(self, step: Step) -> list[Sample]:
+        """Its samples in the recipe's order, each supervised token weighing what it does in the mean over the step."""
+        return [self.samples.sample(i, w) for i, w in zip(step.samples.tolist(), step.weights.tolist(), strict=True)]
+
+    def work(self, step: Step) -> Work:
+        """What the step needs."""
+        return self.samples.work(step.samples)
+
+
+def plan_run(stage: Stage, size: Size, settings: Mapping[str, Any], overrides: Sequence[str] = (), per_step: int | None = None) -> Run:
+    """A run of `stage` with `settings` of section train, then `key=value` words; `per_step`: only so many samples of each step.
+
+    Raises UserError on keys and values that are none.
+    """
+    config = config_of(stage, settings, overrides)
+    samples = draw(stage, DRAWN, size.spec, size.llama.vocab_size, config.train.seed)
+    accounting = Accounting(
+        llama=size.llama,
+        clip=size.clip,
+        blocks=SELECT_LAYER % (size.clip.num_hidden_layers + 1),
+        projector=size.projector,
+        stage=stage,
+        recompute=config.train.recompute,
+        last_layer=config.train.last_layer,
+    )
+    plan = Plan(samples, config.data, config.train, accounting.cost())
+    if per_step is not None:
+        plan = _shorter(plan, per_step)
+    return Run(size, config, samples, plan, accounting)
+
+
+def config_of(stage: Stage, train: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """As `fastllava train` reads it, from a file; the folders it names are never read."""
+    given = {
+        "stage": stage,
+        "output_dir": "not-written",
+        "model": {"llm": "random-weights", "projector": "fresh"},
+        "data": {"records": "synthetic", "max_tokens": CAP},
+        "train": dict(train),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bench.yaml")
+        path.write_text(json.dumps(given))
+        return load_config(path, overrides)
+
+
+class _Shorter(Plan):
+    """Some samples that follow each other in another plan's steps, from a random place: a step's first ones are its longest."""
+
+    def __init__(self, whole: Plan, per_step: int) -> None:
+        train = whole.train.model_copy(update={"global_batch": per_step, "max_steps": None})
+        super().__init__(whole.lengths, whole.data, train, whole.cost)
+        full = [samples for i in range(whole.steps_per_epoch) if len(samples := whole.step(i).samples) >= per_step]
+        places = np.random.default_rng(whole.train.seed).integers(0, 2**31, len(full))
+        starts = [place % (len(samples) // per_step) * per_step for place, samples in zip(places.tolist(), full, strict=True)]
+        self._chosen = np.concatenate([samples[start : start + per_step] for samples, start in zip(full, starts, strict=True)])
+        self.steps_per_epoch = len(self._chosen) // per_step
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        return self._chosen
+
+
+def _shorter(whole: Plan, per_step: int) -> Plan:
+    return _Shorter(whole, min(per_step, whole.train.global_batch))
+
+
+class Fastllava:
+    """The trainer's own step with random weights. At the recipe's rate of step 0, so that the weights stay what they are."""
+
+    def __init__(self, run: Run, device: torch.device, seed: int = 0) -> None:
+        mode = run.config.train.compile
+        check_compiler(mode, device)
+        self.run, self.device = run, device
+        self.model = build(run.size, choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off"), run.dtype, device, seed)
+        self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)
+        compile_model(self.model, mode)
+        self.optimizer = build_optimizer(self.trained.items(), run.config.optim)
+        set_lr(self.optimizer, 0.0)
+        self.guard = FiniteGuard(self.optimizer, device)
+
+    def batches(self, step: Step) -> list[Batch]:
+        """The step's micro-batches, as the loader hands them over."""
+        samples = self.run.contents(step)
+        packed = [pack([samples[i] for i in ranks[0].tolist()], self.run.samples.spec, CAP) for ranks in step.micro_batches]
+        return [batch.pin_memory() for batch in packed] if self.device.type == "cuda" else packed
+
+    def step(self, batches: Sequence[Batch], judged: bool = True) -> DeviceScalars:
+        """One optimizer step: its loss and the norm of its gradient, which the trainer takes anyway, then what else it reads."""
+        set_tf32(self.run.config)
+        return train_step(self.model, self.optimizer, self.guard, batches, self.device, self.run.config.optim.max_grad_norm)
+
+    def state_bytes(self) -> int:
+        """Of weights and optimizer."""
+        states = [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        return tensor_bytes([*parameters_of(self.model), *states])

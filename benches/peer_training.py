@@ -1,0 +1,167 @@
+"""What the variants of `fastllava bench peers` that are made of transformers' modules share: batches, optimizer, the step.
+
+Shape letters: B samples of a micro-batch, L rows of its longest, P patches an image, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benches.models import parameters_of, tensor_bytes
+from benches.ours import Run
+from fastllava.accounting import Accounting, Flops, Work
+from fastllava.batch import IMAGE_ID
+from fastllava.data.loader import Sample
+from fastllava.data.plan import Step
+from fastllava.metrics import DeviceScalars
+from fastllava.startup import set_tf32
+
+IGNORED = -100
+"""The label of a row that is not supervised."""
+
+Tensors = dict[str, Any]
+
+
+class Peer(ABC):
+    """A way to train on padded micro-batches of a fixed number of samples. Weights move by the rate of the recipe's step 0, so not."""
+
+    modules: list[nn.Module]
+    """All that it computes with."""
+
+    def __init__(self, run: Run, device: torch.device, micro_batch: int, attention: str) -> None:
+        self.run, self.device, self.micro_batch, self.attention = run, device, micro_batch, attention
+
+    def start(self, *trained: nn.Module) -> None:
+        """Freeze everything but `trained` and make the optimizer; the last act of a constructor."""
+        for module in self.modules:
+            module.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        self.parameters = [parameter for module in trained for parameter in module.parameters()]
+        self.optimizer = MasterAdamW(self.parameters)
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Sample]) -> Tensors:
+        """What its collator hands over for one micro-batch, on the host."""
+
+    @abstractmethod
+    def loss(self, batch: Tensors, supervised: int) -> Tensor:
+        """The micro-batch's part in the mean over the step's `supervised` tokens."""
+
+    @property
+    @abstractmethod
+    def accounting(self) -> Accounting:
+        """Counts what it does."""
+
+    def batches(self, step: Step) -> list[Tensors]:
+        """The step's micro-batches in the recipe's order."""
+        samples = self.run.contents(step)
+        collated = [self.collate(samples[start : start + self.micro_batch]) for start in range(0, len(samples), self.micro_batch)]
+        return [_pinned(batch) for batch in collated] if self.device.type == "cuda" else collated
+
+    def step(self, batches: Sequence[Tensors], judged: bool = False) -> DeviceScalars:
+        """One optimizer step: the loss and, when `judged`, the norm of its gradient, else 0."""
+        set_tf32(self.run.config)
+        loss = norm = torch.zeros((), device=self.device)
+        supervised = sum(batch["supervised"] for batch in batches)
+        for batch in batches:
+            on_device = {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()
+            }
+            part = self.loss(on_device, supervised)
+            part.backward()
+            loss = loss + part.detach().float()
+        if judged:
+            norm = torch.nn.utils.get_total_norm([p.grad.float() for p in self.parameters if p.grad is not None])
+        self.optimizer.step()
+        return DeviceScalars(loss, norm)
+
+    def hardware_flops(self, step: Step) -> Flops:
+        """What it computes: every padded row, masked pairs included, and the logits of each."""
+        rows = self.rows(step)
+        pairs = sum(count * longest**2 for count, longest in self._shapes(step))
+        return self.accounting.hardware_flops(Work(rows=rows, pairs=pairs, images=self.images(step), supervised=rows))
+
+    def rows(self, step: Step) -> int:
+        """That its decoder computes, padding included."""
+        return sum(count * longest for count, longest in self._shapes(step))
+
+    def _shapes(self, step: Step) -> list[tuple[int, int]]:
+        """(B, L) of each micro-batch."""
+        lengths = self.run.samples.n_tokens[step.samples]
+        cuts = [lengths[start : start + self.micro_batch] for start in range(0, len(lengths), self.micro_batch)]
+        return [(len(cut), int(cut.max())) for cut in cuts]
+
+    def drop_gradients(self) -> None:
+        """What a step that failed has left."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def images(self, step: Step) -> int:
+        """That its tower sees."""
+        return int(self.run.samples.n_images[step.samples].sum())
+
+    def state_bytes(self) -> int:
+        """Of weights, buffers and optimizer."""
+        return tensor_bytes([*parameters_of(*self.modules), *self.optimizer.tensors()])
+
+
+def _pinned(batch: Tensors) -> Tensors:
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+class MasterAdamW:
+    """Fused AdamW; of weights that are not fp32 it keeps fp32 masters and writes them back, as DeepSpeed's bf16 does."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self.weights = weights
+        self.masters = [weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()) for weight in weights]
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=0.0, fused=True)
+        for master in self.masters:
+            state = self.adamw.state[master]
+            state["step"] = torch.zeros((), device=master.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+
+    def step(self) -> None:
+        """Move the weights and drop their gradients."""
+        pairs = [(weight, master) for weight, master in zip(self.weights, self.masters, strict=True) if weight is not master]
+        for weight, master in pairs:
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for weight, master in pairs:
+                weight.copy_(master)
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Masters and moments."""
+        yield from self.masters
+        for state in self.adamw.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def labels_of(sample: Sample) -> Tensor:
+    """int64 [n]: its ids where they are supervised, IGNORED elsewhere and at the image's mark."""
+    labels = np.full(len(sample.ids), IGNORED, np.int64)
+    for begin, end in sample.supervised:
+        labels[begin:end] = sample.ids[begin:end]
+    labels[sample.ids == IMAGE_ID] = IGNORED
+    return torch.from_numpy(labels)
+
+
+def pixels_of(samples: Sequence[Sample], run: Run) -> list[Tensor]:
+    """fp32 [3, H, W] of each image: normalised on the host, as an image processor hands it over."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (run.samples.spec.mean, run.samples.spec.std))
+    return [(torch.from_numpy(image).float() / 255 - mean) / std for sample in samples for image in sample.images]
+
+
+def attention_for(device: torch.device) -> str:
+    """What transformers attends with: FlashAttention 2 where it is installed, as the original's train_mem.py; else PyTorch's."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"

@@ -1,0 +1,78 @@
+"""Where the time of one step goes: operations by time, how long the device had nothing to do, and where the host waited for it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benches.ours import Fastllava
+from benches.timing import quiet
+from fastllava.data.plan import Step
+
+WAITS = (
+    *("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"),
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+)
+"""What makes the host wait for a GPU; one reads as two where one contains the other."""
+ROWS = 40
+"""Of the table."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one step."""
+
+    table: str
+    milliseconds: float
+    """By the host's clock, the profiler's own work included."""
+    host_waits: dict[str, int]
+    """How often each of WAITS was called; those that were not are left out."""
+    idle_share: float | None
+    """Of the step's time, the device's without a kernel; None on a CPU."""
+
+    def in_words(self) -> str:
+        """One line."""
+        waits = ", ".join(f"{count} {name}" for name, count in self.host_waits.items()) or "none"
+        idle = "" if self.idle_share is None else f", the device idle for {self.idle_share:.1%}"
+        return f"{self.milliseconds:.0f} ms under the profiler{idle}; host waits: {waits}"
+
+    def write(self, path: Path) -> None:
+        """The line, then the table."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{self.in_words()}\n\n{self.table}\n", encoding="utf-8")
+
+
+def profile_step(trainer: Fastllava, step: Step) -> Profile:
+    """Of a step that is like those before it; nothing is read from the device while it runs."""
+    batches = trainer.batches(step)
+    on_gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with quiet(), profile(activities=activities) as profiler:
+        began = time.perf_counter()
+        trainer.step(batches)
+        if on_gpu:
+            torch.cuda.synchronize(trainer.device)
+        seconds = time.perf_counter() - began
+    averages = profiler.key_averages()
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    waits = {event.key: event.count for event in averages if event.key in WAITS}
+    if on_gpu:
+        # Ours, above.
+        waits["cudaDeviceSynchronize"] = waits.get("cudaDeviceSynchronize", 1) - 1
+    idle = 1 - _busy(profiler.events(), seconds) if on_gpu else None
+    table = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=70)
+    return Profile(table, 1e3 * seconds, {name: count for name, count in waits.items() if count > 0}, idle)
+
+
+def _busy(events: Sequence[Any] | Any, seconds: float) -> float:
+    """Share of the time in which a kernel ran, those that ran at once counted once."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
+    busy = end = 0.0
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / 1e6 / seconds

@@ -1,0 +1,93 @@
+"""What the results of `fastllava bench peers` look like: a chart of speed and memory, and the table in README.md."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benches.charts import BASELINE, OTHERS, OURS, Bar, bars
+from benches.peer_rows import ORIGINAL
+from benches.peer_rows import OURS as MINE
+from benches.results import RESULTS, Row, between_markers, latest
+from fastllava.errors import UserError
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+MARKER = "bench peers"
+KEY = ("variant", "stage", "size", "layers", "dtype", "samples_per_step", "device")
+GIB = 2**30
+COLOURS = "blue: fastllava; orange: the original's recipe; grey: transformers"
+
+
+def charts(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """`folder/peers_<size>_<stage>.png` for each size and stage with a time."""
+    written = []
+    for size, stage in dict.fromkeys((row["size"], row["stage"]) for row in rows):
+        timed = [row for row in rows if (row["size"], row["stage"]) == (size, stage) and row["void"] is None]
+        if not timed:
+            continue
+        path = folder / f"peers_{size}_{stage}.png"
+        first = timed[0]
+        title = f"{stage}, {size} with {first['layers']} decoder layers, {first['dtype']} on {first['device']}"
+        note = f"{COLOURS}; steps of {first['samples_per_step']} samples, the same for all, in turns"
+        bars([_bar(row) for row in timed], path, title, "samples a second (spread: step time p20 to p80)", "peak memory, GiB", note, 1.0)
+        written.append(path)
+    return written
+
+
+def _bar(row: Row) -> Bar:
+    speed, middle = row["samples_per_second"], row["step_ms_p50"]
+    colour = {MINE: OURS, ORIGINAL: BASELINE}.get(row["variant"], OTHERS)
+    low, high = sorted((speed * middle / row["step_ms_p80"], speed * middle / row["step_ms_p20"]))
+    # Samples over the sum of all times lie beside the median's where steps differ in length.
+    low, high = min(low, speed), max(high, speed)
+    return Bar(f"{row['size']} {row['stage']}", row["variant"], speed, low, high, row["peak_bytes"] / GIB, colour)
+
+
+def table(results: Path = RESULTS) -> str:
+    """Markdown: for each results/peers*.jsonl what it was measured on, then a line a stage, size and variant."""
+    parts = [_part(latest(path, KEY), path) for path in sorted(results.glob("peers*.jsonl"))]
+    return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def _part(rows: Sequence[Row], path: Path) -> str:
+    first = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version is not None)
+    commit = (first["commit"] or "unknown")[:9] + (" and changes not committed" if first["dirty"] else "")
+    timed, void = ([row for row in rows if (row["void"] is None) is wanted] for wanted in (True, False))
+    lines = [
+        f"**{first['device']}**, {first['dtype']}, steps of {first['samples_per_step']} samples; {versions}; commit {commit}; "
+        f"`benches/results/{path.name}`.",
+        f"Products run at {first['matmul_ceiling_tflops']:.3g} TFLOP/s in the same process; the share counts the FLOPs that the training "
+        "needs, so none for padding or recomputation.",
+        "",
+        "| stage | model | variant | samples/s | times the original's recipe (p20 to p80) | tokens/s | share of ceiling | MFU "
+        "| peak GiB | padding | micro-batch |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join(lines + [_line(row) for row in timed] + _void_lines(void))
+
+
+def _line(row: Row) -> str:
+    times = "-"
+    if row["times_original_p50"] is not None and row["variant"] != ORIGINAL:
+        times = f"{row['times_original_p50']:.2f} ({row['times_original_p20']:.2f} to {row['times_original_p80']:.2f})"
+    micro_batch = f"{row['micro_batch_tokens']:,} rows" if row["micro_batch"] is None else f"{row['micro_batch']} samples"
+    cells = [
+        *(row["stage"], f"{row['size']}, {row['layers']} layers", f"**{MINE}**" if row["variant"] == MINE else row["variant"]),
+        *(f"{row['samples_per_second']:.3g}", times, f"{row['tokens_per_second']:,.0f}", f"{row['ceiling_share']:.0%}"),
+        *("-" if row["mfu"] is None else f"{row['mfu']:.1%}", f"{row['peak_bytes'] / GIB:.2f}", f"{row['padding_share']:.0%}", micro_batch),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _void_lines(rows: Sequence[Row]) -> list[str]:
+    """What has no time, and why."""
+    lines = [f"- {row['stage']} {row['size']} {row['variant']}: {row['void']}" for row in rows]
+    return ["", "Without a time:", "", *lines] if lines else []
+
+
+def write_report(readme: Path = README, results: Path = RESULTS) -> None:
+    """Put the table between the markers of README.md. Raises UserError where there are none."""
+    try:
+        text = between_markers(readme.read_text(encoding="utf-8"), MARKER, table(results))
+    except ValueError as error:
+        raise UserError(f"{readme}: {error}; put them where the table goes") from None
+    readme.write_text(text, encoding="utf-8")
