@@ -141,7 +141,7 @@ def test_commands_run_in_order(within: Callable[..., tuple[int, str]], world: Pa
     said = re.search(r"A line of `metrics.jsonl` holds (.*?)\.\n", README, re.DOTALL)
     assert said is not None
     row = read_metrics(second)[0]
-    assert set(re.findall(r"`(\w+)`", said[1])) == row.keys() | {"peak_memory_bytes"}
+    assert set(re.findall(r"`(\w+)`", said[1])) == row.keys() | {"mfu", "hfu", "peak_memory_bytes"}
 
 
 def test_worked_example(within: Callable[..., tuple[int, str]], world: Path) -> None:
