@@ -123,9 +123,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call.run(state)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    state, changes = _allocations(call.prepare)
+    state, changes = allocations(call.prepare)
     kept = sum(changes)
-    _, changes = _allocations(lambda: call.run(state))
+    _, changes = allocations(lambda: call.run(state))
     now = most = kept
     for change in changes:
         now += change
@@ -133,7 +133,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return most
 
 
-def _allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
+def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """What `function` gives, and the size of every CPU allocation (releases negative) meanwhile, in order."""
     with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
         result = function()

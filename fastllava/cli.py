@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | inspect | export | toggles | bench`."""
+"""The command line: `fastllava demo | prepare | train | plan | inspect | export | toggles | bench`."""
 
 import importlib
 import json
@@ -71,6 +71,43 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     if result.stopped_by is not None:
         # The shell's convention for a stop by signal, so that `train A && train B` does not go on.
         raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command("plan")
+def plan_command(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="one config a stage, then keys to change")],
+    gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100-80g, h100-pcie or h200")],
+    world: Annotated[int, typer.Option(min=1, help="GPUs of the run")] = 8,
+    drawn: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, metavar="N", help="for N samples with lengths as in LLaVA-1.5's sets, in place of data.records"),
+    ] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,  # noqa: UP045
+) -> None:
+    """Foresee memory, time and their limit for a run on GPUs that are not here; no weight is read."""
+    from fastllava.model.weights import read_origin
+    from fastllava.planner.gpus import gpu_named
+    from fastllava.planner.plan import plan_stage
+    from fastllava.planner.report import as_json, lines
+    from fastllava.startup import prepare_data, speaker
+
+    say, chosen = speaker(Console()), gpu_named(gpu)
+    overrides = [word for word in configs if "=" in word]
+    found = []
+    for path in (word for word in configs if "=" not in word):
+        config = load_config(Path(path), overrides)
+        if drawn is None:
+            _, _, lengths = prepare_data(config, say)
+        else:
+            origin = read_origin(config.model)
+            lengths = bench_module("synthetic").draw(config.stage, drawn, origin.spec, origin.llama.vocab_size)
+        found.append(plan_stage(config, lengths, chosen, world))
+        for line in lines(found[-1]):
+            say(line)
+    if len(found) > 1 and (hours := [stage.hours for stage in found if stage.hours is not None]):
+        say(f"all stages: {sum(hours):.1f} h, {world * sum(hours):.0f} GPU-hours (predicted)")
+    if json_file is not None:
+        json_file.write_text(json.dumps([as_json(stage) for stage in found], indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -23,7 +23,7 @@ from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.parallel import ALONE, Processes
 
-_FROZEN_SHARE = 0.4
+FROZEN_SHARE = 0.4
 """Of a GPU's memory: what a replicated frozen decoder may take."""
 
 
@@ -55,15 +55,16 @@ def check_replicas(config: ParallelConfig, world: int) -> None:
         raise UserError(f"parallel.replicas: {config.replicas} does not divide the {world} processes; write a divisor of {world}")
 
 
-def shard(model: Llava, sharding: Sharding, device: torch.device) -> None:
+def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """Shard `model` in place over the processes of the run, its weights as they were read; nothing to do for one.
 
     `requires_grad` must say what trains. Parameters become DTensors on `device`; those left out of FSDP stay as they are.
+    `mesh` is `mesh_of` the run, made here when it is left out.
     """
-    world, config = sharding.processes.world, sharding.config
-    if world == 1:
+    config = sharding.config
+    if sharding.processes.world == 1:
         return
-    mesh, whole = _mesh(world, config.replicas, device), _whole(model, config, device)
+    mesh, whole = mesh or mesh_of(sharding, device), _whole(model, config, device)
     for layer in model.llm.model.layers:
         if not whole.issuperset(layer.parameters()):
             policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -112,7 +113,11 @@ def _gathered(module: nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tup
         yield name, whole.cpu() if keep else whole
 
 
-def _mesh(world: int, replicas: int, device: torch.device) -> DeviceMesh:
+def mesh_of(sharding: Sharding, device: torch.device) -> DeviceMesh | None:
+    """The run's processes as FSDP wants them: in a row, or replicas times shards; None for one process."""
+    world, replicas = sharding.processes.world, sharding.config.replicas
+    if world == 1:
+        return None
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
@@ -121,4 +126,4 @@ def _mesh(world: int, replicas: int, device: torch.device) -> DeviceMesh:
 def _fits(frozen: set[nn.Parameter], device: torch.device) -> bool:
     if device.type != "cuda":
         return True
-    return sum(p.nbytes for p in frozen) <= _FROZEN_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return sum(p.nbytes for p in frozen) <= FROZEN_SHARE * torch.cuda.get_device_properties(device).total_memory

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from kept_bytes import activation_bytes, recomputed_bytes, weight_copy_bytes
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastllava.memory import activation_bytes, recomputed_bytes, weight_copy_bytes
 from fastllava.model.compiled import whole_graph
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops, choose_ops

@@ -65,6 +65,18 @@ def keeps_logit_gradients(rows: int, width: int, dtype: torch.dtype) -> bool:
     return rows * dtype.itemsize <= 4 * width
 
 
+def workspace_bytes(rows: int, dtype: torch.dtype, weight: Tensor, wants_gradient: bool, wants_weight: bool) -> int:
+    """What `forward` allocates at once for `rows` supervised rows beside its inputs and what it returns."""
+    (vocabulary, width), wide = weight.shape, torch.promote_types(dtype, torch.float32)
+    longest = max((end - start for start, end in chunks(rows, CHUNK)), default=0)
+    keeps = wants_weight and keeps_logit_gradients(rows, width, dtype)
+    in_place = wants_gradient and dtype == wide
+    logits = 0 if in_place else longest * padded(vocabulary) * wide.itemsize
+    gradients = longest * padded(vocabulary) * dtype.itemsize if wants_gradient and not keeps else 0
+    gathered = 0 if keeps else rows * width * dtype.itemsize
+    return logits + gradients + gathered + (0 if weight.dtype == dtype else weight.numel() * dtype.itemsize)
+
+
 def forward(
     hidden_TD: Tensor,
     weight_VD: Tensor,

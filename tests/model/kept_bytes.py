@@ -1,4 +1,4 @@
-"""The bytes that the decoder's layers keep between forward and backward, by what is computed again (`train.recompute`).
+"""By hand: the bytes that the decoder's layers keep between forward and backward, by what is computed again (`train.recompute`).
 
 Of the ops that a GPU takes by itself: norms that keep their input and 1 / rms, rope that keeps nothing but its tables, swiglu that
 keeps gate and up, FlashAttention. Other implementations of a room keep more. The table is in `fastllava.model.recompute`.

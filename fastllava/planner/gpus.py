@@ -1,0 +1,62 @@
+"""The GPUs a run can be planned for: what their data sheets say, and what was measured of such a GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastllava.errors import UserError
+from fastllava.problems import did_you_mean
+
+PRODUCT_SHARE = 0.79
+"""Of the dense bf16 peak, what large matrix products reach: 769 to 798 of 989 TFLOP/s at 8192^3 on an H200. Assumed of the others."""
+COPY_SHARE = 0.90
+"""Of the memory's bandwidth, what a copy reaches: 4.3 of 4.8 TB/s on an H200. Assumed of the others."""
+STEP_SHARE = 0.9
+"""What a step is assumed to reach of the sum of its parts, each at its own ceiling: gaps, small products, waiting. Not measured yet."""
+NETWORK = 50e9
+"""Between nodes, bytes a second of each GPU each way: 400 Gb/s, as nodes of eight such GPUs are sold with."""
+NODE = 8
+"""GPUs of a node."""
+RESERVED = 1.5 * 2**30
+"""Bytes that CUDA, its libraries and their workspaces take, about."""
+USABLE = 0.95
+"""Of the rest, what tensors can fill before the allocator runs out of room in one piece."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU."""
+
+    name: str
+    peak: float
+    """Dense bf16 operations a second; those of `accounting.PEAK_FLOPS`."""
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    link: float
+    """To the other GPUs of a node, bytes a second each way."""
+
+    @property
+    def room(self) -> float:
+        """Bytes for the tensors of a run."""
+        return USABLE * (self.memory - RESERVED)
+
+
+# NVIDIA's data sheets of these products; memory as the driver shows it, links by NVLink (PCIe 5.0 for the last).
+GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40g", 312e12, 39.4 * 2**30, 1.555e12, 300e9),
+        Gpu("a100-80g", 312e12, 79.2 * 2**30, 2.039e12, 300e9),
+        Gpu("h100-80g", 989e12, 79.1 * 2**30, 3.35e12, 450e9),
+        Gpu("h200", 989e12, 139.8 * 2**30, 4.8e12, 450e9),
+        Gpu("h100-pcie", 756e12, 79.1 * 2**30, 2.0e12, 64e9),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError for one that is not listed."""
+    if name not in GPUS:
+        raise UserError(f"--gpu: '{name}' is not listed{did_you_mean(name, list(GPUS))}; write one of {', '.join(GPUS)}")
+    return GPUS[name]

@@ -1,0 +1,197 @@
+"""The plan of a stage: which recompute and micro-batch fit, which of these is fastest, and what the whole run takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastllava.accounting import Accounting, Work
+from fastllava.config import Config, Recompute
+from fastllava.data.plan import Figures, Lengths, Plan
+from fastllava.model.ops import reference_ops
+from fastllava.model.weights import Origin, read_origin
+from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
+from fastllava.planner.simulate import MicroBatch, StepCost, bare_model, gpu_ops, simulate
+from fastllava.sharding import FROZEN_SHARE
+from fastllava.stages import COMPUTE_DTYPE, trained_parts
+
+ROWS = (4096, 8192, 16384, 32768)
+"""Sizes of a micro-batch that are looked at."""
+_STEPS_LOOKED_AT = 40
+_OPTIMIZER_BYTES = 32
+"""Of each parameter in fp32: AdamW reads it, its gradient and two moments and writes all but the gradient; the norm reads that too."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The parts of a step on one GPU, each at its own ceiling."""
+
+    products: float
+    """Matrix products and attention."""
+    traffic: float
+    """What other ops read and write."""
+    optimizer: float
+    communication: float
+    """Gathering weights and reducing gradients, beside the other work as far as that lasts."""
+
+    @property
+    def step(self) -> float:
+        """Of a whole step: the sum, and what is assumed to be lost between its parts."""
+        return (max(self.products + self.traffic, self.communication) + self.optimizer) / STEP_SHARE
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the stage."""
+
+    recompute: str
+    micro_batch_tokens: int
+    packed: Figures
+    cost: StepCost
+    seconds: Seconds
+    mfu: float
+    """Operations that the training needs, a second, over the peak."""
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether the most that lives at once has room on it."""
+        return self.cost.peak <= gpu.room
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What was found of one stage."""
+
+    config: Config
+    gpu: Gpu
+    world: int
+    plan: Plan
+    parameters: Mapping[str, int]
+    """trained and frozen."""
+    candidates: list[Candidate]
+    chosen: Candidate | None
+    """The fastest that fits; None when none does."""
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole stage."""
+        return None if self.chosen is None else self.plan.n_steps * self.chosen.seconds.step / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all GPUs together."""
+        return None if self.hours is None else self.world * self.hours
+
+    @property
+    def limit(self) -> str:
+        """What to change first for a faster run."""
+        if self.chosen is None:
+            return "memory: nothing fits"
+        parts = vars(self.chosen.seconds)
+        most = max(parts, key=parts.__getitem__)
+        words = {
+            "products": "matrix products",
+            "traffic": "memory bandwidth",
+            "optimizer": "the optimizer's memory traffic",
+            "communication": "communication",
+        }[most]
+        unlimited = min(candidate.seconds.step for candidate in self.candidates)
+        if unlimited < 0.99 * self.chosen.seconds.step:
+            return f"memory: with more of it a step would take {unlimited:.2f} s; after that {words}"
+        return words
+
+
+def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StagePlan:
+    """Plan the stage of `config` for samples of these lengths on `world` GPUs. Reads the config.json files of its model, no weight.
+
+    Raises UserError as `read_origin`.
+    """
+    origin = read_origin(config.model)
+    parameters = _parameters(origin, config)
+    if config.parallel.frozen == "auto":
+        replicates = parameters["frozen"] * COMPUTE_DTYPE[config.train.precision].itemsize <= FROZEN_SHARE * gpu.memory
+        config = _with(config, "parallel", frozen="replicate" if replicates else "shard")
+    plan = Plan(lengths, config.data, config.train, Accounting.of(config).cost(), world)
+    some = _some_steps(plan)
+    candidates: list[Candidate] = []
+    for recompute in get_args(Recompute):
+        # More rows take more memory, and are no slower: the most that fit end the search.
+        for rows in sorted(ROWS, reverse=True):
+            changed = _with(config, "train", recompute=recompute, micro_batch_tokens=rows, epochs=1, max_steps=None)
+            changed = _with(changed, "data", shuffle=False)
+            candidates.append(_candidate(changed, origin, some, gpu, world, parameters["trained"]))
+            if candidates[-1].fits(gpu):
+                break
+        if candidates[-1].fits(gpu) and candidates[-1].micro_batch_tokens == max(ROWS):
+            # Another recompute would only repeat work.
+            break
+    chosen = min((c for c in candidates if c.fits(gpu)), key=lambda candidate: candidate.seconds.step, default=None)
+    return StagePlan(config, gpu, world, plan, parameters, candidates, chosen)
+
+
+def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world: int, trained: int) -> Candidate:
+    """What a way to run it costs, by some of its steps: the samples of `lengths` in their order."""
+    accounting = Accounting.of(config)
+    plan = Plan(lengths, config.data, config.train, accounting.cost(), world)
+    packed = plan.figures(range(plan.n_steps))
+    cost = simulate(config, origin, gpu_ops(config.kernels), _largest(plan), packed.micro_batches > 1, world)
+    work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
+    shares = plan.n_steps * world
+    done, needed = (flops(work).total / shares for flops in (accounting.hardware_flops, accounting.model_flops))
+    # The largest micro-batch was simulated; what others move goes with their rows.
+    full = work.rows / shares / _largest(plan).rows
+    shards = world // config.parallel.replicas
+    link = gpu.link if world <= NODE else min(gpu.link, NETWORK)
+    bandwidth = COPY_SHARE * gpu.bandwidth
+    seconds = Seconds(
+        products=packed.imbalance * done / (PRODUCT_SHARE * gpu.peak),
+        traffic=full * cost.traffic / bandwidth,
+        optimizer=_OPTIMIZER_BYTES * trained / shards / bandwidth,
+        communication=packed.micro_batches * cost.communicated * (shards - 1) / shards / link,
+    )
+    train = config.train
+    return Candidate(train.recompute, train.micro_batch_tokens, packed, cost, seconds, needed / (seconds.step * gpu.peak))
+
+
+@dataclass
+class _Some:
+    """Lengths of some samples of a set."""
+
+    n_tokens: NDArray[np.int32]
+    n_supervised: NDArray[np.int32]
+    n_images: NDArray[np.int8]
+    length_key: NDArray[np.int32]
+
+
+def _some_steps(plan: Plan) -> _Some:
+    """The samples of steps that lie evenly over an epoch, in the order of the steps."""
+    last = min(plan.n_steps, plan.steps_per_epoch) - 1
+    indices = np.unique(np.linspace(0, last, _STEPS_LOOKED_AT, dtype=int)).tolist()
+    samples, of = np.concatenate([plan.step(index).samples for index in indices]), plan.lengths
+    return _Some(of.n_tokens[samples], of.n_supervised[samples], of.n_images[samples], of.length_key[samples])
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    """`config` with these keys of a section changed."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _largest(plan: Plan) -> MicroBatch:
+    """As much of each thing as any micro-batch of these steps has."""
+    sizes = []
+    for step in map(plan.step, range(plan.n_steps)):
+        for positions in (positions for ranks in step.micro_batches for positions in ranks if len(positions)):
+            chosen = step.samples[positions]
+            rows, images, supervised = (getattr(plan.lengths, name)[chosen] for name in ("n_tokens", "n_images", "n_supervised"))
+            sizes.append((rows.sum(), len(chosen), images.sum(), supervised.sum(), rows.max()))
+    return MicroBatch(*np.array(sizes).max(axis=0).tolist())
+
+
+def _parameters(origin: Origin, config: Config) -> Mapping[str, int]:
+    """How many train, and how many do not."""
+    with torch.device("meta"):
+        model = bare_model(config, origin, reference_ops())
+    trained = sum(p.numel() for part in trained_parts(model, config.stage) for p in part.parameters())
+    return {"trained": trained, "frozen": sum(p.numel() for p in model.parameters()) - trained}

@@ -1,0 +1,188 @@
+"""An optimizer step of a run on one of its GPUs, on tensors without data: the code that trains, and what it allocates.
+
+The layers of a decoder are alike, so two shallow decoders say what a deep one takes: every figure is linear in their number.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fastllava.batch import Batch, ImageSpec
+from fastllava.config import Config
+from fastllava.model.clip import ClipVision
+from fastllava.model.llama import Llama
+from fastllava.model.llava import Llava
+from fastllava.model.ops import Ops
+from fastllava.model.projector import Projector
+from fastllava.model.weights import Origin
+from fastllava.optim import FiniteGuard, build_optimizer
+from fastllava.parallel import Processes
+from fastllava.planner.tally import Tally
+from fastllava.sharding import Sharding, mesh_of, shard
+from fastllava.stages import COMPUTE_DTYPE, trained_parts
+from fastllava.train import train_step
+from fastllava_kernels import rooms
+from fastllava_kernels.room import REFERENCE
+
+FROZEN, MASTERS, OPTIMIZER, GRADIENTS = "frozen weights", "master weights", "optimizer", "gradients"
+
+_SHALLOW = (3, 4)
+"""Layers of the two decoders: more than the first and the last, which are not like the others."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The size of one."""
+
+    rows: int
+    samples: int
+    images: int
+    supervised: int
+    longest: int
+    """Rows of the longest sample."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of a step on one GPU, in bytes."""
+
+    memory: Mapping[str, int]
+    """By kind, at the moment when all together are most."""
+    traffic: int
+    """What ops other than products, attention and the optimizer read and write for one micro-batch."""
+    communicated: int
+    """What collectives gather or reduce for one micro-batch."""
+
+    @property
+    def peak(self) -> int:
+        """All of `memory`."""
+        return sum(self.memory.values())
+
+
+def simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int = 1) -> StepCost:
+    """The cost, on one of `world` GPUs, of a step's micro-batch that is this large, the optimizer's work included.
+
+    `accumulates`: one of several of the step. It computes nothing, and needs no GPU, no weights and no other process.
+    """
+    with _stand_in_processes(world):
+        return _deep(config, origin, ops, micro_batch, accumulates, world)
+
+
+def _deep(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int) -> StepCost:
+    layers = origin.llama.num_hidden_layers
+    depths = _SHALLOW if layers > max(_SHALLOW) else (layers, layers)
+    costs = {depth: _simulate(config, origin, ops, micro_batch, accumulates, world, depth) for depth in sorted(set(depths))}
+    few, more = (costs[depth] for depth in depths)
+    steps = (layers - depths[0]) / max(1, depths[1] - depths[0])
+
+    def deep(at_few: int, at_more: int) -> int:
+        return round(at_few + steps * (at_more - at_few))
+
+    kinds = few.memory.keys() | more.memory.keys()
+    return StepCost(
+        {kind: deep(few.memory.get(kind, 0), more.memory.get(kind, 0)) for kind in kinds},
+        *(deep(getattr(few, part), getattr(more, part)) for part in ("traffic", "communicated")),
+    )
+
+
+@contextmanager
+def _stand_in_processes(world: int) -> Iterator[None]:
+    """A process group of this size that sends nothing."""
+    if world == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gpu_ops(kernels: Mapping[str, str]) -> Ops:
+    """The ops of a run on a GPU: those asked for by name, else the first that `auto` may take on one."""
+    chosen = {}
+    for name, room in rooms().items():
+        auto = next(name for name, implementation in room.implementations.items() if "cuda" in implementation.auto_on)
+        wanted = kernels.get(name, "auto")
+        implementation = auto if wanted == "auto" else wanted
+        # torch.compile does not go on tensors without data; what its graphs allocate is about what eager ops do.
+        chosen[name] = REFERENCE if implementation == "compiled" else implementation
+    return Ops(chosen)
+
+
+def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int) -> StepCost:
+    dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
+    llama = dataclasses.replace(origin.llama, num_hidden_layers=layers)
+    model = bare_model(config, dataclasses.replace(origin, llama=llama), ops)
+    sharding = Sharding(Processes(world=world), config.parallel)
+    mesh = mesh_of(sharding, device)
+    with FakeTensorMode(allow_non_fake_inputs=True), Tally(sharded=world > 1) as tally:
+        _place(model, config, dtype, tally)
+        shard(model, sharding, device, mesh)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for parameter in model.parameters():
+            tally.name(parameter, MASTERS if parameter.requires_grad else FROZEN)
+        with tally.kind(OPTIMIZER):
+            optimizer = build_optimizer(trained.items(), config.optim)
+        with tally.kind(GRADIENTS):
+            for parameter in trained.values():
+                # What earlier micro-batches of the step have left.
+                parameter.grad = torch.zeros_like(parameter) if accumulates else None
+        if not accumulates and world == 1:
+            for parameter in trained.values():
+                parameter.register_post_accumulate_grad_hook(lambda p: tally.name(p.grad, GRADIENTS))
+        guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, origin.spec)
+        tally.begin()
+        # Two where there are several: a micro-batch also finds what the one before it has not given back yet.
+        batches = [batch] * (2 if accumulates else 1)
+        train_step(model, optimizer, guard, batches, device, config.optim.max_grad_norm, sharding)
+    memory = {kind: size for kind, size in tally.peak.items() if size}
+    return StepCost(memory, tally.traffic // len(batches), tally.communicated // len(batches))
+
+
+def bare_model(config: Config, origin: Origin, ops: Ops) -> Llava:
+    """The model of a run, its parameters on the meta device."""
+    with torch.device("meta"):
+        llm, tower = Llama(origin.llama, ops), ClipVision(origin.clip, ops, config.model.select_layer)
+        projector = Projector(config.model.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
+    model = Llava(llm, tower, projector, origin.spec, ops, COMPUTE_DTYPE[config.train.precision])
+    model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
+    return model
+
+
+def _place(model: Llava, config: Config, dtype: torch.dtype, tally: Tally) -> None:
+    """Parameters without data in place of the model's, as `prepare_stage` leaves them."""
+    trains = {parameter for part in trained_parts(model, config.stage) for parameter in part.parameters()}
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                train = parameter in trains
+                with tally.kind(MASTERS if train else FROZEN):
+                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32 if train else dtype), train)
+            setattr(module, name, made[parameter])
+    model.train()
+
+
+def _batch(size: MicroBatch, spec: ImageSpec) -> Batch:
+    """A batch of this size without data."""
+    patches = size.images * spec.patches
+    return Batch(
+        token_ids=torch.empty(size.rows, dtype=torch.int64),
+        position_ids=torch.empty(size.rows, dtype=torch.int64),
+        cu_seqlens=torch.empty(size.samples + 1, dtype=torch.int32),
+        max_seqlen=size.longest,
+        pixels=torch.empty(size.images, 3, spec.size, spec.size, dtype=torch.uint8),
+        patch_rows=torch.empty(patches, dtype=torch.int32),
+        text_rows=torch.empty(max(0, size.rows - patches), dtype=torch.int32),
+        supervised_rows=torch.empty(size.supervised, dtype=torch.int32),
+        targets=torch.empty(size.supervised, dtype=torch.int64),
+        weights=torch.empty(size.supervised),
+    )

@@ -1,0 +1,161 @@
+"""Bytes that live and work that is done while code runs on tensors without data, so of a GPU that is not here.
+
+Everything is counted as PyTorch dispatches it: forward, backward, the optimizer, what FSDP gathers and frees.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from fastllava_kernels.masked_linear_cross_entropy.chunked import workspace_bytes
+
+TEMPORARY = "activations"
+"""Kind of whatever nothing else was said about: what forward keeps for backward, and what an op leaves for the next."""
+WORKSPACE = "loss workspace"
+"""Kind of what the fused loss allocates within itself."""
+
+_LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton", "torch")}
+# The optimizer and the gradient's norm. Of DTensors, a dry run of the whole comes here too.
+_ONCE_A_STEP = {"aten::_fused_adamw_", "aten::linalg_vector_norm", "aten::_foreach_norm"}
+
+
+@dataclass
+class _Storage:
+    reference: weakref.ref
+    size: int
+    kind: str
+
+
+@dataclass
+class Tally(TorchDispatchMode):
+    """Counts while it is entered. Sizes are in bytes."""
+
+    sharded: bool = False
+    """Whether FSDP is at work: it frees what it gathered by resizing it, which is no op and has to be looked for."""
+    live: Counter[str] = field(default_factory=Counter)
+    """By kind, now."""
+    peak: Counter[str] = field(default_factory=Counter)
+    """By kind, when all together were most."""
+    traffic: int = 0
+    """Read and written by ops that are no matrix product, attention, collective or optimizer."""
+    communicated: int = 0
+    """Handed to collectives: of a gather or a reduction the whole, unsharded tensor."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._known: dict[int, _Storage] = {}
+        self._resizable: dict[int, _Storage] = {}
+        """Those that FSDP may free and fill again."""
+        self._kind = TEMPORARY
+
+    @contextmanager
+    def kind(self, name: str) -> Iterator[None]:
+        """What is allocated within counts as `name`."""
+        before, self._kind = self._kind, name
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def name(self, tensor: Tensor, kind: str) -> None:
+        """From here on the bytes of `tensor` count as `kind`."""
+        storage = self._track(tensor)
+        if storage.kind != kind:
+            self.live[storage.kind] -= storage.size
+            self.live[kind] += storage.size
+            storage.kind = kind
+
+    def begin(self) -> None:
+        """Work is counted, and the peak looked for, from here on."""
+        self.peak = Counter(self.live)
+        self.traffic = self.communicated = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            # A DTensor says the size of the whole; it comes back here with its part.
+            return NotImplemented
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [value for value in tree_iter(result) if isinstance(value, Tensor)]
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in self._known]
+        for tensor in outputs:
+            storage = self._track(tensor)
+            if self.sharded and func is torch.ops.aten.empty.memory_format:
+                self._resizable[tensor.untyped_storage()._cdata] = storage
+        if self.sharded:
+            self._resize()
+        self._look(_within(func, args))
+        self._count(func, args, kwargs, inputs, new)
+        return result
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], new: list[Tensor]) -> None:
+        if func.namespace == "c10d":
+            self.communicated += max((tensor.nbytes for tensor in (*inputs, *new)), default=0)
+        elif not (func.overloadpacket in flop_registry or "attention" in func.name() or _moves_nothing(func)):
+            name = func.name().partition(".")[0]
+            read = () if name.endswith("_like") else inputs
+            moved = sum(tensor.nbytes for tensor in (*read, *new, *_written(func, args, kwargs)))
+            if name not in _ONCE_A_STEP:
+                self.traffic += moved
+
+    def _track(self, tensor: Tensor) -> _Storage:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes()
+            self._known[key] = _Storage(weakref.ref(storage, lambda _: self._drop(key)), size, self._kind)
+            self.live[self._kind] += size
+        return self._known[key]
+
+    def _drop(self, key: int) -> None:
+        storage = self._known.pop(key)
+        self._resizable.pop(key, None)
+        self.live[storage.kind] -= storage.size
+
+    def _resize(self) -> None:
+        for known in list(self._resizable.values()):
+            storage = known.reference()
+            if storage is not None and storage.nbytes() != known.size:
+                self.live[known.kind] += storage.nbytes() - known.size
+                known.size = storage.nbytes()
+
+    def _look(self, within: int) -> None:
+        if self.live.total() + within > self.peak.total():
+            self.peak = Counter(self.live)
+            if within:
+                self.peak[WORKSPACE] += within
+
+
+def _moves_nothing(func: Any) -> bool:
+    """Of views, of memory that is only set aside, and of questions about a tensor."""
+    returns = func._schema.returns
+    is_view = bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+    return is_view or func.namespace == "prim" or "::empty" in func.name() or "::new_empty" in func.name()
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The inputs that the op writes to."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            yield from (value for value in tree_iter(given) if isinstance(value, Tensor))
+
+
+def _within(func: Any, args: tuple[Any, ...]) -> int:
+    """What a fused op of ours allocates while it runs, beside what it returns."""
+    if func.name().partition(".")[0] not in _LOSSES:
+        return 0
+    hidden, weight, rows, _, _, wants_hidden, wants_weight = args
+    return workspace_bytes(rows.shape[0], hidden.dtype, weight, wants_hidden or wants_weight, wants_weight)

@@ -1,0 +1,140 @@
+"""A stage's plan: what it looks at, what it picks, and what its figures add up to."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastllava.accounting import PEAK_FLOPS
+from fastllava.cli import plan_command
+from fastllava.config import Config, check_config
+from fastllava.errors import UserError
+from fastllava.planner.gpus import GPUS, Gpu, gpu_named
+from fastllava.planner.plan import Candidate, StagePlan, plan_stage
+from fastllava.planner.report import as_json, lines
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 600, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+
+
+@dataclass
+class Lengths:
+    n_tokens: np.ndarray
+    n_supervised: np.ndarray
+    n_images: np.ndarray
+    length_key: np.ndarray
+
+
+LENGTHS = Lengths(np.full(96, 500, np.int32), np.full(96, 50, np.int32), np.ones(96, np.int8), np.full(96, 300, np.int32))
+
+
+def tiny_gpu(mib: float) -> Gpu:
+    """One whose memory has `mib` for tensors."""
+    return Gpu("tiny", 1e12, mib * 2**20 / 0.95 + 1.5 * 2**30, 1e12, 1e11)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    for folder, values in (("llm", LLAMA), ("clip", CLIP)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(values))
+    model = {"llm": str(tmp_path / "llm"), "vision_tower": str(tmp_path / "clip"), "projector": "fresh"}
+    train = {"global_batch": 32, "reference_micro_batch": 16}
+    return check_config({"stage": "finetune", "output_dir": "o", "model": model, "data": {"records": "r"}, "train": train})
+
+
+def best_of(found: StagePlan) -> Candidate:
+    assert found.chosen is not None
+    return found.chosen
+
+
+def room(found: StagePlan) -> dict[tuple[str, int], int]:
+    return {(c.recompute, c.micro_batch_tokens): c.cost.peak for c in found.candidates}
+
+
+def test_with_room_for_all_nothing_is_computed_again(config: Config) -> None:
+    found = plan_stage(config, LENGTHS, GPUS["h200"], 1)
+    assert room(found).keys() == {("none", 32768)}
+    best = best_of(found)
+    assert best is found.candidates[0]
+    assert found.plan.n_steps == 3
+    assert found.gpu_hours == found.hours == 3 * best.seconds.step / 3600
+    assert found.parameters["trained"] * 4 == best.cost.memory["master weights"]
+    # 16,000 rows a step are one micro-batch; two GPUs halve it.
+    assert best.packed.micro_batches == 1
+    assert best_of(plan_stage(config, LENGTHS, GPUS["h200"], 2)).seconds.products == pytest.approx(best.seconds.products / 2)
+
+
+def test_less_room_takes_smaller_micro_batches_or_recompute_whichever_is_faster(config: Config) -> None:
+    roomy = plan_stage(config, LENGTHS, GPUS["h200"], 1).candidates[0]
+    found = plan_stage(config, LENGTHS, tiny_gpu(0.5 * roomy.cost.peak / 2**20), 1)
+    peaks, fits = room(found), [c for c in found.candidates if c.fits(found.gpu)]
+    assert peaks["none", 32768] == roomy.cost.peak
+    assert found.chosen is min(fits, key=lambda c: c.seconds.step)
+    assert len({recompute for recompute, _ in peaks}) > 1
+    # For each policy down to the first that fits, and no further.
+    for recompute in {recompute for recompute, _ in peaks}:
+        tried = sorted((rows for policy, rows in peaks if policy == recompute), reverse=True)
+        assert all(peaks[recompute, rows] > found.gpu.room for rows in tried[:-1])
+    faster_with_room = min(c.seconds.step for c in found.candidates) < 0.99 * best_of(found).seconds.step
+    assert found.limit.startswith("memory: with more of it") == faster_with_room
+
+
+def test_nothing_fits(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastllava.planner.plan.ROWS", (4096,))
+    found = plan_stage(config, LENGTHS, tiny_gpu(5), 1)
+    assert (found.chosen, found.hours, found.limit) == (None, None, "memory: nothing fits")
+    text = "\n".join(lines(found))
+    assert "nothing fits into the 0.0 GiB of tiny" in text
+    assert as_json(found)["chosen"] is None
+
+
+def test_report(config: Config) -> None:
+    found = plan_stage(config, LENGTHS, GPUS["a100-80g"], 8)
+    text = "\n".join(lines(found))
+    for words in (
+        "finetune on 8 x a100-80g, bf16: predicted",
+        "recompute=none",
+        "<- chosen",
+        "optimizer",
+        "GPU-hours",
+        "limited by",
+        "communication",
+    ):
+        assert words in text
+    told = json.loads(json.dumps(as_json(found)))
+    assert told["chosen"]["peak_memory_bytes"] == sum(told["chosen"]["memory_bytes"].values())
+    assert told["gpu_hours"] == pytest.approx(8 * told["hours"])
+    assert told["predicted"] is True
+
+
+def test_command_adds_the_stages_up(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for stage in ("pretrain", "finetune"):
+        path = tmp_path / f"{stage}.yaml"
+        path.write_text(
+            f"stage: {stage}\noutput_dir: {tmp_path}/out\nmodel: {{llm: {config.model.llm}, vision_tower: {config.model.vision_tower}}}\n"
+            "data: {records: nowhere.json}\n"
+        )
+        files.append(str(path))
+    plan_command(
+        [*files, "train.global_batch=64", "train.reference_micro_batch=16"], "h200", world=1, drawn=256, json_file=tmp_path / "plan.json"
+    )
+    out = capsys.readouterr().out
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert [stage["steps"] for stage in told] == [4, 4]
+    assert f"all stages: {sum(stage['hours'] for stage in told):.1f} h" in out
+
+
+def test_gpus_are_those_of_the_accounting() -> None:
+    assert {gpu.peak for gpu in GPUS.values()} <= {peak for _, peak in PEAK_FLOPS}
+    with pytest.raises(UserError, match="--gpu: 'h100' is not listed"):
+        gpu_named("h100")
