@@ -1,18 +1,17 @@
 """The command line: `fastllava demo | prepare | train | plan | inspect | export | toggles | bench`."""
 
-import importlib
 import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.padding import Padding
 
 from fastllava import __version__
+from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
 from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
 
@@ -21,10 +20,8 @@ from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train LLaVA-1.5, both stages.")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, such as configs/llava15_7b_pretrain.yaml")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]  # noqa: UP045 (typer reads it)
 
 
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine; from a checkout of the source tree.")
 app.add_typer(bench, name="bench")
 
 
@@ -160,151 +157,6 @@ def toggles() -> None:
         console.print(f"[bold]{toggle.key}[/bold]: {toggle.default}")
         for line in (f"one of {', '.join(toggle.values)}", *toggle.why):
             console.print(Padding(line, (0, 0, 0, 4)), highlight=False, markup=False)
-
-
-class Device(StrEnum):
-    """To measure on."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-@bench.command("kernels")
-def bench_kernels(
-    rooms: Annotated[Optional[list[str]], typer.Argument(metavar="[ROOM ...]", help="rooms to measure; all when left out")] = None,  # noqa: UP045
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, tower, tiny, or shapes such as 7b-5%")] = "",
-    implementations: Annotated[str, typer.Option(metavar="A,B", help="implementations and peers; all when left out")] = "",
-    passes: Annotated[str, typer.Option(metavar="A,B", help="forward, backward, both")] = "forward,backward,both",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; when left out bf16 on a GPU, fp32 on a CPU")] = "",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
-    charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
-    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
-    report: Annotated[bool, typer.Option("--report", help="only write the table of kernels/README.md from benches/results")] = False,
-) -> None:
-    """Time every implementation of every room and its peers, each judged against fp64 truth first. Exits with 1 if one is wrong."""
-    import torch
-
-    if report:
-        bench_module("kernel_report").write_report()
-        return
-    kernels = bench_module("kernels")
-    chosen = torch.device(device.value if device else "cuda" if torch.cuda.is_available() else "cpu")
-    plan = kernels.Plan(
-        kernels.rooms_named(rooms or []),
-        chosen,
-        dtype or ("bf16" if chosen.type == "cuda" else "fp32"),
-        *([part for part in given.split(",") if part] for given in (sizes, implementations, passes)),
-        seconds=seconds,
-    )
-    rows = kernels.bench(plan, out, typer.echo)
-    if charts is not None:
-        bench_module("kernel_report").charts(rows, charts)
-    if kernels.failures(rows):
-        raise typer.Exit(1)
-
-
-@bench.command("step")
-def bench_step(
-    overrides: Overrides = None,
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, 150m or tiny; when left out 7b on a GPU, 150m on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain,finetune",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
-    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the steps of a size and stage; three at least")] = 60,
-    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 64 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-    profile: Annotated[Optional[Path], typer.Option(help="file for a table of where the time of a step goes")] = None,  # noqa: UP045
-) -> None:
-    """Time the trainer's step on random weights and samples of the true lengths, with config keys such as train.compile=layer."""
-    step = bench_module("step")
-    chosen, given = _device(device), ([part for part in names.split(",") if part] for names in (sizes, stages))
-    rows = step.bench(step.Steps(chosen, *given, samples, seconds, layers, overrides or (), profile), out, typer.echo)
-    if bench_module("peer_rows").failures(rows):
-        raise typer.Exit(1)
-
-
-@bench.command("peers")
-def bench_peers(
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, 150m or tiny; when left out 7b on a GPU, 150m on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "finetune",
-    variants: Annotated[
-        str, typer.Option(metavar="A,B", help="original, transformers, transformers_recompute, transformers_liger, fastllava")
-    ] = "",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
-    charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a size and stage")] = None,  # noqa: UP045
-    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
-    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-    report: Annotated[bool, typer.Option("--report", help="only write the table of README.md from benches/results")] = False,
-    overrides: Overrides = None,
-) -> None:
-    """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
-
-    Overrides are for fastllava's run, such as train.compile=layer. Exits with 1 when a variant breaks or gives another loss.
-    """
-    if report:
-        bench_module("step_report").write_report()
-        return
-    peers = bench_module("peers")
-    rows = peers.bench(
-        peers.Comparison.of(
-            _device(device),
-            *([part for part in given.split(",") if part] for given in (sizes, stages, variants)),
-            samples=samples,
-            seconds=seconds,
-            layers=layers,
-            overrides=overrides or (),
-        ),
-        out,
-        typer.echo,
-    )
-    if charts is not None:
-        bench_module("step_report").charts(rows, charts)
-    if peers.failures(rows):
-        raise typer.Exit(1)
-
-
-@bench.command("ablate")
-def bench_ablate(
-    overrides: Overrides = None,
-    toggles: Annotated[str, typer.Option(metavar="A,B", help="such as kernels.swiglu,train.recompute; all when left out")] = "",
-    sizes: Annotated[str, typer.Option(metavar="A,B", help="as bench step; when left out 7b on a GPU, tiny on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
-    seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a value; three turns at least")] = 15,
-    samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 32 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-) -> None:
-    """Set every toggle of a run to each other value in turn: what it changes in time, memory, loss and gradient."""
-    ablate = bench_module("ablate")
-    given = ([part for part in names.split(",") if part] for names in (sizes, stages, toggles))
-    rows = ablate.bench(ablate.Ablation(_device(device), *given, samples, seconds, layers, overrides or ()), out, typer.echo)
-    if bench_module("peer_rows").failures(rows):
-        raise typer.Exit(1)
-
-
-def _device(given: Device | None) -> Any:
-    """The one that was asked for, else the GPU where there is one."""
-    import torch
-
-    return torch.device(given.value if given else "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def bench_module(name: str) -> Any:
-    """A module of benches/, which lies beside the package in the source tree only. Raises UserError where it does not."""
-    root = Path(__file__).resolve().parents[1]
-    folder = root / "benches"
-    if not ((root / "pyproject.toml").is_file() and (folder / f"{name}.py").is_file()):
-        raise UserError("fastllava bench: the benches come with the source tree, not with the installed package; install from a checkout")
-    if "benches" not in sys.modules:
-        # By its place: with the root on the import path the folder kernels/ would be importable, and mislead transformers.
-        package = ModuleType("benches")
-        package.__path__ = [str(folder)]
-        sys.modules["benches"] = package
-    return importlib.import_module(f"benches.{name}")
 
 
 @app.callback(invoke_without_command=True)

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastllava import cli
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.config import TrainConfig
 from fastllava.errors import UserError
 from fastllava_kernels import rooms

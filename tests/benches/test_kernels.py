@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from fastllava import cli
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.errors import UserError
 from fastllava_kernels import Implementation, Room, rooms
 from fastllava_kernels.launch import INTERPRETED
@@ -367,7 +367,7 @@ def test_sizes_choose_shapes_and_equal_shapes_are_measured_once() -> None:
 
 
 def test_installed_without_the_source_tree_says_where_the_benches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fastllava" / "cli.py"))
+    monkeypatch.setattr("fastllava.bench.__file__", str(tmp_path / "site-packages" / "fastllava" / "bench.py"))
     with pytest.raises(UserError, match=r"^fastllava bench: the benches come with the source tree, not with the installed package"):
         bench_module("kernels")
 

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastllava import cli
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
 peers, registry, rows_of, trials, original, ours, models, patching, results = (

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastllava import cli
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
 step, report, profiling, ours, models = (bench_module(name) for name in ("step", "step_report", "step_profile", "ours", "models"))

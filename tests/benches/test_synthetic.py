@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastllava.batch import IMAGE_ID, ImageSpec
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
 from fastllava.data.plan import Plan

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastllava.batch import Batch, ImageSpec
-from fastllava.cli import bench_module
+from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
 from fastllava.model.clip import ClipConfig, ClipVision
 from fastllava.model.llama import Llama, LlamaConfig
