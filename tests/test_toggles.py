@@ -16,9 +16,10 @@ def test_every_key_is_one_and_every_value_is_taken():
         assert toggle.key in keys() or toggle.key.removeprefix("kernels.") in rooms()
         section, _, name = toggle.key.partition(".")
         for value in toggle.values:
-            given = {section: {name: value == "true" if value in ("true", "false") else value}}
+            typed = value == "true" if value in ("true", "false") else value
             base = {"stage": "pretrain", "output_dir": "o", "model": {"llm": "l"}, "data": {"records": "r"}}
-            assert getattr(check_config(base | given), section) is not None
+            config = check_config(base | {section: {name: typed}}).model_dump()
+            assert config[section][name] == typed
 
 
 def test_what_is_listed():

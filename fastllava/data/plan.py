@@ -31,6 +31,22 @@ class Lengths(Protocol):
     """[N] its words, negative without an image: what the original's sampler groups by."""
 
 
+@dataclass
+class SampleLengths:
+    """Lengths in memory."""
+
+    n_tokens: NDArray[np.int32]
+    n_supervised: NDArray[np.int32]
+    n_images: NDArray[np.int8]
+    length_key: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, lengths: Lengths, samples: NDArray[np.int64]) -> "SampleLengths":
+        """Of these samples of a set, in this order."""
+        columns = lengths.n_tokens, lengths.n_supervised, lengths.n_images, lengths.length_key
+        return cls(*(column[samples] for column in columns))  # pyright: ignore[reportArgumentType] (each of its own dtype)
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step. `samples` are in the recipe's order; the micro-batches hold each of them once."""

@@ -6,11 +6,10 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastllava.accounting import Accounting, Work
 from fastllava.config import Config, Recompute
-from fastllava.data.plan import Figures, Lengths, Plan
+from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import Origin, read_origin
 from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
@@ -136,12 +135,13 @@ def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world
     accounting = Accounting.of(config)
     plan = Plan(lengths, config.data, config.train, accounting.cost(), world)
     packed = plan.figures(range(plan.n_steps))
-    cost = simulate(config, origin, gpu_ops(config.kernels), _largest(plan), packed.micro_batches > 1, world)
+    largest = _largest(plan)
+    cost = simulate(config, origin, gpu_ops(config.kernels), largest, packed.micro_batches > 1, world)
     work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
     shares = plan.n_steps * world
     done, needed = (flops(work).total / shares for flops in (accounting.hardware_flops, accounting.model_flops))
     # The largest micro-batch was simulated; what others move goes with their rows.
-    full = work.rows / shares / _largest(plan).rows
+    full = work.rows / shares / largest.rows
     shards = world // config.parallel.replicas
     link = gpu.link if world <= NODE else min(gpu.link, NETWORK)
     bandwidth = COPY_SHARE * gpu.bandwidth
@@ -149,28 +149,17 @@ def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world
         products=packed.imbalance * done / (PRODUCT_SHARE * gpu.peak),
         traffic=full * cost.traffic / bandwidth,
         optimizer=_OPTIMIZER_BYTES * trained / shards / bandwidth,
-        communication=packed.micro_batches * cost.communicated * (shards - 1) / shards / link,
+        communication=packed.micro_batches * cost.communicated * (world - 1) / world / link,
     )
     train = config.train
     return Candidate(train.recompute, train.micro_batch_tokens, packed, cost, seconds, needed / (seconds.step * gpu.peak))
 
 
-@dataclass
-class _Some:
-    """Lengths of some samples of a set."""
-
-    n_tokens: NDArray[np.int32]
-    n_supervised: NDArray[np.int32]
-    n_images: NDArray[np.int8]
-    length_key: NDArray[np.int32]
-
-
-def _some_steps(plan: Plan) -> _Some:
+def _some_steps(plan: Plan) -> SampleLengths:
     """The samples of steps that lie evenly over an epoch, in the order of the steps."""
     last = min(plan.n_steps, plan.steps_per_epoch) - 1
     indices = np.unique(np.linspace(0, last, _STEPS_LOOKED_AT, dtype=int)).tolist()
-    samples, of = np.concatenate([plan.step(index).samples for index in indices]), plan.lengths
-    return _Some(of.n_tokens[samples], of.n_supervised[samples], of.n_images[samples], of.length_key[samples])
+    return SampleLengths.of(plan.lengths, np.concatenate([plan.step(index).samples for index in indices]))
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

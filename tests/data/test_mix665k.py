@@ -1,60 +1,34 @@
 """The plan of LLaVA-1.5's stage 2 at its true size: 665,298 lengths, drawn source by source; even ranks, no padding, little time."""
 
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from fastllava.bench import bench_module
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
-from fastllava.data.plan import Plan
+from fastllava.data.plan import Plan, SampleLengths
 
-CAP, PATCHES = 2048, 576
-PREFIX = 34
-"""Ids of the v1 prompt up to the first question."""
-
-SOURCES = (
-    # samples, median ids of the conversation, spread of its logarithm, share supervised, has an image
-    (157_712, 190, 0.60, 0.75, True),  # LLaVA-Instruct
-    (40_688, 1_100, 0.80, 0.60, False),  # ShareGPT
-    (82_783, 180, 0.50, 0.15, True),  # VQAv2
-    (72_140, 190, 0.45, 0.15, True),  # GQA
-    (8_998, 75, 0.30, 0.10, True),  # OKVQA
-    (80_000, 180, 0.35, 0.30, True),  # OCR-VQA
-    (66_160, 120, 0.25, 0.05, True),  # A-OKVQA
-    (21_953, 140, 0.30, 0.15, True),  # TextCaps
-    (48_447, 280, 0.45, 0.50, True),  # RefCOCO
-    (86_417, 330, 0.40, 0.50, True),  # VG
-)
+synthetic = bench_module("synthetic")
+CAP, PATCHES = synthetic.CAP, 576
 
 
-@dataclass(frozen=True)
-class MixLengths:
-    """What a plan wants to know of a set."""
-
-    n_tokens: NDArray[np.int32]
-    n_supervised: NDArray[np.int32]
-    n_images: NDArray[np.int8]
-    length_key: NDArray[np.int32]
-
-
-def mix665k(seed: int = 0) -> MixLengths:
+def mix665k(seed: int = 0) -> SampleLengths:
     """665,298 samples in a drawn order, 40,688 of them without an image."""
     rng = np.random.default_rng(seed)
     columns = [[], [], []]
-    for samples, median, spread, supervised_share, has_image in SOURCES:
-        text = np.exp(rng.normal(np.log(median), spread, samples)).astype(np.int64) + 1
+    for source in synthetic.MIX665K:
+        text = np.exp(rng.normal(np.log(source.median), source.spread, source.records)).astype(np.int64) + 1
         columns[0].append(text)
-        columns[1].append(np.maximum(1, (supervised_share * text).astype(np.int64)))
-        columns[2].append(np.full(samples, has_image))
-    order = rng.permutation(sum(source[0] for source in SOURCES))
+        columns[1].append(np.maximum(1, (source.supervised * text).astype(np.int64)))
+        columns[2].append(np.full(source.records, source.has_image))
+    order = rng.permutation(sum(source.records for source in synthetic.MIX665K))
     text, supervised, has_image = (np.concatenate(column)[order] for column in columns)
-    before_answers = PREFIX + PATCHES * has_image
+    before_answers = synthetic.PREFIX + PATCHES * has_image
     n_tokens = np.minimum(before_answers + text, CAP)
     words = np.maximum(1, text * 7 // 10)
-    return MixLengths(
+    return SampleLengths(
         n_tokens=n_tokens.astype(np.int32),
         n_supervised=np.minimum(supervised, n_tokens - before_answers).astype(np.int32),
         n_images=has_image.astype(np.int8),
@@ -67,7 +41,7 @@ COST_7B = Cost(per_row=38_855_000_000, per_pair=1_572_864, per_image=430_000_000
 
 
 @pytest.fixture(scope="module")
-def lengths() -> MixLengths:
+def lengths() -> SampleLengths:
     return mix665k()
 
 
@@ -82,7 +56,7 @@ def plan_of(lengths, world, budget, order=None):
         {"stage": "finetune", "output_dir": "o", "model": {"llm": "l"}, "data": given, "train": {"micro_batch_tokens": budget}}
     )
     if order is not None:  # the recipe's order, drawn once for all plans
-        lengths = MixLengths(*(column[order] for column in vars(lengths).values()))
+        lengths = SampleLengths.of(lengths, order)
     return Plan(lengths, config.data, config.train, COST_7B, world)
 
 

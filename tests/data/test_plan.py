@@ -1,7 +1,6 @@
 """The plan: which samples form a step, their packing and weights."""
 
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,17 +8,8 @@ import torch
 
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
-from fastllava.data.plan import Plan, group_by_modality
+from fastllava.data.plan import Plan, SampleLengths, group_by_modality
 from fastllava.errors import UserError
-
-
-@dataclass
-class Lengths:
-    n_tokens: np.ndarray
-    n_supervised: np.ndarray
-    n_images: np.ndarray
-    length_key: np.ndarray
-
 
 COST = Cost(per_row=400, per_pair=1, per_image=9000, per_supervised=30)
 
@@ -28,7 +18,7 @@ def make_plan(n=103, seed=1, world=1, **train):
     rng = np.random.default_rng(seed)
     n_tokens, n_supervised = rng.integers(10, 900, n).astype(np.int32), rng.integers(1, 60, n).astype(np.int32)
     length_key = (rng.integers(1, 200, n) * rng.choice([-1, 1], n)).astype(np.int32)
-    lengths = Lengths(n_tokens, n_supervised, (length_key > 0).astype(np.int8), length_key)
+    lengths = SampleLengths(n_tokens, n_supervised, (length_key > 0).astype(np.int8), length_key)
     data = {"records": "r", **train.pop("data", {})}
     config = check_config(
         {

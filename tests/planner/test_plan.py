@@ -1,7 +1,6 @@
 """A stage's plan: what it looks at, what it picks, and what its figures add up to."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from fastllava.accounting import PEAK_FLOPS
 from fastllava.cli import plan_command
 from fastllava.config import Config, check_config
+from fastllava.data.plan import SampleLengths
 from fastllava.errors import UserError
 from fastllava.planner.gpus import GPUS, Gpu, gpu_named
 from fastllava.planner.plan import Candidate, StagePlan, plan_stage
@@ -25,15 +25,7 @@ CLIP = {
 }  # fmt: skip
 
 
-@dataclass
-class Lengths:
-    n_tokens: np.ndarray
-    n_supervised: np.ndarray
-    n_images: np.ndarray
-    length_key: np.ndarray
-
-
-LENGTHS = Lengths(np.full(96, 500, np.int32), np.full(96, 50, np.int32), np.ones(96, np.int8), np.full(96, 300, np.int32))
+LENGTHS = SampleLengths(np.full(96, 500, np.int32), np.full(96, 50, np.int32), np.ones(96, np.int8), np.full(96, 300, np.int32))
 
 
 def tiny_gpu(mib: float) -> Gpu:

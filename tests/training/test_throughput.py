@@ -1,14 +1,12 @@
 """The figures of steps and runs, by hand."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 
 from fastllava.accounting import Accounting, Work
 from fastllava.config import check_config
-from fastllava.data.plan import Plan
+from fastllava.data.plan import Plan, SampleLengths
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
 from fastllava.throughput import Throughput, run_figures
@@ -18,14 +16,6 @@ LLAMA = LlamaConfig(
     rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False, window=None,
 )  # fmt: skip
 CLIP = ClipConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-
-
-@dataclass
-class Lengths:
-    n_tokens: np.ndarray
-    n_supervised: np.ndarray
-    n_images: np.ndarray
-    length_key: np.ndarray
 
 
 def make(world, peak, n=6):
@@ -40,7 +30,7 @@ def make(world, peak, n=6):
         }
     )
     accounting = Accounting(LLAMA, CLIP, 1, ((8, 8), (8, 8)), "finetune")
-    lengths = Lengths(rows, np.full(n, 3, np.int32), images, np.where(images, 1, -1).astype(np.int32))
+    lengths = SampleLengths(rows, np.full(n, 3, np.int32), images, np.where(images, 1, -1).astype(np.int32))
     return Throughput(Plan(lengths, config.data, config.train, accounting.cost(), world), accounting, peak)
 
 
