@@ -29,7 +29,7 @@ steps = st.integers(1, 40).flatmap(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps)
 def test_every_answer_is_whole_and_within_the_budget(step):
     n_tokens, cost, budget, world = step
@@ -44,7 +44,7 @@ def test_every_answer_is_whole_and_within_the_budget(step):
     assert lists(dealt(n_tokens, budget, world, cost)) == lists(micro_batches), "the same answer whenever it is asked"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(steps)
 def test_no_more_micro_batches_than_first_fit_needs(step):
     n_tokens, cost, budget, world = step
@@ -58,7 +58,7 @@ def test_no_more_micro_batches_than_first_fit_needs(step):
     assert len(dealt(n_tokens, budget, world, cost)) <= -(-len(room) // world)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40, unique=True), st.integers(1, 1200), st.integers(1, 9), st.randoms())
 def test_samples_of_unlike_lengths_are_dealt_alike_in_any_order(n_tokens, budget, world, random):
     shuffled = random.sample(n_tokens, len(n_tokens))

@@ -55,8 +55,7 @@ def test_gelu_keeps_its_digits_in_the_tails() -> None:
     assert worst(torch.nn.functional.gelu(x, approximate="tanh")) > 0.1
 
 
-@pytest.mark.parametrize("splits", [0, 1, 2])
-@pytest.mark.parametrize("group", [1, 2, 8])
+@pytest.mark.parametrize(("group", "splits"), [(1, 0), (8, 0), (2, 1), (1, 2), (8, 2)])
 def test_tiles_in_any_order_and_any_part_give_the_same_bits(splits: int, group: int) -> None:
     x, weight, bias, pre = numbers(70, 40), numbers(45, 40, seed=1), numbers(45, seed=2), numbers(70, 40, seed=3)
 
