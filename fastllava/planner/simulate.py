@@ -22,7 +22,7 @@ from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
 from fastllava.model.weights import Origin
-from fastllava.optim import FiniteGuard, build_optimizer
+from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, parameters
 from fastllava.parallel import Processes
 from fastllava.planner.tally import Tally
 from fastllava.sharding import Sharding, mesh_of, shard
@@ -131,6 +131,8 @@ def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch,
             tally.name(parameter, MASTERS if parameter.requires_grad else FROZEN)
         with tally.kind(OPTIMIZER):
             optimizer = build_optimizer(trained.items(), config.optim)
+        if world > 1:
+            _first_optimizer_step(optimizer)
         with tally.kind(GRADIENTS):
             for parameter in trained.values():
                 # What earlier micro-batches of the step have left.
@@ -145,6 +147,16 @@ def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch,
         train_step(model, optimizer, guard, batches, device, config.optim.max_grad_norm, sharding)
     memory = {kind: size for kind, size in tally.peak.items() if size}
     return StepCost(memory, tally.traffic // len(batches), tally.communicated // len(batches))
+
+
+def _first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    """A step that is not counted: at the first, DTensor works every op out on whole tensors without data, which look like memory."""
+    params = parameters(optimizer)
+    for parameter in params:
+        parameter.grad = torch.zeros_like(parameter)
+    clip_gradients(params, gradient_norm(params), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def bare_model(config: Config, origin: Origin, ops: Ops) -> Llava:

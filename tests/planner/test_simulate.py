@@ -3,6 +3,8 @@
 That record also has what libraries allocate within an op and give back before it ends, which tensors without data do not show.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,15 @@ def test_eight_processes_hold_an_eighth_each() -> None:
     root = alone.memory["master weights"] // 4 - layers
     assert shared.communicated == pytest.approx((2 * 2 + 4) * layers + (4 + 4) * root, rel=0.02)
     assert alone.communicated == 0
+
+
+def test_the_first_of_a_size_costs_what_it_does_again() -> None:
+    """DTensor works out an op of new sizes once, on whole tensors: that must not look like memory."""
+    origin = dataclasses.replace(ORIGIN, llama=dataclasses.replace(LLAMA, hidden_size=88, head_dim=22, intermediate_size=888))
+    first, again = (
+        simulate(config_of("finetune", "bf16", "none"), origin, gpu_ops({}), SIZE, accumulates=False, world=8).memory for _ in range(2)
+    )
+    assert first == again
 
 
 def test_a_frozen_decoder_is_sharded_or_whole_as_the_config_says() -> None:
