@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from benches.charts import BASELINE, OTHERS, OURS, Bar, bars
-from benches.results import RESULTS, Row, between_markers, latest
+from benches.results import RESULTS, Row, latest
 from fastllava_kernels.room import REFERENCE
 
-README = Path(__file__).resolve().parents[1] / "kernels" / "README.md"
-MARKER = "bench kernels"
 KEY = ("room", "implementation", "shape", "dtype", "pass", "device")
 ON_A_CPU = "Measured on a CPU with tiny shapes: it shows that everything runs and is right, and says nothing about a GPU."
 COLOURS = "blue: what kernels.<room> can choose; orange: the reference, eager PyTorch; grey: peers, which only this bench runs"
@@ -110,8 +108,3 @@ def _void_lines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         reasons.setdefault(row["void"], {})[f"{row['room']} {row['implementation']}"] = None
     return ["", "Without a time:", "", *(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items())] if reasons else []
-
-
-def write_report(readme: Path = README, results: Path = RESULTS) -> None:
-    """Put the table between the markers of kernels/README.md."""
-    readme.write_text(between_markers(readme.read_text(encoding="utf-8"), MARKER, table(results)), encoding="utf-8")

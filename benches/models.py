@@ -1,7 +1,9 @@
 """Models of the sizes that are measured, with random weights: ours, and the same weights in modules of transformers."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,11 +103,23 @@ SIZES: Mapping[str, Size] = {
 }
 
 
-def size_named(name: str) -> Size:
+def size_named(name: str, option: str = "--sizes") -> Size:
     """Raises UserError for one that is not there."""
     if name not in SIZES:
-        raise UserError(f"--sizes: '{name}' is none of {', '.join(SIZES)}")
+        raise UserError(f"{option}: '{name}' is none of {', '.join(SIZES)}")
     return SIZES[name]
+
+
+def write_configs(name: str, folder: Path) -> list[str]:
+    """Write the config.json files of a size under `folder`; the `key=value` words that make a run of them. Raises as `size_named`."""
+    size = size_named(name, "--size")
+    words = []
+    for key, fields in (("llm", size.text), ("vision_tower", size.vision)):
+        place = folder / key
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        words.append(f"model.{key}={json.dumps(str(place))}")
+    return words
 
 
 def build(size: Size, ops: Ops, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Llava:

@@ -6,11 +6,8 @@ from pathlib import Path
 from benches.charts import BASELINE, OTHERS, OURS, Bar, bars
 from benches.peer_rows import ORIGINAL
 from benches.peer_rows import OURS as MINE
-from benches.results import RESULTS, Row, between_markers, latest
-from fastllava.errors import UserError
+from benches.results import RESULTS, Row, latest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
-MARKER = "bench peers"
 KEY = ("variant", "stage", "size", "layers", "dtype", "samples_per_step", "device")
 GIB = 2**30
 COLOURS = "blue: fastllava; orange: the original's recipe; grey: transformers"
@@ -82,12 +79,3 @@ def _void_lines(rows: Sequence[Row]) -> list[str]:
     """What has no time, and why."""
     lines = [f"- {row['stage']} {row['size']} {row['variant']}: {row['void']}" for row in rows]
     return ["", "Without a time:", "", *lines] if lines else []
-
-
-def write_report(readme: Path = README, results: Path = RESULTS) -> None:
-    """Put the table between the markers of README.md. Raises UserError where there are none."""
-    try:
-        text = between_markers(readme.read_text(encoding="utf-8"), MARKER, table(results))
-    except ValueError as error:
-        raise UserError(f"{readme}: {error}; put them where the table goes") from None
-    readme.write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ finetune: the sources of llava_v1_5_mix665k.json with their true counts (LLaVA i
 pretrain: LCS-558K, an image and its caption.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastllava.accounting import Work
 from fastllava.batch import IMAGE_ID, ImageSpec
 from fastllava.config import Stage
 from fastllava.data.loader import Sample
+from fastllava.model.weights import Origin
 
 CAP = 2048
 """Rows at which a sample is cut, those of its image included."""
@@ -61,6 +62,7 @@ LONGEST = 1024
 """Ids of a first question: with a longer one the cut might leave no answer, and `fastllava prepare` takes no such record."""
 CAPTION: Between = (8, 38)
 """Ids of a caption of LCS-558K, the line's end included."""
+SET_SIZE: Mapping[Stage, int] = {"pretrain": 558_128, "finetune": sum(source.records for source in MIX665K)}
 
 
 @dataclass(eq=False)
@@ -101,6 +103,11 @@ class Samples:
     def work(self, samples: NDArray[np.int64]) -> Work:
         """What these samples are made of."""
         return Work.of(self.n_tokens[samples], self.n_images[samples], self.n_supervised[samples])
+
+
+def draw_like(stage: Stage, count: int, origin: Origin) -> Samples:
+    """`count` samples, 0 for as many as the stage's set has, for a model as its folders describe it."""
+    return draw(stage, count or SET_SIZE[stage], origin.spec, origin.llama.vocab_size)
 
 
 def draw(stage: Stage, count: int, spec: ImageSpec, vocabulary: int, seed: int = 0) -> Samples:

@@ -34,12 +34,8 @@ def bench_kernels(
     out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
     charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
-    report: Annotated[bool, typer.Option("--report", help="only write the table of kernels/README.md from benches/results")] = False,
 ) -> None:
     """Time every implementation of every room and its peers, each judged against fp64 truth first. Exits with 1 if one is wrong."""
-    if report:
-        bench_module("kernel_report").write_report()
-        return
     kernels = bench_module("kernels")
     chosen = _device(device)
     plan = kernels.Plan(
@@ -90,16 +86,12 @@ def bench_peers(
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
     layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-    report: Annotated[bool, typer.Option("--report", help="only write the table of README.md from benches/results")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
 
     Overrides are for fastllava's run, such as train.compile=layer. Exits with 1 when a variant breaks or gives another loss.
     """
-    if report:
-        bench_module("step_report").write_report()
-        return
     peers = bench_module("peers")
     rows = peers.bench(
         peers.Comparison.of(
@@ -137,6 +129,13 @@ def bench_ablate(
     rows = ablate.bench(ablate.Ablation(_device(device), *given, samples, seconds, layers, overrides or ()), out, typer.echo)
     if bench_module("peer_rows").failures(rows):
         raise typer.Exit(1)
+
+
+@bench.command("report")
+def bench_report() -> None:
+    """Write the tables of README.md and kernels/README.md anew from benches/results."""
+    for path in bench_module("report").write():
+        typer.echo(f"wrote {path}")
 
 
 def _names(given: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Optional
 
 import typer
@@ -77,8 +78,12 @@ def plan_command(
     world: Annotated[int, typer.Option(min=1, help="GPUs of the run")] = 8,
     drawn: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, metavar="N", help="for N samples with lengths as in LLaVA-1.5's sets, in place of data.records"),
+        typer.Option(min=0, metavar="N", help="N samples with lengths as in LLaVA-1.5's sets, in place of data.records; 0: all of them"),
     ] = None,
+    size: Annotated[
+        str,
+        typer.Option(metavar="7b|13b|...", help="a model of this size, in place of the folders of model.llm and model.vision_tower"),
+    ] = "",
     json_file: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,  # noqa: UP045
 ) -> None:
     """Foresee memory, time and their limit for a run on GPUs that are not here; no weight is read."""
@@ -90,17 +95,21 @@ def plan_command(
 
     say, chosen = speaker(Console()), gpu_named(gpu)
     overrides = [word for word in configs if "=" in word]
+    if size and drawn is None:
+        raise UserError("--size: a size without its folders has no tokenizer for data.records; write --drawn 0 too")
     found = []
-    for path in (word for word in configs if "=" not in word):
-        config = load_config(Path(path), overrides)
-        if drawn is None:
-            _, _, lengths = prepare_data(config, say)
-        else:
-            origin = read_origin(config.model)
-            lengths = bench_module("synthetic").draw(config.stage, drawn, origin.spec, origin.llama.vocab_size)
-        found.append(plan_stage(config, lengths, chosen, world))
-        for line in lines(found[-1]):
-            say(line)
+    with TemporaryDirectory() as folder:
+        if size:
+            overrides += bench_module("models").write_configs(size, Path(folder))
+        for path in (word for word in configs if "=" not in word):
+            config = load_config(Path(path), overrides)
+            if drawn is None:
+                _, _, lengths = prepare_data(config, say)
+            else:
+                lengths = bench_module("synthetic").draw_like(config.stage, drawn, read_origin(config.model))
+            found.append(plan_stage(config, lengths, chosen, world))
+            for line in lines(found[-1]):
+                say(line)
     if len(found) > 1 and (hours := [stage.hours for stage in found if stage.hours is not None]):
         say(f"all stages: {sum(hours):.1f} h, {world * sum(hours):.0f} GPU-hours (predicted)")
     if json_file is not None:

@@ -143,15 +143,6 @@ def test_table_and_chart_say_what_the_results_say(tmp_path: Path) -> None:
     assert "9.00" not in text
     assert "- finetune 150m transformers_liger: cannot run here: no GPU" in text
     assert "commit 012345678;" in text
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench peers: begin -->\nold\n<!-- bench peers: end -->\nafter\n")
-    report.write_report(readme, tmp_path)
-    assert readme.read_text().startswith("before\n<!-- bench peers: begin -->\n**CPU x**")
-    assert readme.read_text().endswith("<!-- bench peers: end -->\nafter\n")
-    assert "old" not in readme.read_text()
-    readme.write_text("none")
-    with pytest.raises(UserError, match="no markers"):
-        report.write_report(readme, tmp_path)
     (path,) = report.charts(rows, tmp_path / "charts")
     assert path.name == "peers_150m_finetune.png"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -126,6 +126,19 @@ def test_command_adds_the_stages_up(config: Config, tmp_path: Path, capsys: pyte
     assert f"all stages: {sum(stage['hours'] for stage in told):.1f} h" in out
 
 
+def test_command_needs_neither_models_nor_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("stage: pretrain\noutput_dir: o\nmodel: {llm: nowhere, vision_tower: nowhere}\ndata: {records: nowhere.json}\n")
+    plan_command([str(path)], "h200", world=1, drawn=512, size="tiny", json_file=tmp_path / "plan.json")
+    (told,) = json.loads((tmp_path / "plan.json").read_text())
+    assert (told["samples"], told["steps"]) == (512, 2)
+    assert told["parameters"]["trained"] == 32 * 64 + 64 + 64 * 64 + 64
+    for words, drawn in (("--size: '70b' is none of 7b, 13b", 512), ("--size: a size without its folders has no tokenizer", None)):
+        with pytest.raises(UserError, match=words):
+            plan_command([str(path)], "h200", world=1, drawn=drawn, size="70b", json_file=None)
+    capsys.readouterr()
+
+
 def test_gpus_are_those_of_the_accounting() -> None:
     assert {gpu.peak for gpu in GPUS.values()} <= {peak for _, peak in PEAK_FLOPS}
     with pytest.raises(UserError, match="--gpu: 'h100' is not listed"):
