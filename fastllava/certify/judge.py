@@ -1,7 +1,8 @@
 """What a certificate finds: each variant's distance from the truth, and whether it is no larger than it may be.
 
 A variant is judged beside another one that differs in one thing, not against a tolerance: both are measured against the truth, and
-the first may be SLACK times as far from it as the second, and FLOOR besides.
+the first may be SLACK times as far from it as the second, and FLOOR besides. The part of the distance that changes a gradient's length
+alone is judged once more by itself: roundings average out in it, so there a wrong factor of one percent shows in bf16 too.
 """
 
 import math
@@ -20,10 +21,13 @@ sqrt(2). Mistakes are not bounded so."""
 FLOOR: Mapping[torch.dtype, float] = {torch.bfloat16: 2.0**-8, torch.float32: 1e-5}
 """Distance that is allowed in any case. bf16: the spacing of its numbers, so one rounding of the result and one of a summand.
 fp32: what the tests hold packing and transformers to."""
+SIGMAS = 3.0
+"""Of two norms of n independent roundings each, the ratio strays by 1 / sqrt(n): so many times that is allowed. n is limited by a
+tensor's entries and by the step's rows too, as each row adds an outer product."""
 ZERO = 1e-7
 """A gradient smaller than this share of all parameters' together is zero to rounding, and judged by that share."""
 
-LOSS, NORM = "loss", "gradient norm"
+LOSS, ALL = "loss", "all gradients"
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,27 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """A gradient g beside the true one t; or a loss or a norm, with `error` alone."""
+    """A gradient g beside the true one t; or a loss, with `error` alone."""
 
     norm: float
-    """||g||; of a loss or norm its value."""
+    """||g||; of a loss its value."""
     error: float
     """||g - t|| / ||t||; of a gradient that is zero, its share of all parameters' gradients."""
     scale: float = 0.0
     """<g, t> / <t, t> - 1: the part of the error that changes the length alone. Roundings average out in it, a wrong factor does not."""
     cosine: float | None = None
+    independent: int = 0
+    """Roundings in it that count as independent, the smaller of its entries and the step's supervised rows; 0 for a loss."""
+
+    @property
+    def spread(self) -> float:
+        """The share by which the errors of two of its like may differ by chance."""
+        return SIGMAS / math.sqrt(self.independent) if self.independent else 0.0
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One comparison of one parameter (or "loss", or "gradient norm") in one step."""
+    """One comparison of one parameter (or "loss", or "all gradients") in one step."""
 
     comparison: Comparison
     step: int
@@ -79,15 +90,17 @@ class Judged:
         return self.problem is None
 
 
-def measure(outcome: Outcome, truth: Outcome, device: torch.device) -> dict[str, Figures]:
-    """Figures of loss, gradient norm and each gradient that the variant gave, by name."""
-    total, norm = _norm(truth.gradients), _norm(outcome.gradients)
-    found = {LOSS: _number(outcome.loss, truth.loss), NORM: _number(norm, total)}
-    for name, gradient in outcome.gradients.items():
-        if name in truth.gradients:
-            found[name] = _gradient(gradient, truth.gradients[name], total, device)
-        else:
-            found[name] = Figures(float(gradient.double().norm()), math.nan)
+def measure(outcome: Outcome, truth: Outcome, supervised: int, device: torch.device) -> dict[str, Figures]:
+    """Figures of the loss, of all gradients together and of each that the variant gave, by name. `supervised`: rows of the step."""
+    ours, true = outcome.gradients, truth.gradients
+    # Zeros stand for a gradient that is not there, without taking memory.
+    none = {name: torch.zeros(()).expand_as(gradient) for name, gradient in {**ours, **true}.items()}
+    sums = {name: _sums(ours.get(name, zeros), true.get(name, zeros), device) for name, zeros in none.items()}
+    total = torch.stack(list(sums.values())).sum(0)
+    found = {LOSS: _loss(outcome.loss, truth.loss), ALL: _figures(total, total, supervised)}
+    for name, gradient in ours.items():
+        known = name in true
+        found[name] = _figures(sums[name], total, min(gradient.numel(), supervised)) if known else Figures(found[ALL].norm, math.nan)
     return found
 
 
@@ -95,8 +108,8 @@ def judge(step: int, figures: Mapping[str, Mapping[str, Figures]], truth: Sequen
     """Every comparison of one step. `figures` by variant and name; `truth`: the names that have a true gradient."""
     for comparison in COMPARISONS:
         found, beside = figures[comparison.judged], figures[comparison.beside]
-        for name in dict.fromkeys([LOSS, NORM, *truth, *found, *beside]):
-            true = name in truth or name in (LOSS, NORM)
+        for name in dict.fromkeys([LOSS, ALL, *truth, *found, *beside]):
+            true = name in truth or name in (LOSS, ALL)
             yield _judged(comparison, step, name, found.get(name), beside.get(name), true, dtype)
 
 
@@ -107,8 +120,9 @@ def _judged(
     if found is None or beside is None or not true:
         missing = comparison.judged if found is None else comparison.beside if beside is None else TRUTH
         return Judged(comparison, step, name, found, beside, floor, math.inf, f"'{missing}' gives it no gradient")
-    allowed = SLACK * beside.error + floor
-    used = [found.error / allowed, abs(found.scale) / (SLACK * abs(beside.scale) + floor)]
+    allowed = SLACK * (1 + beside.spread) * beside.error + floor
+    allowed_scale = SLACK * (abs(beside.scale) + beside.spread * beside.error) + floor
+    used = [found.error / allowed, abs(found.scale) / allowed_scale]
     worst = math.inf if any(math.isnan(share) for share in used) else max(used)
     problem = None
     # Not `> 1`: what is not a number fails.
@@ -125,25 +139,26 @@ def kind_of(name: str) -> tuple[str, str]:
     return kind, layer[1] if layer else ""
 
 
-def _norm(gradients: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
-
-
-def _number(found: float, truth: float) -> Figures:
+def _loss(found: float, truth: float) -> Figures:
     return Figures(found, abs(found - truth) / abs(truth) if truth else abs(found))
 
 
-def _gradient(found: Tensor, truth: Tensor, total: float, device: torch.device) -> Figures:
-    """In fp64, piece by piece on `device`; `total` is the norm of all true gradients."""
-    squares = torch.zeros(4, dtype=torch.float64)
+def _sums(found: Tensor, truth: Tensor, device: torch.device) -> Tensor:
+    """fp64 [4] on the host: <g, g>, <t, t>, <g, t> and <g - t, g - t>, piece by piece on `device`."""
+    sums = torch.zeros(4, dtype=torch.float64)
     for ours, true in zip(found.flatten().split(_PIECE), truth.flatten().split(_PIECE), strict=True):
         g, t = ours.to(device).double(), true.to(device).double()
-        squares += torch.stack((g @ g, t @ t, g @ t, (g - t) @ (g - t))).cpu()
-    found_norm, true_norm, product, error = squares[0].sqrt().item(), squares[1].sqrt().item(), squares[2].item(), squares[3].sqrt().item()
-    if not true_norm > ZERO * total:
-        return Figures(found_norm, error / total if total else error)
-    cosine = product / (found_norm * true_norm) if found_norm else 0.0
-    return Figures(found_norm, error / true_norm, product / true_norm**2 - 1, cosine)
+        sums += torch.stack((g @ g, t @ t, g @ t, (g - t) @ (g - t))).cpu()
+    return sums
+
+
+def _figures(sums: Tensor, total: Tensor, independent: int) -> Figures:
+    """From `_sums` of a gradient, and of all gradients together."""
+    found, true, product, error = sums.tolist()
+    if not true > ZERO**2 * total[1]:
+        return Figures(math.sqrt(found), math.sqrt(error / total[1]) if total[1] else math.sqrt(error), independent=independent)
+    cosine = product / math.sqrt(found * true) if found else 0.0
+    return Figures(math.sqrt(found), math.sqrt(error / true), product / true - 1, cosine, independent)
 
 
 _PIECE = 2**24

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastllava.certify.judge import COMPARISONS, FLOOR, LOSS, NORM, SLACK, Comparison, Figures, Judged, kind_of
+from fastllava.certify.judge import ALL, COMPARISONS, FLOOR, LOSS, SLACK, Comparison, Figures, Judged, kind_of
 from fastllava.certify.variants import TRUTH, VARIANTS
 from fastllava.stages import COMPUTE_DTYPE
 
@@ -126,7 +126,7 @@ def _losses(certificate: Certificate) -> Iterator[str]:
     pairs = list(zip(certificate.steps, certificate.figures, strict=True))
     worst = sorted(pairs, key=lambda pair: -max(_sort_key(pair[1][variant][LOSS].error) for variant in _BESIDE))[:_STEPS_SHOWN]
     for step, figures in sorted(worst, key=lambda pair: pair[0]["step"]):
-        for name in (LOSS, NORM):
+        for name in (LOSS, ALL):
             errors = " ".join(f"{figures[variant][name].error:10.1e}" for variant in _BESIDE)
             yield f"{step['step']:<5} {name:13} {figures[TRUTH][name].norm:12.6g} {errors}"
     if len(pairs) > len(worst):
@@ -137,7 +137,7 @@ def _gradients(certificate: Certificate) -> Iterator[str]:
     """A line for each kind of parameter: the one layer and step that comes nearest to what is allowed, or goes farthest beyond."""
     worst: dict[str, Judged] = {}
     for each in certificate.judged:
-        if each.name in (LOSS, NORM):
+        if each.name in (LOSS, ALL):
             continue
         kind, _ = kind_of(each.name)
         if kind not in worst or _sort_key(each.used) > _sort_key(worst[kind].used):
@@ -154,13 +154,11 @@ def _gradients(certificate: Certificate) -> Iterator[str]:
 
 def _comparisons(certificate: Certificate) -> Iterator[str]:
     floor = FLOOR[COMPUTE_DTYPE[certificate.facts["precision"]]]
-    yield f"Allowed: {SLACK} times the other one's distance from the truth, and {floor:.1e}; 'used' is the share of that. In particular:"
+    yield f"Allowed: {SLACK} times the other's distance, more where few numbers average, and {floor:.1e}; 'used' is the share of that:"
     for comparison in COMPARISONS:
         failed = certificate.failures(comparison)
-        yield f"  {comparison.name:8} {'FAILS' if failed else 'holds'}  {comparison.what}"
-        if failed:
-            worst = failed[0]
-            yield f"           {len(failed)} findings; {worst.name}, step {worst.step}: {worst.problem}"
+        found = f"; {len(failed)} findings, the worst {failed[0].name} in step {failed[0].step}" if failed else ""
+        yield f"  {comparison.name:8} {'FAILS' if failed else 'holds'}  {comparison.what}{found}"
 
 
 def _sort_key(value: float) -> float:

@@ -62,8 +62,9 @@ def certify(
     loaded = steps(Selection(tuple(part.step for part in parts)), 0, prepared, spec, config.data, pin=device.type == "cuda")
     for part, (step, packed) in zip(parts, loaded, strict=True):
         samples = [read_sample(prepared, spec, config.data, int(i), float(w)) for i, w in zip(step.samples, step.weights, strict=True)]
-        found, seconds, names = _measured(variants, Contents(samples, packed), device)
-        rows.append({**_row(part, plan, prepared), "seconds": seconds})
+        row = _row(part, plan, prepared)
+        found, seconds, names = _measured(variants, Contents(samples, packed), row["supervised"], device)
+        rows.append({**row, "seconds": seconds})
         figures.append(found)
         judged += judge(step.index, found, names, base.dtype)
         say(f"certify: step {step.index} computed in {len(VARIANTS)} ways in {sum(seconds.values()):.1f} s")
@@ -76,15 +77,15 @@ def certify(
 
 
 def _measured(
-    variants: Variants, contents: Contents, device: torch.device
+    variants: Variants, contents: Contents, supervised: int, device: torch.device
 ) -> tuple[dict[str, dict[str, Figures]], dict[str, float], list[str]]:
     """Figures by variant, seconds by variant, and the names that have a true gradient. Holds the truth and one variant at a time."""
     truth = variants.run(TRUTH, contents)
-    found, seconds = {TRUTH: measure(truth, truth, device)}, {TRUTH: truth.seconds}
+    found, seconds = {TRUTH: measure(truth, truth, supervised, device)}, {TRUTH: truth.seconds}
     for variant in VARIANTS:
         if variant != TRUTH:
             outcome = variants.run(variant, contents)
-            found[variant], seconds[variant] = measure(outcome, truth, device), outcome.seconds
+            found[variant], seconds[variant] = measure(outcome, truth, supervised, device), outcome.seconds
     return found, seconds, list(truth.gradients)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastllava.certify import variants as module
-from fastllava.certify.judge import COMPARISONS, LOSS, NORM
+from fastllava.certify.judge import ALL, COMPARISONS, LOSS
 from fastllava.certify.page import Certificate
 from fastllava.certify.run import certify
 from fastllava.config import check_config
@@ -51,12 +51,12 @@ def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
     for comparison in COMPARISONS:
         for step in steps:
             judged = [each.name for each in certificate.judged if (each.comparison, each.step) == (comparison, step)]
-            assert sorted(judged) == sorted([LOSS, NORM, *trained])
+            assert sorted(judged) == sorted([LOSS, ALL, *trained])
     for each in certificate.judged:
         assert each.found is not None
         assert each.found.error < 1e-5
         assert each.found.norm > 0
-        assert each.name in (LOSS, NORM) or (each.found.cosine or 0) > 1 - 1e-9
+        assert each.name in (LOSS, ALL) or (each.found.cosine or 0) > 1 - 1e-9
 
 
 @pytest.mark.parametrize(("stage", "llm"), [("pretrain", "llama"), ("finetune", "qwen2_tied")])
@@ -64,7 +64,7 @@ def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
 def test_it_holds_in_bf16(stage, llm, kernels, settings):
     certificate = certified(settings(stage, llm, kernels=kernels, train={"precision": "bf16", "recompute": "full"}))
     assert certificate.holds, certificate.verdict()
-    errors = [each.found.error for each in certificate.judged if each.found and each.name not in (LOSS, NORM)]
+    errors = [each.found.error for each in certificate.judged if each.found and each.name not in (LOSS, ALL)]
     assert max(errors) > 1e-4, "bf16 does round"
 
 
@@ -145,7 +145,7 @@ def test_a_parameter_that_does_not_train_is_named(settings, monkeypatch):
     monkeypatch.setattr(module, "prepare_stage", forgets)
     certificate = certified(settings())
     assert not certificate.holds
-    assert names_of(certificate, "whole") == {"llm.model.norm.weight", NORM}
+    assert names_of(certificate, "whole") == {"llm.model.norm.weight", ALL}
     assert "'configured' gives it no gradient" in certificate.verdict()
 
 

@@ -1,11 +1,12 @@
 """How a variant is judged: distance from the truth, what is allowed of it, and what can never hold."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastllava.certify.judge import FLOOR, LOSS, NORM, SLACK, ZERO, Figures, judge, kind_of, measure
+from fastllava.certify.judge import ALL, FLOOR, LOSS, SLACK, ZERO, Figures, judge, kind_of, measure
 from fastllava.certify.page import Certificate, as_json, lines
 from fastllava.certify.variants import TRUTH, VARIANTS, Outcome
 
@@ -14,7 +15,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 def measured(found: dict[str, list[float]], truth: dict[str, list[float]], loss: float = 2.0) -> dict[str, Figures]:
     outcomes = [Outcome(value, {name: torch.tensor(g) for name, g in grads.items()}, 0.0) for value, grads in ((loss, found), (2.0, truth))]
-    return measure(*outcomes, CPU)
+    return measure(*outcomes, 10**9, CPU)
 
 
 def test_figures_are_the_definitions():
@@ -24,15 +25,15 @@ def test_figures_are_the_definitions():
     assert found["a"].error == pytest.approx(0.1)
     assert found["a"].scale == pytest.approx((9 + 18) / 25 - 1)
     assert found["a"].cosine == pytest.approx(27 / (5 * math.hypot(3, 4.5)))
-    assert found[NORM].error == pytest.approx(math.hypot(3, 4.5) / 5 - 1)
+    assert found[ALL] == replace(found["a"], independent=10**9)
 
 
 def test_a_large_gradient_is_measured_piece_by_piece(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     truth, off = (torch.randn(7, 11, generator=generator) for _ in range(2))
-    whole = measure(Outcome(1.0, {"a": truth + off}, 0.0), Outcome(1.0, {"a": truth}, 0.0), CPU)["a"]
+    whole = measure(Outcome(1.0, {"a": truth + off}, 0.0), Outcome(1.0, {"a": truth}, 0.0), 77, CPU)["a"]
     monkeypatch.setattr("fastllava.certify.judge._PIECE", 5)
-    pieces = measure(Outcome(1.0, {"a": truth + off}, 0.0), Outcome(1.0, {"a": truth}, 0.0), CPU)["a"]
+    pieces = measure(Outcome(1.0, {"a": truth + off}, 0.0), Outcome(1.0, {"a": truth}, 0.0), 77, CPU)["a"]
     assert vars(pieces) == pytest.approx(vars(whole))
     assert whole.error == pytest.approx(float(off.norm() / truth.norm()))
 
@@ -44,7 +45,7 @@ def verdicts(configured: dict[str, Figures], others: dict[str, Figures], truth: 
 
 
 def of_error(error: float, scale: float = 0.0) -> dict[str, Figures]:
-    return {LOSS: Figures(1.0, 0.0), NORM: Figures(1.0, 0.0), "a": Figures(1.0, error, scale, 1.0)}
+    return {LOSS: Figures(1.0, 0.0), ALL: Figures(1.0, 0.0), "a": Figures(1.0, error, scale, 1.0)}
 
 
 @pytest.mark.parametrize("dtype", FLOOR)
@@ -54,6 +55,19 @@ def test_slack_times_the_other_and_the_floor_hold_and_more_does_not(dtype, besid
     assert verdicts(of_error(bound * 0.999), of_error(beside), ["a"], dtype)["a"]
     assert not verdicts(of_error(bound * 1.001), of_error(beside), ["a"], dtype)["a"]
     assert not verdicts(of_error(0.0, -bound * 1.001), of_error(beside, beside), ["a"], dtype)["a"]
+
+
+def test_small_tensors_may_stray_by_chance_and_large_ones_may_not():
+    def used(entries: int, error: float, scale: float) -> bool:
+        found, beside = ({**of_error(0.0), "a": Figures(1.0, *pair, 1.0, entries)} for pair in ((error, scale), (0.01, 0.0)))
+        return verdicts(found, beside, ["a"])["a"]
+
+    assert used(16, 0.026, 0.0)
+    assert not used(16, 0.027, 0.0)
+    assert not used(10**6, 0.0151, 0.0)
+    assert used(16, 0.01, 0.0112)
+    assert not used(16, 0.01, 0.0114)
+    assert not used(10**6, 0.01, 1e-4)
 
 
 def test_what_is_not_a_number_fails():
@@ -70,7 +84,7 @@ def test_what_is_not_a_number_fails():
 def test_a_gradient_in_one_place_only_fails():
     truth = {"a": [1.0, 2.0], "b": [1.0, 0.0]}
     both, lacks = measured(truth, truth), measured({"a": [1.0, 2.0]}, truth)
-    assert verdicts(lacks, both, ["a", "b"]) == {LOSS: True, NORM: False, "a": True, "b": False}
+    assert verdicts(lacks, both, ["a", "b"]) == {LOSS: True, ALL: False, "a": True, "b": False}
     assert not verdicts(both, lacks, ["a", "b"])["b"]
     more = measured(truth, {"a": [1.0, 2.0]})
     assert not verdicts(more, more, ["a"])["b"]
@@ -79,7 +93,7 @@ def test_a_gradient_in_one_place_only_fails():
 def test_a_gradient_that_is_zero_is_judged_by_the_others():
     truth = {"a": [3.0, 4.0], "b": [0.0, 0.0]}
     exact = measured(truth, truth)
-    assert exact["b"] == Figures(0.0, 0.0)
+    assert exact["b"] == Figures(0.0, 0.0, independent=2)
     assert verdicts(exact, exact, ["a", "b"])["b"]
     small, large = (measured({"a": [3.0, 4.0], "b": [0.0, 5 * share]}, truth) for share in (0.9e-5, 1.1e-5))
     assert small["b"].error == pytest.approx(0.9e-5)
@@ -105,7 +119,7 @@ def large(wrong: str | None) -> Certificate:
     names = [f"llm.model.layers.{layer}.{kind}.{leaf}" for layer in range(40) for kind in KINDS for leaf in ("weight", "bias")]
     names += ["llm.model.embed_tokens.weight", "llm.lm_head.weight"]
     names += [f"projector.{2 * layer}.{leaf}" for layer in range(4) for leaf in ("weight", "bias")]
-    fine = {LOSS: Figures(5.0, 1e-7), NORM: Figures(1.0, 1e-7)} | {name: Figures(1.0, 1e-6, 0.0, 1.0) for name in names}
+    fine = {LOSS: Figures(5.0, 1e-7), ALL: Figures(1.0, 1e-7)} | {name: Figures(1.0, 1e-6, 0.0, 1.0) for name in names}
     off = fine if wrong is None else fine | {wrong: Figures(1.0, math.nan, math.nan, math.nan)}
     figures = dict.fromkeys(VARIANTS, fine) | {"configured": off}
     judged = [each for step in range(20) for each in judge(step, figures, names, FP32)]
