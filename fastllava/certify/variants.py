@@ -125,7 +125,7 @@ def accumulate(trained: Mapping[str, nn.Parameter], losses: Sequence[Callable[[]
         total += float(part.detach())
     for hook in hooks:
         hook.remove()
-    return total, {name: gradient.float() for name, gradient in found.items()}
+    return total, {name: found.pop(name).float() for name in list(found)}
 
 
 def with_ops(model: Llava, ops: Ops) -> Llava:

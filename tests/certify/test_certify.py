@@ -22,7 +22,7 @@ from fastllava_kernels.room import Implementation
 
 
 def certified(values: dict[str, Any], **options: Any) -> Certificate:
-    return certify(check_config(values), lambda _: None, **{"n_samples": 6, **options})
+    return certify(check_config(values), lambda _: None, **{"n_steps": 1, "n_samples": 4, **options})
 
 
 def failing(certificate: Certificate) -> set[str]:
@@ -41,7 +41,7 @@ CASES = [("pretrain", "llama"), ("finetune", "llama"), ("finetune", "qwen2_tied"
 @pytest.mark.parametrize(("stage", "llm"), CASES)
 def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
     values = settings(stage, llm)
-    certificate = certified(values)
+    certificate = certified(values, n_steps=2)
     assert certificate.holds, certificate.verdict()
     config = check_config(values)
     ops = choose_ops(config.kernels, torch.device("cpu"), torch.float32)
@@ -152,52 +152,36 @@ def test_a_parameter_that_does_not_train_is_named(settings, monkeypatch):
 def test_text_alone_gives_a_projector_gradient_of_zero(settings, world):
     texts = [record for record in json.loads((world / "chats.json").read_text()) if "image" not in record]
     (world / "texts.json").write_text(json.dumps(texts))
-    certificate = certified(settings(data={"records": str(world / "texts.json")}), n_steps=1)
+    certificate = certified(settings(data={"records": str(world / "texts.json")}))
     assert certificate.holds, certificate.verdict()
     found = certificate.figures[0]["configured"]["projector.0.weight"]
     assert (found.norm, found.error, found.cosine) == (0.0, 0.0, None)
 
 
-def test_the_selection_follows_the_options(settings):
-    values = settings(train={"global_batch": 4})
-    certificate = certified(values, n_steps=3, n_samples=2)
-    assert [(step["step"], step["samples"], step["of"]) for step in certificate.steps] == [(0, 2, 4), (1, 2, 4), (3, 2, 4)]
-    whole = certified(values, n_steps=99, n_samples=0)
-    assert [(step["step"], step["samples"]) for step in whole.steps] == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 2)]
-    for part in certificate.steps:
-        ids = whole.steps[part["step"]]["ids"]
-        assert part["ids"] == ids[part["from"] : part["from"] + 2]
-
-
 def test_the_originals_weights_and_padding_do_not_matter(settings):
     """Another split into padded batches, loss_norm llava, samples as long as micro-batches: all the same training."""
     values = settings(train={"loss_norm": "llava", "micro_batch_tokens": 1, "last_layer": "all"})
-    first, second = (certified(values, n_steps=1, padded_batch=size) for size in (1, 5))
+    first, second = (certified(values, n_samples=0, padded_batch=size) for size in (1, 5))
     assert first.holds, first.verdict()
     assert second.holds, second.verdict()
-    assert first.steps[0]["micro_batches"] == 6
+    assert first.steps[0]["micro_batches"] == 8
     assert first.figures[0]["configured"][LOSS].norm == second.figures[0]["configured"][LOSS].norm
 
 
-def test_a_compiled_run_is_certified_as_compiled(settings, monkeypatch):
-    graphs = []
-
-    def backend(graph: Any, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    honest = module.compile_model
-    monkeypatch.setattr(module, "compile_model", lambda model, mode: honest(model, mode, backend))
-    certificate = certified(settings(train={"compile": "layer"}), n_steps=1)
+def test_the_configured_variant_alone_is_compiled_and_has_the_configs_kernels(settings, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fastllava.train.check_compiler", lambda *_: None)
+    monkeypatch.setattr(module, "compile_model", lambda model, mode: seen.append((model.chosen, model.recompute, mode)))
+    certificate = certified(settings(kernels={"attention": "sdpa"}, train={"compile": "layer", "recompute": "norms"}))
     assert certificate.holds, certificate.verdict()
-    assert graphs
+    ((kernels, recompute, mode),) = seen
+    assert (kernels["attention"], recompute, mode) == ("sdpa", "norms", "layer")
 
 
-def test_the_original_runs_configs_hold(shared, tmp_path):
+def test_a_config_of_the_originals_runs_holds(shared, tmp_path):
     from golden_trace import config_of
 
-    values = config_of("finetune_accum", shared, tmp_path / "golden")
-    assert certified(values, n_steps=1).holds
+    assert certified(config_of("pretrain", shared, tmp_path / "golden"), n_samples=2).holds
 
 
 def test_too_little_memory_is_one_line(settings, monkeypatch):

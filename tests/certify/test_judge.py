@@ -115,16 +115,16 @@ KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 
 
 def large(wrong: str | None) -> Certificate:
-    """Of a decoder of forty layers and twenty steps; parameter `wrong` is off."""
+    """Of a decoder of forty layers and five steps; parameter `wrong` is off."""
     names = [f"llm.model.layers.{layer}.{kind}.{leaf}" for layer in range(40) for kind in KINDS for leaf in ("weight", "bias")]
     names += ["llm.model.embed_tokens.weight", "llm.lm_head.weight"]
     names += [f"projector.{2 * layer}.{leaf}" for layer in range(4) for leaf in ("weight", "bias")]
     fine = {LOSS: Figures(5.0, 1e-7), ALL: Figures(1.0, 1e-7)} | {name: Figures(1.0, 1e-6, 0.0, 1.0) for name in names}
     off = fine if wrong is None else fine | {wrong: Figures(1.0, math.nan, math.nan, math.nan)}
     figures = dict.fromkeys(VARIANTS, fine) | {"configured": off}
-    judged = [each for step in range(20) for each in judge(step, figures, names, FP32)]
+    judged = [each for step in range(5) for each in judge(step, figures, names, FP32)]
     step = {"samples": 16, "of": 128, "from": 7, "rows": 9000, "supervised": 900, "images": 9, "micro_batches": 1, "seconds": {TRUTH: 1.0}}
-    steps = [{"step": number, "ids": [f"record{i}" for i in range(16)], **step} for number in range(20)]
+    steps = [{"step": number, "ids": [f"record{i}" for i in range(16)], **step} for number in range(5)]
     facts = {
         "stage": "finetune",
         "device": "cpu",
@@ -139,7 +139,7 @@ def large(wrong: str | None) -> Certificate:
         "versions": {"torch": "2", "machine": "m", "device": "d"},
         "commit": None,
     }
-    return Certificate(facts, steps, [figures] * 20, judged)
+    return Certificate(facts, steps, [figures] * 5, judged)
 
 
 @pytest.mark.parametrize("wrong", [None, "llm.model.layers.33.mlp.up_proj.bias"])
@@ -152,5 +152,5 @@ def test_the_page_is_one_page_for_any_model(wrong):
     (row,) = [line for line in page if line.startswith("mlp.up_proj.bias ")]
     assert (wrong is not None) == ("layer 33, step 0" in row and row.endswith("FAILS"))
     found = as_json(certificate)
-    assert len(found["judged"]) == len(certificate.judged) == 20 * 4 * (2 + 40 * 14 + 10)
+    assert len(found["judged"]) == len(certificate.judged) == 5 * 4 * (2 + 40 * 14 + 10)
     assert found["holds"] is (wrong is None)
