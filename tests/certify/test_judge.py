@@ -77,6 +77,7 @@ def test_what_is_not_a_number_fails():
         assert not verdicts(bad, fine, ["a"])["a"]
         assert not verdicts(bad, bad, ["a"])["a"], "though plain PyTorch's is none either"
     assert not verdicts(measured(truth, truth, math.nan), fine, ["a"])[LOSS]
+    assert not verdicts(of_error(0.0, math.nan), of_error(0.0), ["a"])["a"]
     of_nan = measured(truth, {"a": [math.nan, 1.0]})
     assert not verdicts(of_nan, of_nan, ["a"])["a"]
 
