@@ -1,5 +1,6 @@
 """The five ways to compute a step that a certificate compares, all from the same weights, and what each gives: loss and gradients."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ class Variants:
             raise UserError(self._too_little(variant)) from None
         finally:
             if self.device.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
         return Outcome(loss, gradients, time.monotonic() - began)
 
