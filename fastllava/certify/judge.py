@@ -99,8 +99,8 @@ def measure(outcome: Outcome, truth: Outcome, supervised: int, device: torch.dev
     total = torch.stack(list(sums.values())).sum(0)
     found = {LOSS: _loss(outcome.loss, truth.loss), ALL: _figures(total, total, supervised)}
     for name, gradient in ours.items():
-        known = name in true
-        found[name] = _figures(sums[name], total, min(gradient.numel(), supervised)) if known else Figures(found[ALL].norm, math.nan)
+        independent = min(gradient.numel(), supervised)
+        found[name] = _figures(sums[name], total, independent) if name in true else Figures(math.sqrt(sums[name][0]), math.nan)
     return found
 
 

@@ -41,13 +41,14 @@ CASES = [("pretrain", "llama"), ("finetune", "llama"), ("finetune", "qwen2_tied"
 @pytest.mark.parametrize(("stage", "llm"), CASES)
 def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
     values = settings(stage, llm)
-    certificate = certified(values, n_steps=2)
+    n_steps = 2 if llm == "llama" else 1
+    certificate = certified(values, n_steps=n_steps)
     assert certificate.holds, certificate.verdict()
     config = check_config(values)
     ops = choose_ops(config.kernels, torch.device("cpu"), torch.float32)
     trained = prepare_stage(load_llava(config.model, ops, COMPUTE_DTYPE["fp32"], 0), config)
     steps = {each.step for each in certificate.judged}
-    assert len(steps) == 2
+    assert len(steps) == n_steps
     for comparison in COMPARISONS:
         for step in steps:
             judged = [each.name for each in certificate.judged if (each.comparison, each.step) == (comparison, step)]
@@ -60,9 +61,8 @@ def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
 
 
 @pytest.mark.parametrize(("stage", "llm"), [("pretrain", "llama"), ("finetune", "qwen2_tied")])
-@pytest.mark.parametrize("kernels", ["reference", {}])
-def test_it_holds_in_bf16(stage, llm, kernels, settings):
-    certificate = certified(settings(stage, llm, kernels=kernels, train={"precision": "bf16", "recompute": "full"}))
+def test_it_holds_in_bf16(stage, llm, settings):
+    certificate = certified(settings(stage, llm, kernels="reference", train={"precision": "bf16", "recompute": "full"}))
     assert certificate.holds, certificate.verdict()
     errors = [each.found.error for each in certificate.judged if each.found and each.name not in (LOSS, ALL)]
     assert max(errors) > 1e-4, "bf16 does round"

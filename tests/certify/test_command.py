@@ -85,9 +85,10 @@ def test_a_run_that_differs_exits_with_1_and_leaves_the_page(write, tmp_path, mo
 
 MISTAKES = {
     "nothing there": ("pretrain", [], {"model": {"llm": "nowhere"}}, r"model\.llm: nowhere/config\.json does not exist"),
-    "wrong key": ("pretrain", ["train.precison=fp32"], {}, r"train\.precison: .*did you mean train\.precision"),
+    "wrong key": ("pretrain", ["train.precisions=fp32"], {}, r"train\.precisions: .*did you mean train\.precision"),
     "no kernel": ("pretrain", ["kernels.swiglu=cuda"], {}, r"kernels\.swiglu: .*is no implementation of it"),
     "no projector": ("finetune", [], {"model": {"projector": None}}, r"model\.projector: is missing"),
+    "nothing trains": ("pretrain", [], {"model": {"projector_type": "identity"}}, r"model\.projector_type: identity has no weights, so"),
     "out is a file": ("pretrain", ["--out", __file__], {}, r"--out: .* cannot be made \(File exists\); give a folder that can"),
 }
 
