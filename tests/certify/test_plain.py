@@ -48,6 +48,20 @@ def test_loss_and_gradients_equal_the_trainers(case, stage, settings):
         assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
+def test_gradients_gathered_on_the_host_are_those_that_backward_leaves(settings):
+    config = check_config(settings())
+    model = load_llava(config.model, reference_ops(), torch.float32, 0)
+    trained = prepare_stage(model, config)
+    batches = [pack(CASES[case], model.spec, MAX_TOKENS) for case in ("several images", "no image", "text cut")]
+    loss, gathered = accumulate(trained, [lambda batch=batch: model(batch) for batch in batches])
+    losses = [model(batch) for batch in batches]
+    for part in losses:
+        part.backward()
+    assert loss == pytest.approx(float(torch.stack(losses).sum()))
+    assert gathered.keys() == trained.keys()
+    assert all(torch.equal(gathered[name], parameter.grad) for name, parameter in trained.items())
+
+
 def test_the_weights_are_shared_and_none_is_changed(settings):
     config = check_config(settings())
     model = load_llava(config.model, reference_ops(), torch.float32, 0)
