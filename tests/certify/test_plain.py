@@ -57,7 +57,7 @@ def test_gradients_gathered_on_the_host_are_those_that_backward_leaves(settings)
     losses = [model(batch) for batch in batches]
     for part in losses:
         part.backward()
-    assert loss == pytest.approx(float(torch.stack(losses).sum()))
+    assert loss == pytest.approx(torch.stack(losses).sum().item())
     assert gathered.keys() == trained.keys()
     assert all(torch.equal(gathered[name], parameter.grad) for name, parameter in trained.items())
 
