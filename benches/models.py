@@ -16,6 +16,7 @@ from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
+from fastllava.model.twin import filled
 from fastllava.model.weights.configs import clip_config, image_spec, llama_config
 
 SELECT_LAYER = -2
@@ -182,33 +183,14 @@ def projector_as_sequential(size: Size, ours: Llava) -> nn.Sequential:
 
 
 def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, shared: Iterable[str]) -> Any:
-    from fastllava.model.weights.layouts import to_ours
-
     config._attn_implementation = attention
     weights, not_copied = dict(ours.named_parameters()), set(shared)
-    with torch.device("meta"):
-        module = kind._from_config(config, dtype=ours.dtype, attn_implementation=attention)
-    for name, _ in list(module.named_parameters()):
-        source = to_ours(name, layout)
-        if source is None or source not in weights:
-            raise RuntimeError(f"{kind.__name__} of this transformers has {name}, which is no weight of LLaVA")
-        weight = weights[source].detach()
-        _set(module, name, weight if source in not_copied else weight.to(ours.dtype, copy=True))
-    _rebuild_buffers(module, ours)
-    return module.train()
 
+    def weight(name: str) -> Tensor:
+        own = weights[name].detach()
+        return own if name in not_copied else own.to(ours.dtype, copy=True)
 
-def _rebuild_buffers(module: nn.Module, ours: Llava) -> None:
-    """What a module computes when it is made, which it could not on the meta device."""
-    device = ours.llm.head_weight.device
-    for owner in module.modules():
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            if name in ("inv_freq", "original_inv_freq"):
-                setattr(owner, name, ours.llm.config.inverse_frequencies().to(device))
-            elif name == "position_ids":
-                setattr(owner, name, torch.arange(buffer.shape[-1], device=device).unsqueeze(0))
-            else:
-                raise RuntimeError(f"{type(owner).__name__} of this transformers has a buffer {name} that is not known here")
+    return filled(lambda: kind._from_config(config, dtype=ours.dtype, attn_implementation=attention), weight, layout).train()
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

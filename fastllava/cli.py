@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | plan | inspect | export | toggles | bench`."""
+"""The command line: `fastllava demo | prepare | train | plan | certify | inspect | export | toggles | bench`."""
 
 import json
 import sys
@@ -38,6 +38,13 @@ class Format(StrEnum):
 
     text = "text"
     jsonl = "jsonl"
+
+
+class Truth(StrEnum):
+    """Precision that a certificate calls true."""
+
+    fp32 = "fp32"
+    fp64 = "fp64"
 
 
 @app.command()
@@ -114,6 +121,30 @@ def plan_command(
         say(f"all stages: {sum(hours):.1f} h, {world * sum(hours):.0f} GPU-hours (predicted)")
     if json_file is not None:
         json_file.write_text(json.dumps([as_json(stage) for stage in found], indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def certify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="steps to look at, spread over the run")] = 2,
+    samples: Annotated[int, typer.Option(min=0, help="samples of each step; 0 for all")] = 16,
+    padded_batch: Annotated[int, typer.Option(min=1, help="samples of a padded batch of plain PyTorch")] = 2,
+    truth: Annotated[Optional[Truth], typer.Option(help="when left out fp64 on a CPU and for a run in fp32, else fp32")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="folder for certificate.txt and .json; output_dir when left out")] = None,  # noqa: UP045
+) -> None:
+    """Hold this run's loss and gradients to plain PyTorch's, on its own data and weights. Exits with 1 when they differ."""
+    with first_of_machine_speaks():
+        checked = load_config(config, overrides or ())
+        from fastllava.certify.run import certify as run_certify
+        from fastllava.startup import speaker
+
+        given = None if truth is None else truth.value
+        certificate = run_certify(
+            checked, speaker(Console()), n_steps=steps, n_samples=samples, padded_batch=padded_batch, truth=given, out=out
+        )
+    if not certificate.holds:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -16,10 +16,12 @@ COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_start(config: Config) -> None:
-    """Raises UserError, before any record or weight is read, when a folder or the projector to start from is not there.
+    """Raises UserError, before any record or weight is read, when a folder or the projector to start from is not there, or nothing trains.
 
     Stage pretrain draws a projector when none is given; stage finetune wants one.
     """
+    if config.stage == "pretrain" and config.model.projector_type == "identity":
+        raise UserError("model.projector_type: identity has no weights, so stage pretrain has nothing to train; run stage finetune")
     plain_llm = read_origin(config.model).layout == "llm"
     if isinstance(config.model.projector, Path):
         projector_file(config.model.projector)
@@ -53,10 +55,7 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
         part.float()
     model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
     model.train()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trained:
-        raise UserError("model.projector_type: identity has no weights, so stage pretrain has nothing to train; run stage finetune")
-    return trained
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def gather_result(model: Llava, config: Config, keep: bool) -> dict[str, Tensor]:

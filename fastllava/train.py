@@ -86,7 +86,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     with processes() as group, ExitStack() as stack:
         console = (console or Console()) if group.first else Console(quiet=True)
         say = speaker(console)
-        device, ops = group.together(lambda: _check(config, group))
+        device, ops = group.together(lambda: check_run(config, group))
         group.together(lambda: stack.enter_context(resume.locked(config.output_dir) if group.first else nullcontext()))
         spec, prepared = open_data(config, say, group)
         accounting = group.together(lambda: Accounting.of(config))
@@ -116,7 +116,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console, sharding).train()
 
 
-def _check(config: Config, group: Processes) -> tuple[torch.device, Ops]:
+def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     """The device and the kernels, once all is there that can be looked for before data and weights are read."""
     device, mode = choose_device(config, group.local_rank), config.train.compile
     ops = choose_ops(config.kernels, device, COMPUTE_DTYPE[config.train.precision], compiled=mode != "off")

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastllava.batch import IMAGE_ID, Batch, ImageSpec
 from fastllava.config import DataConfig
 from fastllava.data.images import load_image
-from fastllava.data.plan import Plan, Step
+from fastllava.data.plan import Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import UserError
 
@@ -117,27 +118,41 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, job: _Job) -> Batch | UserError:
         try:
-            return pack([self._sample(i, w) for i, w in zip(job.samples, job.weights, strict=True)], self.spec, self.data.max_tokens)
+            return self._build(job)
         except UserError as error:
             # Returned, not raised: what a worker raises reaches the main process wrapped in a traceback.
             return error
 
-    def _sample(self, index: int, weight: float) -> Sample:
-        row = self.prepared.row(index)
-        images = []
-        if row.image is not None:
-            root = self.data.images
-            if root is None:
-                raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
-            try:
-                images.append(load_image(root / row.image, self.data.image_policy, self.spec, self.data))
-            except UserError as error:
-                raise UserError(f"record {row.id}: its image was readable when the data was prepared and is not now: {error}") from None
-        return Sample(row.ids, row.supervised, images, weight)
+    def _build(self, job: _Job) -> Batch:
+        samples = [read_sample(self.prepared, self.spec, self.data, i, w) for i, w in zip(job.samples, job.weights, strict=True)]
+        return pack(samples, self.spec, self.data.max_tokens)
+
+
+def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index: int, weight: float) -> Sample:
+    """Sample `index` with its image decoded. Raises UserError that names the record when that has become unreadable."""
+    row = prepared.row(index)
+    images = []
+    if row.image is not None:
+        if data.images is None:
+            raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
+        try:
+            images.append(load_image(data.images / row.image, data.image_policy, spec, data))
+        except UserError as error:
+            raise UserError(f"record {row.id}: its image was readable when the data was prepared and is not now: {error}") from None
+    return Sample(row.ids, row.supervised, images, weight)
+
+
+class Steps(Protocol):
+    """What the loader needs of a plan."""
+
+    @property
+    def n_steps(self) -> int: ...
+
+    def step(self, index: int) -> Step: ...
 
 
 def steps(
-    plan: Plan, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool, rank: int = 0
+    plan: Steps, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool, rank: int = 0
 ) -> Iterator[tuple[Step, list[Batch]]]:
     """Every step from number `first` to the plan's last, with the rank's micro-batches on the host (page-locked when `pin`).
 
@@ -174,7 +189,7 @@ def _take(built: Iterator[Batch | UserError]) -> Batch | UserError:
         raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
 
 
-def _jobs(plan: Plan, first: int, rank: int) -> Iterable[_Job]:
+def _jobs(plan: Steps, first: int, rank: int) -> Iterable[_Job]:
     for index in range(first, plan.n_steps):
         step = plan.step(index)
         for ranks in step.micro_batches:

@@ -95,6 +95,10 @@ class Plan:
         """Step `index`, 0-based. The last step of an epoch takes the samples that are left."""
         return self._step(index)
 
+    def part(self, index: int, start: int, count: int) -> Step:
+        """Step `index` with only the `count` of its samples from position `start` on, packed and weighed as a step of so many."""
+        return self._of(index, self.step(index).samples[start : start + count])
+
     def work(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B] operations of these samples, by the plan's cost."""
         lengths = self.lengths
@@ -116,7 +120,9 @@ class Plan:
     def _build(self, index: int) -> Step:
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self.train.global_batch
-        samples = self._order(epoch)[start : start + self.train.global_batch]
+        return self._of(index, self._order(epoch)[start : start + self.train.global_batch])
+
+    def _of(self, index: int, samples: NDArray[np.int64]) -> Step:
         return Step(
             index=index,
             samples=samples,

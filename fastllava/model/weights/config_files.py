@@ -92,7 +92,7 @@ def config_files(
     report: Callable[[str], object],
 ) -> dict[str, Mapping[str, Any]]:
     """JSON by file name. `home` is the folder that the checkpoint will lie in."""
-    text = _text_config(model) | {"vocab_size": vocabulary.rows}
+    text = text_config(model) | {"vocab_size": vocabulary.rows}
     name = str(dtype).removeprefix("torch.")
     generation = _generation_config(model.origin, text, report)
     if layout == "llava":
@@ -121,7 +121,7 @@ def tower_config(model: Llava) -> dict[str, Any]:
     return {**origin.vision, **asdict(origin.clip), "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
 
 
-def _text_config(model: Llava) -> dict[str, Any]:
+def text_config(model: Llava) -> dict[str, Any]:
     """The decoder's config.json: what it came with, and every field that decides the computation spelled out."""
     llama, given = model.llm.config, model.origin.text
     text = {k: v for k, v in given.items() if k not in _NOT_TEXT and not k.startswith(_NOT_TEXT_PREFIXES)}

@@ -1,0 +1,94 @@
+"""What a certificate says of the run it is about: model, data, samples, settings, machine, versions, and hashes of them."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllava.certify.selection import Part
+from fastllava.config import Config
+from fastllava.data.plan import Plan
+from fastllava.data.prepared import PreparedSet
+from fastllava.model.llava import Llava
+from fastllava.stages import trained_parts
+from fastllava.summary import versions
+
+
+def of_step(part: Part, plan: Plan, prepared: PreparedSet) -> dict[str, Any]:
+    """What was taken of a step of `plan`; JSON."""
+    samples, lengths = part.step.samples, plan.lengths
+    return {
+        "step": part.step.index,
+        "samples": len(samples),
+        "of": part.whole,
+        "from": part.start,
+        "ids": [prepared.row(int(i)).id for i in samples],
+        "rows": int(lengths.n_tokens[samples].sum()),
+        "supervised": int(lengths.n_supervised[samples].sum()),
+        "images": int(lengths.n_images[samples].sum()),
+        "micro_batches": len(part.step.micro_batches),
+    }
+
+
+def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padded_batch: int, device: torch.device) -> dict[str, Any]:
+    """What identifies the run and the machine; JSON. `base` is the model as read."""
+    trained = sum(weight.numel() for part in trained_parts(base, config.stage) for weight in part.parameters())
+    train = config.train
+    return {
+        "stage": config.stage,
+        "device": str(device),
+        "precision": train.precision,
+        "truth": truth,
+        "padded_batch": padded_batch,
+        "settings": {
+            key: getattr(train, key)
+            for key in ("loss_norm", "micro_batch_tokens", "recompute", "last_layer", "compile", "tf32", "global_batch", "seed")
+        },
+        "kernels": {room: use["implementation"] for room, use in base.kernels().items()},
+        "model": {
+            "llm": str(config.model.llm),
+            "vision_tower": str(base.origin.tower_folder or config.model.llm),
+            "projector": base.projector_source,
+            "trained": trained,
+            "frozen": sum(weight.numel() for weight in base.parameters()) - trained,
+            "weights_sha256": _sha256_of(base),
+        },
+        "data": {
+            "records": str(config.data.records),
+            "prepared_digest": prepared.digest,
+            "samples": len(prepared),
+            "quarantined": prepared.manifest["quarantined"],
+        },
+        "config": config.model_dump(mode="json"),
+        "config_sha256": hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+
+
+def _sha256_of(model: Llava) -> str:
+    """Of all weights as read, by name."""
+    found = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        found.update(name.encode())
+        found.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _commit() -> str | None:
+    """Of the checkout that this code lies in; None where it is installed otherwise. With "+changes" where a file differs from it."""
+    git, root = shutil.which("git"), Path(__file__).resolve().parents[2]
+    if git is None or not (root / ".git").exists():
+        return None
+
+    def said(*words: str) -> str:
+        return subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()  # noqa: S603
+
+    try:
+        return said("rev-parse", "HEAD") + ("+changes" if said("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,130 @@
+"""LLaVA in plain PyTorch: transformers' modules on padded batches, every row's logits, none of our modules or kernels.
+
+It reads prepared samples by itself and shares weights' values with our model, and nothing else of it.
+Shape letters: B samples, L rows of the longest, I images, P patches an image, C tower width, D decoder width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllava.batch import IMAGE_ID
+from fastllava.config import Stage
+from fastllava.data.loader import Sample
+from fastllava.model import twin
+from fastllava.model.llava import Llava
+
+IGNORED = -100
+"""The target of a row that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """B samples on the host, as they are before an image has become patches."""
+
+    ids: list[Tensor]
+    """int64 [n] each: token ids, IMAGE_ID where an image stands."""
+    labels: list[Tensor]
+    """int64 [n] each: the ids that are supervised, IGNORED elsewhere."""
+    pixels: Tensor
+    """uint8 [I, 3, H, W]."""
+    weights: Tensor
+    """fp64 [B]: of each supervised token of a sample."""
+
+
+def collate(samples: Sequence[Sample], size: int) -> Padded:
+    """A batch of these samples, with images of `size` by `size` pixels."""
+    images = [torch.from_numpy(image) for sample in samples for image in sample.images]
+    return Padded(
+        ids=[torch.tensor(sample.ids, dtype=torch.int64) for sample in samples],
+        labels=[_labels(sample) for sample in samples],
+        pixels=torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
+    )
+
+
+def _labels(sample: Sample) -> Tensor:
+    labels = np.full(len(sample.ids), IGNORED, np.int64)
+    for begin, end in sample.supervised:
+        labels[begin:end] = sample.ids[begin:end]
+    return torch.from_numpy(labels)
+
+
+class PlainLlava:
+    """The modules of transformers with the weights of `ours` in `dtype`, and the loss of a padded batch.
+
+    What trains is by the stage's rule alone (llava/train/train.py): the projector, in stage finetune the decoder too.
+    """
+
+    def __init__(self, ours: Llava, stage: Stage, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+        self.dtype, self.device, self.max_tokens = dtype, device, max_tokens
+        self.size, self.layer = ours.spec.size, ours.origin.select_layer
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (ours.spec.mean, ours.spec.std))
+        self._weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
+        self.llm = twin.decoder(ours, self._weights.__getitem__, dtype).eval()
+        self.tower = twin.tower(ours, self._weights.__getitem__, dtype).eval().requires_grad_(False)
+        self.projector = [
+            nn.Parameter(self._weights.pop(f"projector.{name}"), requires_grad=True) for name, _ in ours.projector.named_parameters()
+        ]
+        self._projector_names = [f"projector.{name}" for name, _ in ours.projector.named_parameters()]
+        self.llm.requires_grad_(stage == "finetune")
+        del self._weights
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by our names."""
+        decoder = {f"llm.{name}": parameter for name, parameter in self.llm.named_parameters() if parameter.requires_grad}
+        return decoder | dict(zip(self._projector_names, self.projector, strict=True))
+
+    def loss(self, batch: Padded) -> Tensor:
+        """Scalar in fp32, or in fp64 when that is the dtype: the sum of each sample's weight times its supervised tokens' cross-entropy."""
+        embeds_BLD, mask_BL, targets_BL = self._padded(batch)
+        logits_BLV = self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits[:, :-1].to(self.wide)
+        targets = targets_BL[:, 1:]
+        losses = F.cross_entropy(logits_BLV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        weights_B = batch.weights.to(self.device, self.wide)
+        return (losses.unflatten(0, targets.shape) * weights_B.unsqueeze(1)).sum()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """[I, P, D]: the tower's selected hidden state without the class row, projected."""
+        if not len(pixels):
+            # The projector stays in the graph, with a gradient of zero.
+            return self._project(torch.zeros(1, 1, self.tower.config.hidden_size, dtype=self.dtype, device=self.device))[:0]
+        with torch.no_grad():
+            normalised = (pixels.to(self.device).float() / 255 - self.mean) / self.std
+            states = self.tower(normalised.to(self.dtype), output_hidden_states=True).hidden_states
+        return self._project(states[self.layer][:, 1:])
+
+    def _project(self, x: Tensor) -> Tensor:
+        layers = list(zip(self.projector[::2], self.projector[1::2], strict=True))
+        for number, (weight, bias) in enumerate(layers):
+            x = F.linear(F.gelu(x) if number else x, weight, bias)
+        return x
+
+    def _padded(self, batch: Padded) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, L, D], mask int64 [B, L], targets int64 [B, L]: padded on the right, cut at `max_tokens` rows."""
+        features = iter(self._features(batch.pixels).unbind())
+        unused = self._features(batch.pixels[:0]).flatten(0, 1)
+        rows, targets = [], []
+        for ids, labels in zip(batch.ids, batch.labels, strict=True):
+            pieces = list(self._pieces(ids.to(self.device), labels.to(self.device), features))
+            rows.append(torch.cat([unused, *(piece for piece, _ in pieces)])[: self.max_tokens])
+            targets.append(torch.cat([its for _, its in pieces])[: self.max_tokens])
+        pad = torch.nn.utils.rnn.pad_sequence
+        mask = pad([torch.ones_like(its) for its in targets], batch_first=True)
+        return pad(rows, batch_first=True), mask, pad(targets, batch_first=True, padding_value=IGNORED)
+
+    def _pieces(self, ids: Tensor, labels: Tensor, features: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embedded text and images' features in their order, each with its targets."""
+        embed = self.llm.get_input_embeddings()
+        begin = 0
+        for at in [*(ids == IMAGE_ID).nonzero().flatten().tolist(), len(ids)]:
+            yield embed(ids[begin:at]), labels[begin:at]
+            if at < len(ids):
+                feature = next(features)
+                yield feature, labels.new_full((len(feature),), IGNORED)
+            begin = at + 1

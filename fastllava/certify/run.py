@@ -1,0 +1,103 @@
+"""The certificate of a run from its config: the samples, every variant of every step, the verdict, the two files."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from fastllava.accounting import Accounting
+from fastllava.certify import facts
+from fastllava.certify.judge import Figures, judge, measure
+from fastllava.certify.page import Certificate, as_json, lines
+from fastllava.certify.selection import Selection, choose
+from fastllava.certify.variants import TRUTH, VARIANTS, Contents, Variants
+from fastllava.config import Config
+from fastllava.data.loader import read_sample, steps
+from fastllava.data.plan import Plan
+from fastllava.errors import UserError
+from fastllava.model.weights import load_llava
+from fastllava.parallel import ALONE
+from fastllava.stages import COMPUTE_DTYPE
+from fastllava.startup import Say, prepare_data
+from fastllava.train import check_run
+
+TRUTHS = {"fp32": torch.float32, "fp64": torch.float64}
+TEXT, JSON = "certificate.txt", "certificate.json"
+
+
+def certify(
+    config: Config,
+    say: Say,
+    *,
+    n_steps: int = 2,
+    n_samples: int = 16,
+    padded_batch: int = 2,
+    truth: str | None = None,
+    out: Path | None = None,
+) -> Certificate:
+    """Compute some samples of some steps of the run in every way, and write certificate.txt and .json to `out` or output_dir.
+
+    `n_samples` 0 takes whole steps. `truth`: fp64 or fp32; when None fp64 on a CPU and for a run in fp32, else fp32. Raises UserError
+    for whatever the user can mend, as training does.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("certify: it runs in one process, and torchrun starts several; start it without torchrun")
+    device, ops = check_run(config, ALONE)
+    folder = _folder(config, out)
+    _, spec, prepared = prepare_data(config, say)
+    plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost())
+    parts = choose(plan, n_steps, n_samples, config.train.seed)
+    base = load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed)
+    if truth is None:
+        truth = "fp64" if device.type == "cpu" or config.train.precision == "fp32" else "fp32"
+    variants = Variants(config, base, device, TRUTHS[truth], padded_batch)
+    rows, figures, judged = [], [], []
+    # Few samples: a worker would take longer to start than they do to read.
+    data, chosen = config.data.model_copy(update={"workers": 0}), Selection(tuple(part.step for part in parts))
+    for part, (step, packed) in zip(parts, steps(chosen, 0, prepared, spec, data, pin=False), strict=True):
+        samples = [read_sample(prepared, spec, data, int(i), float(w)) for i, w in zip(step.samples, step.weights, strict=True)]
+        row = facts.of_step(part, plan, prepared)
+        found, seconds, names = _measured(variants, Contents(samples, packed), row["supervised"])
+        rows.append({**row, "seconds": seconds})
+        figures.append(found)
+        judged += judge(step.index, found, names, base.dtype)
+        say(f"certify: step {step.index} computed in {len(VARIANTS)} ways in {sum(seconds.values()):.1f} s")
+    certificate = Certificate(facts.of_run(config, base, prepared, truth, padded_batch, device), rows, figures, judged)
+    for line in lines(certificate):
+        say(line)
+    _write(certificate, folder)
+    say(f"wrote {folder / TEXT} and {folder / JSON}")
+    return certificate
+
+
+def _measured(variants: Variants, contents: Contents, supervised: int) -> tuple[dict[str, dict[str, Figures]], dict[str, float], list[str]]:
+    """Figures by variant, seconds by variant, and the names that have a true gradient. Holds the truth and one variant at a time."""
+    truth = variants.run(TRUTH, contents)
+    found, seconds = {}, {}
+    for variant in VARIANTS:
+        outcome = truth if variant == TRUTH else variants.run(variant, contents)
+        found[variant] = measure(outcome, truth, supervised, variants.device)
+        seconds[variant] = outcome.seconds
+    return found, seconds, list(truth.gradients)
+
+
+def _folder(config: Config, out: Path | None) -> Path:
+    """The folder for the certificate, made. Raises UserError when it cannot be written, before hours of work."""
+    folder, key = (config.output_dir, "output_dir") if out is None else (out, "--out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be made ({error.strerror}); give a folder that can") from None
+    if not writable:
+        raise UserError(f"{key}: {folder} cannot be written; give a folder that can")
+    return folder
+
+
+def _write(certificate: Certificate, folder: Path) -> None:
+    try:
+        (folder / TEXT).write_text("\n".join(lines(certificate)) + "\n", encoding="utf-8")
+        (folder / JSON).write_text(json.dumps(as_json(certificate), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {folder} could not be written ({error.strerror}); make room there or give another folder") from None

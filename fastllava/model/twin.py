@@ -1,0 +1,67 @@
+"""transformers' own modules with a model's weights in them: what our modules are held against, and what it is measured against."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllava.model.llava import Llava
+from fastllava.model.weights.config_files import text_config, tower_config
+from fastllava.model.weights.layouts import to_ours
+
+Weight = Callable[[str], Tensor]
+"""The tensor to use for a weight, by our name of it."""
+
+
+def decoder(ours: Llava, weight: Weight, dtype: torch.dtype) -> Any:
+    """The causal language model of `ours` as transformers computes it (LlamaForCausalLM and its like), attention by PyTorch's SDPA.
+
+    Its parameters are whatever `weight` gives for our names, so in that dtype and on that device.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = dict(text_config(ours))
+    config = AutoConfig.for_model(text.pop("model_type"), **text)
+    module = filled(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), weight, "llm")
+    if ours.llm.config.tied:
+        module.lm_head.weight = module.get_input_embeddings().weight
+    return module
+
+
+def tower(ours: Llava, weight: Weight, dtype: torch.dtype) -> Any:
+    """The CLIPVisionModel of `ours`, likewise."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(**tower_config(ours))
+    return filled(lambda: CLIPVisionModel._from_config(config, dtype=dtype, attn_implementation="sdpa"), weight, "clip")
+
+
+def filled(make: Callable[[], Any], weight: Weight, layout: str) -> Any:
+    """The module of transformers that `make` gives, never materialised with weights of its own, with ours in it.
+
+    `layout` says how its names read (weights.layouts). Raises RuntimeError when it has a parameter or a buffer that is not known.
+    """
+    with torch.device("meta"):
+        module = make()
+    for name, _ in list(module.named_parameters()):
+        source = to_ours(name, layout)
+        if source is None:
+            raise RuntimeError(f"{type(module).__name__} of this transformers has {name}, which is no weight of LLaVA")
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight(source)))
+    _make_buffers(module)
+    return module
+
+
+def _make_buffers(module: nn.Module) -> None:
+    """What a module computes when it is made, which it could not on the meta device."""
+    device = next(module.parameters()).device
+    for name, owner in list(module.named_modules()):
+        buffers = dict(owner.named_buffers(recurse=False))
+        if "inv_freq" in buffers:
+            module.set_submodule(name, type(owner)(owner.config).to(device))
+        elif "position_ids" in buffers:
+            owner.position_ids = torch.arange(buffers["position_ids"].shape[-1], device=device).unsqueeze(0)
+        elif buffers:
+            raise RuntimeError(f"{type(owner).__name__} of this transformers has a buffer {next(iter(buffers))} that is not known here")
