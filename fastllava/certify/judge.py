@@ -28,6 +28,8 @@ ZERO = 1e-7
 """A gradient smaller than this share of all parameters' together is zero to rounding, and judged by that share."""
 
 LOSS, ALL = "loss", "all gradients"
+_PIECE = 2**24
+"""Entries that are made fp64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,3 @@ def _figures(sums: Tensor, total: Tensor, independent: int) -> Figures:
         return Figures(math.sqrt(found), math.sqrt(error / total[1]) if total[1] else math.sqrt(error), independent=independent)
     cosine = product / math.sqrt(found * true) if found else 0.0
     return Figures(math.sqrt(found), math.sqrt(error / true), product / true - 1, cosine, independent)
-
-
-_PIECE = 2**24
