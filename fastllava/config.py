@@ -52,6 +52,8 @@ FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAME_TRAINING = "same training"
 """Marks a key whose values give the same training in another order of additions."""
+LEVER = "lever"
+"""Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
 # YAML reads the word off as false.
 Compile = Annotated[Literal["off", "layer", "step"], BeforeValidator(lambda value: "off" if value is False else value)]
 
@@ -114,6 +116,13 @@ class OptimConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    state: Annotated[Literal["fp32", "8bit"], LEVER] = Field(
+        "fp32", description="AdamW's moments: fp32, or 8bit, quantised in blocks by torchao, for one process: 6 bytes a parameter less"
+    )
+    master: Annotated[Literal["fp32", "bf16"], LEVER] = Field(
+        "fp32",
+        description="what trains is kept in fp32, or in bf16 alone, rounded at random, for one process: 2 to 4 bytes a parameter less",
+    )
 
 
 class TrainConfig(Section):
@@ -224,6 +233,12 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _masters_as_precise(self) -> "Config":
+        if self.optim.master == "bf16" and self.train.precision == "fp32":
+            raise ValueError("optim.master: 'bf16' is less than train.precision=fp32 computes in; write optim.master=fp32")
+        return self
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration from the YAML file at `path` and `key=value` words such as `optim.lr=2e-5`.
@@ -271,10 +286,15 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 
 def same_training() -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key whose value changes the order of additions at most, but for `kernels`, with its field."""
+    return marked(SAME_TRAINING)
+
+
+def marked(mark: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key with this mark, and its field."""
     for section in SECTIONS:
         model = Config.model_fields[section].annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
-            yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if SAME_TRAINING in field.metadata)
+            yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if mark in field.metadata)
 
 
 def _set_override(given: dict[str, Any], word: str) -> None:

@@ -95,7 +95,8 @@ def announce(
     rows, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
-    say(f"{config.stage} on {device}, {train.precision}: trains {parts}: {n_trained:,} parameters, kept in fp32; {n_frozen:,} are frozen")
+    trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"
+    say(f"{config.stage} on {device}, {train.precision}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {model.projector.kind}, {model.projector_source}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
@@ -106,8 +107,9 @@ def announce(
         + (f" on each of {plan.world} processes, imbalance {packed.imbalance:.3f}" if plan.world > 1 else "")
     )
     say(
-        f"optim: AdamW, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, {optim.schedule}, "
-        f"warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, recompute {train.recompute}"
+        f"optim: AdamW, moments in {optim.state}, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, "
+        f"{optim.schedule}, warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, "
+        f"recompute {train.recompute}"
     )
     if device.type == "cuda" and peak_of(device) is None:
         say(f"note: no peak is listed for {torch.cuda.get_device_name(device)}, so mfu and hfu are left out")

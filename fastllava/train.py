@@ -21,6 +21,7 @@ from fastllava.data.loader import steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import PeerLost, UserError
+from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics, check_backends
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
@@ -101,7 +102,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
             trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
             model.to(device)
             compile_model(model, config.train.compile)
-        optimizer = build_optimizer(trained.items(), config.optim)
+        optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
         announce(config, model, trained, prepared, plan, device, say)
         say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
         if group.world > 1:
@@ -124,6 +125,7 @@ def _check(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)
+    check_low_bit(config.optim, group.world)
     check_start(config)
     return device, ops
 
