@@ -12,6 +12,7 @@ BLOCK = 256
 """Values that share a scale."""
 _FEWEST = 4096
 """Values of the smallest tensor that is quantised; as in torchao and bitsandbytes."""
+_NUMBERS = create_dynamic_map(signed=True), create_dynamic_map(signed=False)
 
 
 def fits(tensor: Tensor) -> bool:
@@ -21,7 +22,7 @@ def fits(tensor: Tensor) -> bool:
 
 def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """The 256 numbers, fp32 and rising: with signs for means, without for squares."""
-    signed, unsigned = (torch.tensor(create_dynamic_map(signed), device=device) for signed in (True, False))
+    signed, unsigned = (torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in _NUMBERS)
     return signed, unsigned
 
 

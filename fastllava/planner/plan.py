@@ -10,7 +10,7 @@ import torch
 from fastllava.accounting import Accounting, Work
 from fastllava.config import Config, Recompute
 from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths
-from fastllava.low_bit import check_low_bit, traffic_bytes
+from fastllava.low_bit import traffic_bytes
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import Origin, read_origin
 from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
@@ -104,9 +104,8 @@ class StagePlan:
 def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StagePlan:
     """Plan the stage of `config` for samples of these lengths on `world` GPUs. Reads the config.json files of its model, no weight.
 
-    Raises UserError as `read_origin` and `check_low_bit`.
+    Raises UserError as `read_origin` and `simulate`.
     """
-    check_low_bit(config.optim, world)
     origin = read_origin(config.model)
     parameters = _parameters(origin, config)
     if config.parallel.frozen == "auto":

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config
+from fastllava.low_bit import check_low_bit
 from fastllava.model.clip import ClipVision
 from fastllava.model.llama import Llama
 from fastllava.model.llava import Llava
@@ -70,7 +71,9 @@ def simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, 
     """The cost, on one of `world` GPUs, of a step's micro-batch that is this large, the optimizer's work included.
 
     `accumulates`: one of several of the step. It computes nothing, and needs no GPU, no weights and no other process.
+    Raises UserError as `check_low_bit`.
     """
+    check_low_bit(config.optim, world)
     with _stand_in_processes(world):
         return _deep(config, origin, ops, micro_batch, accumulates, world)
 

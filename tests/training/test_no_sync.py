@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,11 +87,19 @@ def model_of(world: Path, stage: Stage, recompute: Recompute) -> Llava:
     return model
 
 
+LOW_BIT = {"state": "8bit", "master": "bf16"}
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(("stage", "recompute"), [("pretrain", "none"), ("finetune", "selective"), ("finetune", "full")])
-def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, device: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "recompute", "optim"),
+    [("pretrain", "none", {}), ("finetune", "selective", {}), ("finetune", "full", {}), ("finetune", "none", LOW_BIT)],
+)
+def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, optim: dict[str, Any], device: str) -> None:
+    if optim:
+        pytest.importorskip("torchao", reason="torchao is not installed")
     model = model_of(world, stage, recompute).to(device)
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=1e-3))
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=1e-3, **optim))
     guard = FiniteGuard(optimizer, torch.device(device))
     set_lr(optimizer, 0.5)
     with Reads() as reads:
