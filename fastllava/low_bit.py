@@ -21,6 +21,7 @@ The loop is not torchao's own, as that cannot hold a step back without asking th
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -68,18 +69,16 @@ class LowBitAdamW(torch.optim.Optimizer):
     place of each where they are quantised `exp_avg_codes` uint8 in that shape and `exp_avg_scale` fp32 [values / 256].
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], optim: OptimConfig, seed: int, backend: str | None = None) -> None:
-        """`groups` are torch.optim.AdamW's. `backend`: torch.compile's, for the update; when left out inductor on a GPU, else none."""
+    def __init__(self, groups: Iterable[dict[str, Any]], optim: OptimConfig, seed: int) -> None:
+        """`groups` are torch.optim.AdamW's."""
         super().__init__(groups, {"betas": (optim.beta1, optim.beta2), "eps": optim.eps})
         self.found_inf: Tensor | None = None
         """fp32 scalar on the device: 1.0 when nothing may move."""
         params = [parameter for group in self.param_groups for parameter in group["params"]]
         self._device: torch.device = params[0].device
         self._code = _eight_bit() if optim.state == "8bit" else None
-        self._tables = dict(zip(_MOMENTS, self._code.tables(self._device), strict=True)) if self._code else {}
+        self._tables: list[Tensor] = list(self._code.tables(self._device)) if self._code else []
         self._salts = _salts(sum(len(_pieces(parameter)) for parameter in params), seed).to(self._device)
-        backend = backend or ("inductor" if self._device.type == "cuda" else None)
-        self._advance = whole_graph(_advance, backend) if backend else _advance
         for parameter in params:
             parameter.grad_dtype = torch.float32
             self.state[parameter] = {"step": torch.zeros((), device=self._device)} | self._zeros(parameter)
@@ -97,7 +96,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         held = torch.zeros((), device=self._device) if self.found_inf is None else self.found_inf
         salts = iter(self._salts)
         for group in self.param_groups:
-            constants = Constants(*group["betas"], group["eps"], group["weight_decay"])
+            constants = *group["betas"], group["eps"], group["weight_decay"]
             # A tensor: as a number each step's rate would be a constant of a new graph.
             lr = torch.full((), group["lr"], device=self._device)
             for parameter in group["params"]:
@@ -105,20 +104,58 @@ class LowBitAdamW(torch.optim.Optimizer):
                 if (gradient := parameter.grad) is not None:
                     step = self.state[parameter]["step"].add_(1 - held)
                     for piece, salt in pieces:
-                        self._advance(*self._kept(parameter, gradient, piece), held > 0, step, lr, salt, constants)
+                        weight = parameter.detach().view(-1)[piece]
+                        moments = self._moments(parameter, piece)
+                        advance_piece(weight, gradient.reshape(-1)[piece], *moments, held > 0, step, lr, salt, *constants)
 
-    def _kept(self, parameter: nn.Parameter, gradient: Tensor, piece: slice) -> Sequence[Any]:
-        """How moments are decoded and encoded, then views of the piece's weight, gradient, mean and square."""
+    def _moments(self, parameter: nn.Parameter, piece: slice) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Views of a piece's mean and square, and the tables that its codes are for."""
         state = self.state[parameter]
-        flat = parameter.detach().view(-1)[piece], gradient.reshape(-1)[piece]
         if self._code is None or "exp_avg" in state:
-            return _same, _as_it_is, *flat, *((state[name].view(-1)[piece],) for name in _MOMENTS)
+            mean, square = ([state[name].view(-1)[piece]] for name in _MOMENTS)
+            return mean, square, []
         blocks = slice(piece.start // self._code.BLOCK, piece.stop // self._code.BLOCK)
-        codes = ((state[f"{name}_codes"].view(-1)[piece], state[f"{name}_scale"][blocks], self._tables[name]) for name in _MOMENTS)
-        return self._code.decode, self._code.encode, *flat, *codes
+        mean, square = ([state[f"{name}_codes"].view(-1)[piece], state[f"{name}_scale"][blocks]] for name in _MOMENTS)
+        return mean, square, self._tables
 
 
-def _advance(
+@torch.library.custom_op("fastllava::low_bit_adamw", mutates_args=("weight", "mean", "square"))
+def advance_piece(
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Sequence[Tensor],
+    square: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    held: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    salt: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """A step of some values [n] in place; on a GPU as one graph of torch.compile. An op, so that a dry run finds one thing to do.
+
+    mean and square: [values], or where there are tables [codes, scales].
+    """
+    decode, encode = (_eight_bit().decode, _eight_bit().encode) if tables else (_same, _as_it_is)
+    moments = (*mean, *tables[:1]), (*square, *tables[1:])
+    constants = Constants(beta1, beta2, eps, weight_decay)
+    (_one_graph() if weight.is_cuda else advance)(decode, encode, weight, gradient, *moments, held, step, lr, salt, constants)
+
+
+@advance_piece.register_fake
+def _(weight, gradient, mean, square, tables, held, step, lr, salt, beta1, beta2, eps, weight_decay) -> None:
+    return None
+
+
+@cache
+def _one_graph() -> Callable[..., None]:
+    return whole_graph(advance, "inductor")
+
+
+def advance(
     decode: Callable[..., Tensor],
     encode: Callable[..., tuple[Tensor, ...]],
     weight: Tensor,
@@ -131,13 +168,13 @@ def _advance(
     salt: Tensor,
     constants: Constants,
 ) -> None:
-    """Write what the step makes of weight and moments over them, where it is not `held`."""
+    """Write what the step makes of weight and moments over them, where it is not `held`. Moments end with their table, if any."""
     new_weight, *new_moments = moved(weight, gradient, decode(*mean), decode(*square), step, lr, constants)
     if weight.dtype == torch.bfloat16:
         new_weight = rounded(new_weight, salt, step)
     changes = [(weight, new_weight)]
     for kept, values in zip((mean, square), new_moments, strict=True):
-        # A table, which comes after what is kept, stays as it is.
+        # A table stays as it is.
         changes += zip(kept, encode(values, kept[-1]), strict=False)
     for old, new in changes:
         old.copy_(torch.where(held, old, new))

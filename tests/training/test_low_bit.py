@@ -15,8 +15,9 @@ from fastllava import checkpoint, low_bit
 from fastllava.adamw import rounded
 from fastllava.config import OptimConfig, check_config
 from fastllava.errors import UserError
-from fastllava.low_bit import LowBitAdamW, check_low_bit
+from fastllava.low_bit import check_low_bit
 from fastllava.metrics import read_metrics
+from fastllava.model.compiled import whole_graph
 from fastllava.optim import FiniteGuard, build_optimizer, gradient_norm
 from fastllava.train import run
 
@@ -190,13 +191,14 @@ def test_pieces_of_a_parameter_are_its_whole(monkeypatch, torchao):
     assert equal(everything(*trained(optim, 3)), whole)
 
 
-def test_as_one_graph_it_is_the_same(torchao):
-    optim = OptimConfig(lr=0.01, weight_decay=0.1, state="8bit", master="bf16")
+def test_as_one_graph_it_is_the_same(monkeypatch, torchao):
     found = []
-    for backend in (None, "aot_eager"):
+    for graph in (low_bit.advance, whole_graph(low_bit.advance, "aot_eager")):
+        monkeypatch.setattr(low_bit, "advance", graph)
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(LARGE).bfloat16())
-        optimizer = LowBitAdamW([{"params": [weight], "lr": 0.01, "weight_decay": 0.1}], optim, 0, backend)
+        optim = OptimConfig(lr=0.01, weight_decay=0.1, state="8bit", master="bf16")
+        optimizer = build_optimizer({"w": weight}.items(), optim)
         for gradient, *_ in gradients(2):
             weight.grad = gradient
             optimizer.step()
@@ -224,13 +226,13 @@ LOW = {"state": "8bit", "master": "bf16"}
 
 
 def test_a_run_that_died_goes_on_bit_for_bit_and_loses_little(settings, tmp_path, monkeypatch, torchao):
-    train = {"precision": "bf16", "max_steps": 12, "checkpoint_steps": 4}
+    train = {"precision": "bf16", "max_steps": 8, "checkpoint_steps": 3}
     values = settings("finetune", train=train, optim={"lr": 2e-3, **LOW})
     honest, calls = fastllava.train.train_step, []
 
     def dies(*args):
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return honest(*args)
 
@@ -247,7 +249,7 @@ def test_a_run_that_died_goes_on_bit_for_bit_and_loses_little(settings, tmp_path
     assert broken == whole
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
     means = [sum(loss for loss, _ in rows[-5:]) / 5 for rows in (whole, fp32)]
-    assert means[1] < 0.95 * fp32[0][0], "it learns"
+    assert means[1] < 0.99 * fp32[0][0], "it learns"
     assert abs(means[0] - means[1]) < 2e-3 * means[1]
     assert whole != fp32
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllava import low_bit
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, OptimConfig, Recompute, Stage
 from fastllava.model.llava import Llava
@@ -30,9 +31,11 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.seen = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
+        self.seen += 1
         by_mask = name in INDEXED and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         if name in READS or by_mask:
             self.found.append(name)
@@ -111,3 +114,17 @@ def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, o
     else:
         loss, norm, tripped = scalars.read()
         assert (loss > 0, norm > 0, tripped) == (True, True, 0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_moving_eight_bit_states_reads_nothing(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    # The op's own code, which would otherwise be hidden within it.
+    monkeypatch.setattr(low_bit, "advance_piece", low_bit.advance_piece._init_fn)
+    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
+    optimizer = build_optimizer({"w": weight}.items(), OptimConfig(lr=1e-3, state="8bit", master="bf16"))
+    weight.grad = torch.ones(64, 64, device=device)
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.found == []
+    assert reads.seen > 50
