@@ -55,7 +55,9 @@ SAME_TRAINING = "same training"
 LEVER = "lever"
 """Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
 # YAML reads the word off as false.
-Compile = Annotated[Literal["off", "layer", "step"], BeforeValidator(lambda value: "off" if value is False else value)]
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
+Compile = Annotated[Literal["off", "layer", "step"], _Off]
+Fp8 = Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"], _Off]
 
 
 class Section(BaseModel):
@@ -155,6 +157,11 @@ class TrainConfig(Section):
     tf32: Annotated[bool, SAME_TRAINING] = Field(
         False, description="true: matrix products in fp32 may take TF32, which keeps 10 bits of each factor; those in bf16 are as they are"
     )
+    fp8: Annotated[Fp8, LEVER] = Field(
+        "off",
+        description="torchao's recipe for products of the decoder's layers in fp8, for one process; on a GPU of compute capability 8.9 or "
+        "newer, emulated on a CPU; best with train.compile",
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], SAME_TRAINING] = Field(
         "auto", description="where it trains; auto: a GPU when there is one"
     )
@@ -234,9 +241,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _masters_as_precise(self) -> "Config":
+    def _levers_want_bf16(self) -> "Config":
         if self.optim.master == "bf16" and self.train.precision == "fp32":
             raise ValueError("optim.master: 'bf16' is less than train.precision=fp32 computes in; write optim.master=fp32")
+        if self.train.fp8 != "off" and self.train.precision == "fp32":
+            raise ValueError(f"train.fp8: '{self.train.fp8}' replaces bf16 products; write train.precision=bf16, or train.fp8=off")
         return self
 
 

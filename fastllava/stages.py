@@ -52,6 +52,11 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
     for part in parts:
         part.to(COMPUTE_DTYPE[config.optim.master])
     model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
+    if config.train.fp8 != "off":
+        # Here, as only some runs need torchao.
+        from fastllava.model.fp8 import use_fp8
+
+        use_fp8(model, config.train.fp8)
     model.train()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:

@@ -47,6 +47,25 @@ def set_tf32(config: Config) -> None:
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
 
 
+def check_fp8(config: Config, device: torch.device, world: int) -> None:
+    """Raises UserError when `train.fp8` asks for what cannot run on `device`, in `world` processes, or is not installed."""
+    recipe = config.train.fp8
+    if recipe == "off":
+        return
+    if world > 1:
+        raise UserError(f"train.fp8: '{recipe}' is for a run of one process, not of {world}; write train.fp8=off")
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        version = ".".join(map(str, found))
+        raise UserError(
+            f"train.fp8: '{recipe}' needs a GPU of compute capability 8.9 or newer, this one has {version}; write train.fp8=off"
+        )
+    try:
+        import fastllava.model.fp8  # noqa: F401
+    except ImportError as error:
+        mend = "run pip install -e '.[torchao]', or write train.fp8=off"
+        raise UserError(f"train.fp8: '{recipe}' needs torchao, which cannot be loaded ({error}); {mend}") from None
+
+
 def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
     """Tokenizer.load, its errors beginning with the `key` that `path` came from."""
     try:
@@ -96,7 +115,8 @@ def announce(
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
     trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"
-    say(f"{config.stage} on {device}, {train.precision}: {trains}; {n_frozen:,} are frozen")
+    fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
+    say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {model.projector.kind}, {model.projector_source}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)

@@ -31,7 +31,7 @@ from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradie
 from fastllava.parallel import Processes, attempt, peers, processes
 from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
-from fastllava.startup import announce, choose_device, kernels_in_words, open_data, set_tf32, speaker
+from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
 from fastllava.throughput import Throughput
@@ -126,6 +126,7 @@ def _check(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     check_backends(config.log)
     check_replicas(config.parallel, group.world)
     check_low_bit(config.optim, group.world)
+    check_fp8(config, device, group.world)
     check_start(config)
     return device, ops
 
