@@ -56,9 +56,7 @@ def check_fp8(config: Config, device: torch.device, world: int) -> None:
         raise UserError(f"train.fp8: '{recipe}' is for a run of one process, not of {world}; write train.fp8=off")
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
         version = ".".join(map(str, found))
-        raise UserError(
-            f"train.fp8: '{recipe}' needs a GPU of compute capability 8.9 or newer, this one has {version}; write train.fp8=off"
-        )
+        raise UserError(f"train.fp8: '{recipe}' needs a GPU of compute capability 8.9 or newer, not {version}; write train.fp8=off")
     try:
         import fastllava.model.fp8  # noqa: F401
     except ImportError as error:

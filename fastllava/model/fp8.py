@@ -32,13 +32,11 @@ class Fp8Linear:
 
     def __init__(self, recipe: str) -> None:
         plain = Float8LinearConfig.from_recipe_name(recipe)
-        accumulate = [
-            each.use_fast_accum for each in (plain.gemm_config_output, plain.gemm_config_grad_input, plain.gemm_config_grad_weight)
-        ]
+        products = plain.gemm_config_output, plain.gemm_config_grad_input, plain.gemm_config_grad_weight
         # Rows of a packed batch come in any number, and products in fp8 add up multiples of 16.
         self._config = dataclasses.replace(plain, pad_inner_dim=True)
         self._real, self._emulated = (
-            LinearMMConfig(*(ScaledMMConfig(emulate, fast, False, True) for fast in accumulate)) for emulate in (False, True)
+            LinearMMConfig(*(ScaledMMConfig(emulate, each.use_fast_accum, False, True) for each in products)) for emulate in (False, True)
         )
 
     def __call__(self, x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:

@@ -155,7 +155,7 @@ def test_what_cannot_run_is_named(tiny, monkeypatch):
     with pytest.raises(UserError, match=r"train.fp8: 'rowwise' is for a run of one process, not of 2"):
         check_fp8(config, CPU, world=2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(UserError, match=r"train.fp8: 'rowwise' needs a GPU of compute capability 8.9 or newer, this one has 8.0"):
+    with pytest.raises(UserError, match=r"train.fp8: 'rowwise' needs a GPU of compute capability 8.9 or newer, not 8.0"):
         check_fp8(config, torch.device("cuda", 0), world=1)
     with pytest.raises(UserError, match=r"train.fp8: 'rowwise' replaces bf16 products"):
         config_of(tiny, "rowwise", precision="fp32")
