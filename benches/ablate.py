@@ -23,7 +23,7 @@ from benches.world import world
 from fastllava.config import Config, Stage
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
-from fastllava.toggles import kernel_toggles, train_toggles
+from fastllava.toggles import kernel_toggles, levers, train_toggles
 
 FEWEST = 3
 """Turns, whatever the budget says."""
@@ -39,7 +39,7 @@ class Ablation:
     sizes: Sequence[str]
     stages: Sequence[Stage]
     toggles: Sequence[str]
-    """Keys to change, all when empty."""
+    """Keys to change, all toggles when empty."""
     samples: int
     """Of a step; 0: 8 on a CPU, 32 on a GPU."""
     seconds: float
@@ -54,15 +54,15 @@ class Ablation:
         check_device(self.device)
         for name in self.sizes:
             size_named(name).with_layers(self.layers)
-        known = sorted(dict.fromkeys(key for key, _ in choices(self.device)))
+        known = sorted({key for key, _ in choices(self.device)} | {lever.key for lever in levers()})
         for key in self.toggles:
             if key not in known:
                 raise UserError(f"--toggles: '{key}' is none of {', '.join(known)}")
 
 
-def choices(device: torch.device) -> Iterator[tuple[str, str]]:
-    """Every (key, value) that a run on `device` may have, as `fastllava toggles` lists them."""
-    for toggle in (*kernel_toggles(device), *train_toggles()):
+def choices(device: torch.device, named: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """Every (key, value) that a run on `device` may have, as `fastllava toggles` lists them; of levers, another training, those `named`."""
+    for toggle in (*kernel_toggles(device), *train_toggles(), *(lever for lever in levers() if lever.key in named)):
         if toggle.key != "train.device":
             yield from ((toggle.key, value) for value in toggle.values if value != "auto")
     key, _, value = ALONE.partition("=")
@@ -93,7 +93,7 @@ def ablate(ablation: Ablation, size: str, stage: Stage) -> Iterator[Row]:
     attempt(base, functools.partial(_start, base, run, device), device)
     if base.void is not None:
         raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
-    for key, value in choices(device):
+    for key, value in choices(device, ablation.toggles):
         if value == _now(run.config, base.trainer, key) or (ablation.toggles and key not in ablation.toggles):
             continue
         trial = Trial()

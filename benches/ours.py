@@ -19,12 +19,13 @@ from fastllava.batch import Batch
 from fastllava.config import Config, Stage, load_config
 from fastllava.data.loader import Sample, pack
 from fastllava.data.plan import Plan, Step
+from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.ops import choose_ops
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
 from fastllava.stages import COMPUTE_DTYPE, prepare_stage
-from fastllava.startup import set_tf32
+from fastllava.startup import check_fp8, set_tf32
 from fastllava.train import train_step
 
 DRAWN = 2048
@@ -127,11 +128,13 @@ class Fastllava:
     def __init__(self, run: Run, device: torch.device, seed: int = 0) -> None:
         mode = run.config.train.compile
         check_compiler(mode, device)
+        check_low_bit(run.config.optim, world=1)
+        check_fp8(run.config, device, world=1)
         self.run, self.device = run, device
         self.model = build(run.size, choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off"), run.dtype, device, seed)
         self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)
         compile_model(self.model, mode)
-        self.optimizer = build_optimizer(self.trained.items(), run.config.optim)
+        self.optimizer = build_optimizer(self.trained.items(), run.config.optim, run.config.train.seed)
         set_lr(self.optimizer, 0.0)
         self.guard = FiniteGuard(self.optimizer, device)
 

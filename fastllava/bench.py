@@ -138,6 +138,24 @@ def bench_report() -> None:
         typer.echo(f"wrote {path}")
 
 
+@bench.command("levers")
+def bench_levers(
+    overrides: Overrides = None,
+    levers: Annotated[str, typer.Option(metavar="A,B", help="such as train.fp8,optim.state; all when left out")] = "",
+    size: Annotated[str, typer.Option(help="as bench step")] = "tiny",
+    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain,finetune",
+    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    steps: Annotated[int, typer.Option(min=4, help="of each training")] = 50,
+    samples: Annotated[int, typer.Option(min=1, help="of a step")] = 4,
+    layers: Annotated[Optional[int], typer.Option(help="decoder layers; the rows say so")] = None,  # noqa: UP045
+) -> None:
+    """Train a little with each lever, such as train.fp8, and without: how far apart the losses are."""
+    module = bench_module("levers")
+    wanted = module.Levers(_device(device), size, _names(stages), _names(levers), steps, samples, layers, overrides or ())
+    module.bench(wanted, out, typer.echo)
+
+
 def _names(given: str) -> list[str]:
     """Of "A,B"."""
     return [name for name in given.split(",") if name]

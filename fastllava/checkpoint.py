@@ -7,8 +7,8 @@
     run_config.json   the run's configuration
     manifest.json     size and SHA-256 of every other file; written last
 
-Nothing in a training step draws random numbers and the schedule is a function of the step's number, so there is no random or
-scheduler state to keep.
+The schedule, and whatever a training step draws at random, are functions of the step's number, so there is no random or scheduler
+state to keep.
 """
 
 import hashlib

@@ -52,8 +52,12 @@ FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAME_TRAINING = "same training"
 """Marks a key whose values give the same training in another order of additions."""
+LEVER = "lever"
+"""Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
 # YAML reads the word off as false.
-Compile = Annotated[Literal["off", "layer", "step"], BeforeValidator(lambda value: "off" if value is False else value)]
+_Off = BeforeValidator(lambda value: "off" if value is False else value)
+Compile = Annotated[Literal["off", "layer", "step"], _Off]
+Fp8 = Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"], _Off]
 
 
 class Section(BaseModel):
@@ -114,6 +118,13 @@ class OptimConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    state: Annotated[Literal["fp32", "8bit"], LEVER] = Field(
+        "fp32", description="AdamW's moments: fp32, or 8bit, quantised in blocks by torchao, for one process: 6 bytes a parameter less"
+    )
+    master: Annotated[Literal["fp32", "bf16"], LEVER] = Field(
+        "fp32",
+        description="what trains is kept in fp32, or in bf16 alone, rounded at random, for one process: 2 to 4 bytes a parameter less",
+    )
 
 
 class TrainConfig(Section):
@@ -145,6 +156,11 @@ class TrainConfig(Section):
     )
     tf32: Annotated[bool, SAME_TRAINING] = Field(
         False, description="true: matrix products in fp32 may take TF32, which keeps 10 bits of each factor; those in bf16 are as they are"
+    )
+    fp8: Annotated[Fp8, LEVER] = Field(
+        "off",
+        description="torchao's recipe for products of the decoder's layers in fp8, for one process; on a GPU of compute capability 8.9 or "
+        "newer, emulated on a CPU; best with train.compile",
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], SAME_TRAINING] = Field(
         "auto", description="where it trains; auto: a GPU when there is one"
@@ -224,6 +240,14 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _levers_want_bf16(self) -> "Config":
+        if self.optim.master == "bf16" and self.train.precision == "fp32":
+            raise ValueError("optim.master: 'bf16' is less than train.precision=fp32 computes in; write optim.master=fp32")
+        if self.train.fp8 != "off" and self.train.precision == "fp32":
+            raise ValueError(f"train.fp8: '{self.train.fp8}' replaces bf16 products; write train.precision=bf16, or train.fp8=off")
+        return self
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration from the YAML file at `path` and `key=value` words such as `optim.lr=2e-5`.
@@ -271,10 +295,15 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 
 def same_training() -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key whose value changes the order of additions at most, but for `kernels`, with its field."""
+    return marked(SAME_TRAINING)
+
+
+def marked(mark: str) -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key with this mark, and its field."""
     for section in SECTIONS:
         model = Config.model_fields[section].annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
-            yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if SAME_TRAINING in field.metadata)
+            yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if mark in field.metadata)
 
 
 def _set_override(given: dict[str, Any], word: str) -> None:

@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastllava.config import OptimConfig
+from fastllava.low_bit import LowBitAdamW, is_low_bit
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(named: Named, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(named: Named, optim: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
     """AdamW over the parameters that train, fused so that `FiniteGuard` can hold it back on the device.
+
+    Where `optim.state` or `optim.master` asks for it `LowBitAdamW`, which `FiniteGuard` can hold back too, and which draws by `seed`.
 
     Groups as in the original's `create_optimizer` (llava/train/llava_trainer.py): no weight decay for norms and biases, and
     the projector apart when it has a learning rate of its own. Each group keeps that rate as `base_lr`.
@@ -26,12 +29,10 @@ def build_optimizer(named: Named, optim: OptimConfig) -> torch.optim.AdamW:
         rate = optim.projector_lr if own_rate and optim.projector_lr is not None else optim.lr
         decay = 0.0 if "norm" in name or "bias" in name else optim.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()],
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=True,
-    )
+    settings = [{"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    if is_low_bit(optim):
+        return LowBitAdamW(settings, optim, seed)
+    optimizer = torch.optim.AdamW(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters(optimizer):
         # What AdamW would make at its first step: here from the start, so that a checkpoint before that step is whole too.
         optimizer.state[parameter] = {
@@ -86,7 +87,7 @@ def clip_gradients(params: list[nn.Parameter], norm: Tensor, max_norm: float) ->
 class FiniteGuard:
     """Keeps the optimizer still from the first step whose loss or gradient norm is not finite.
 
-    The verdict stays on the device: AdamW's fused step skips weights, moments and its own counter where `found_inf` is 1.
+    The verdict stays on the device: the optimizer's step skips weights, moments and its own counter where `found_inf` is 1.
     The flag never goes back to 0, so the state stays that before the bad step until the host reads `tripped` and stops.
     """
 
@@ -99,5 +100,5 @@ class FiniteGuard:
         """Note whether this step is finite, before `optimizer.step()`; the flag as of this step."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.tripped = torch.maximum(self.tripped, bad.float())
-        self._optimizer.found_inf = self.tripped  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
+        self._optimizer.found_inf = self.tripped  # pyright: ignore[reportAttributeAccessIssue] (read by its step)
         return self.tripped

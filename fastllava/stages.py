@@ -41,7 +41,7 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
     """Freeze and unfreeze; the parameters that train, by internal name.
 
     What trains is kept in fp32, the master weights, made from weights that were rounded to the compute dtype as the
-    original's are; what is frozen stays in the compute dtype.
+    original's are, or in bf16 (`optim.master`); what is frozen stays in the compute dtype.
 
     `place` is called with the model when `requires_grad` is right and everything still in the compute dtype: to shard it,
     so that no process ever holds all master weights.
@@ -52,8 +52,13 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
         part.requires_grad_(True)
     place(model)
     for part in parts:
-        part.float()
+        part.to(COMPUTE_DTYPE[config.optim.master])
     model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
+    if config.train.fp8 != "off":
+        # Here, as only some runs need torchao.
+        from fastllava.model.fp8 import use_fp8
+
+        use_fp8(model, config.train.fp8)
     model.train()
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -47,6 +47,23 @@ def set_tf32(config: Config) -> None:
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
 
 
+def check_fp8(config: Config, device: torch.device, world: int) -> None:
+    """Raises UserError when `train.fp8` asks for what cannot run on `device`, in `world` processes, or is not installed."""
+    recipe = config.train.fp8
+    if recipe == "off":
+        return
+    if world > 1:
+        raise UserError(f"train.fp8: '{recipe}' is for a run of one process, not of {world}; write train.fp8=off")
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        version = ".".join(map(str, found))
+        raise UserError(f"train.fp8: '{recipe}' needs a GPU of compute capability 8.9 or newer, not {version}; write train.fp8=off")
+    try:
+        import fastllava.model.fp8  # noqa: F401
+    except ImportError as error:
+        mend = "run pip install -e '.[torchao]', or write train.fp8=off"
+        raise UserError(f"train.fp8: '{recipe}' needs torchao, which cannot be loaded ({error}); {mend}") from None
+
+
 def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
     """Tokenizer.load, its errors beginning with the `key` that `path` came from."""
     try:
@@ -95,7 +112,9 @@ def announce(
     rows, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
-    say(f"{config.stage} on {device}, {train.precision}: trains {parts}: {n_trained:,} parameters, kept in fp32; {n_frozen:,} are frozen")
+    trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"
+    fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
+    say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {model.projector.kind}, {model.projector_source}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
@@ -106,8 +125,9 @@ def announce(
         + (f" on each of {plan.world} processes, imbalance {packed.imbalance:.3f}" if plan.world > 1 else "")
     )
     say(
-        f"optim: AdamW, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, {optim.schedule}, "
-        f"warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, recompute {train.recompute}"
+        f"optim: AdamW, moments in {optim.state}, lr {optim.lr:g} (projector {projector_lr:g}), weight decay {optim.weight_decay:g}, "
+        f"{optim.schedule}, warm-up {optim.warmup_ratio:g}, clipping {optim.max_grad_norm or 'off'}, loss_norm {train.loss_norm}, "
+        f"recompute {train.recompute}"
     )
     if device.type == "cuda" and peak_of(device) is None:
         say(f"note: no peak is listed for {torch.cuda.get_device_name(device)}, so mfu and hfu are left out")

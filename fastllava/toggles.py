@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+from pydantic.fields import FieldInfo
 
-from fastllava.config import same_training
+from fastllava.config import LEVER, marked, same_training
 from fastllava_kernels import choose, rooms
 from fastllava_kernels.room import Room, why_not
 
@@ -25,7 +26,16 @@ class Toggle:
 
 def train_toggles() -> Iterator[Toggle]:
     """Those that are not kernels."""
-    for key, field in same_training():
+    yield from _toggles(same_training())
+
+
+def levers() -> Iterator[Toggle]:
+    """Keys that trade accuracy for memory or time. Their values are another training, so they are no toggles."""
+    yield from _toggles(marked(LEVER))
+
+
+def _toggles(fields: Iterator[tuple[str, FieldInfo]]) -> Iterator[Toggle]:
+    for key, field in fields:
         if values := _values(field.annotation):
             yield Toggle(key, values, _word(field.default), (field.description or "",))
 

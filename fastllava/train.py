@@ -21,6 +21,7 @@ from fastllava.data.loader import steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import PeerLost, UserError
+from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics, check_backends
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
@@ -30,7 +31,7 @@ from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradie
 from fastllava.parallel import Processes, attempt, peers, processes
 from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
-from fastllava.startup import announce, choose_device, kernels_in_words, open_data, set_tf32, speaker
+from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import plot_loss, write_summary
 from fastllava.throughput import Throughput
@@ -101,7 +102,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
             trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
             model.to(device)
             compile_model(model, config.train.compile)
-        optimizer = build_optimizer(trained.items(), config.optim)
+        optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
         announce(config, model, trained, prepared, plan, device, say)
         say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
         if group.world > 1:
@@ -124,6 +125,8 @@ def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)
+    check_low_bit(config.optim, group.world)
+    check_fp8(config, device, group.world)
     check_start(config)
     return device, ops
 

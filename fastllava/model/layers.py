@@ -3,6 +3,8 @@
 Trainable weights are kept in fp32 and frozen ones in the compute dtype; the cast at use is no work when they agree.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class Linear(nn.Module):
     """`x @ weight.T + bias`; weight [out, in], bias [out] or None. Not initialised: weights are read, or drawn by the projector."""
 
@@ -21,9 +28,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = _empty(outputs, inputs)
         self.bias = _empty(outputs) if bias else None
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
+        """Of x, weight and bias; `fp8.use_fp8` replaces it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight, self.bias)
 
 
 class Embedding(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from fastllava.accounting import Accounting, Work
 from fastllava.config import Config, Recompute
 from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths
+from fastllava.low_bit import traffic_bytes
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import Origin, read_origin
 from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
@@ -20,8 +21,6 @@ from fastllava.stages import COMPUTE_DTYPE, trained_parts
 ROWS = (4096, 8192, 16384, 32768)
 """Sizes of a micro-batch that are looked at."""
 _STEPS_LOOKED_AT = 40
-_OPTIMIZER_BYTES = 32
-"""Of each parameter in fp32: AdamW reads it, its gradient and two moments and writes all but the gradient; the norm reads that too."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class StagePlan:
 def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StagePlan:
     """Plan the stage of `config` for samples of these lengths on `world` GPUs. Reads the config.json files of its model, no weight.
 
-    Raises UserError as `read_origin`.
+    Raises UserError as `read_origin` and `simulate`.
     """
     origin = read_origin(config.model)
     parameters = _parameters(origin, config)
@@ -148,7 +147,7 @@ def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world
     seconds = Seconds(
         products=packed.imbalance * done / (PRODUCT_SHARE * gpu.peak),
         traffic=full * cost.traffic / bandwidth,
-        optimizer=_OPTIMIZER_BYTES * trained / shards / bandwidth,
+        optimizer=traffic_bytes(config.optim) * trained / shards / bandwidth,
         communication=packed.micro_batches * cost.communicated * (world - 1) / world / link,
     )
     train = config.train

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config
+from fastllava.low_bit import check_low_bit
 from fastllava.model.clip import ClipVision
 from fastllava.model.llama import Llama
 from fastllava.model.llava import Llava
@@ -70,7 +71,9 @@ def simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, 
     """The cost, on one of `world` GPUs, of a step's micro-batch that is this large, the optimizer's work included.
 
     `accumulates`: one of several of the step. It computes nothing, and needs no GPU, no weights and no other process.
+    Raises UserError as `check_low_bit`.
     """
+    check_low_bit(config.optim, world)
     with _stand_in_processes(world):
         return _deep(config, origin, ops, micro_batch, accumulates, world)
 
@@ -136,7 +139,7 @@ def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch,
         with tally.kind(GRADIENTS):
             for parameter in trained.values():
                 # What earlier micro-batches of the step have left.
-                parameter.grad = torch.zeros_like(parameter) if accumulates else None
+                parameter.grad = torch.zeros_like(parameter, dtype=torch.float32) if accumulates else None
         if not accumulates and world == 1:
             for parameter in trained.values():
                 parameter.register_post_accumulate_grad_hook(lambda p: tally.name(p.grad, GRADIENTS))
@@ -173,12 +176,13 @@ def _place(model: Llava, config: Config, dtype: torch.dtype, tally: Tally) -> No
     """Parameters without data in place of the model's, as `prepare_stage` leaves them."""
     trains = {parameter for part in trained_parts(model, config.stage) for parameter in part.parameters()}
     made: dict[nn.Parameter, nn.Parameter] = {}
+    master = COMPUTE_DTYPE[config.optim.master]
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in made:
                 train = parameter in trains
                 with tally.kind(MASTERS if train else FROZEN):
-                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32 if train else dtype), train)
+                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=master if train else dtype), train)
             setattr(module, name, made[parameter])
     model.train()
 

@@ -26,7 +26,7 @@ WORKSPACE = "loss workspace"
 
 _LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton", "torch")}
 # The optimizer and the gradient's norm. Of DTensors, a dry run of the whole comes here too.
-_ONCE_A_STEP = {"aten::_fused_adamw_", "aten::linalg_vector_norm", "aten::_foreach_norm"}
+_ONCE_A_STEP = {"aten::_fused_adamw_", "fastllava::low_bit_adamw", "aten::linalg_vector_norm", "aten::_foreach_norm"}
 
 
 @dataclass

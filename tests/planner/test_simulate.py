@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastllava import low_bit
 from fastllava.batch import Batch, ImageSpec
 from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
@@ -37,9 +38,10 @@ ORIGIN = Origin(
 SIZE = MicroBatch(rows=600, samples=6, images=3, supervised=60, longest=100)
 
 
-def config_of(stage: str, precision: str, recompute: str) -> Config:
+def config_of(stage: str, precision: str, recompute: str, **optim: str) -> Config:
     train = {"precision": precision, "recompute": recompute}
-    return check_config({"stage": stage, "output_dir": "o", "model": {"llm": "l"}, "data": {"records": "r"}, "train": train})
+    values = {"stage": stage, "output_dir": "o", "model": {"llm": "l"}, "data": {"records": "r"}, "train": train}
+    return check_config(values | {"optim": optim})
 
 
 def cpu_ops(dtype: torch.dtype) -> Ops:
@@ -65,10 +67,10 @@ def real_batch() -> Batch:
     )
 
 
-def measured(config: Config, ops: Ops) -> int:
+def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
     """The most bytes at once in a step of two micro-batches."""
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = Llava(Llama(LLAMA, ops), ClipVision(CLIP, ops, -2), Projector("mlp2x_gelu", 32, 96), ORIGIN.spec, ops, dtype).to(dtype)
+    model = Llava(Llama(llama, ops), ClipVision(CLIP, ops, -2), Projector("mlp2x_gelu", 32, 96), ORIGIN.spec, ops, dtype).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     trained = prepare_stage(model, config)
@@ -97,6 +99,20 @@ def test_memory_is_within_a_twentieth_of_what_a_step_allocates(stage: str, preci
     predicted = simulate(config, ORIGIN, ops, SIZE, accumulates=True)
     taken = measured(config, ops)
     assert predicted.peak == pytest.approx(taken, rel=0.05)
+
+
+def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    # What a CPU has in fp32 on the way stays in a GPU's one kernel.
+    monkeypatch.setattr(low_bit, "_PIECE", 16384)
+    config, ops = config_of("finetune", "bf16", "full", state="8bit", master="bf16"), cpu_ops(torch.bfloat16)
+    shallow = dataclasses.replace(LLAMA, num_hidden_layers=2)
+    predicted = simulate(config, dataclasses.replace(ORIGIN, llama=shallow), ops, SIZE, accumulates=True)
+    assert predicted.peak == pytest.approx(measured(config, ops, shallow), rel=0.05)
+    parameters = predicted.memory["gradients"] / 4
+    assert predicted.memory["master weights"] == 2 * parameters
+    # A byte each, and 4 for every 256; those of the norms and biases are fp32.
+    assert predicted.memory["optimizer"] == pytest.approx((2 + 8 / 256) * parameters, rel=0.05)
 
 
 def test_kinds_are_what_the_stage_keeps() -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllava import low_bit
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, OptimConfig, Recompute, Stage
 from fastllava.model.llava import Llava
@@ -29,9 +31,11 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.seen = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
+        self.seen += 1
         by_mask = name in INDEXED and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         if name in READS or by_mask:
             self.found.append(name)
@@ -86,11 +90,19 @@ def model_of(world: Path, stage: Stage, recompute: Recompute) -> Llava:
     return model
 
 
+LOW_BIT = {"state": "8bit", "master": "bf16"}
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize(("stage", "recompute"), [("pretrain", "none"), ("finetune", "selective"), ("finetune", "full")])
-def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, device: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "recompute", "optim"),
+    [("pretrain", "none", {}), ("finetune", "selective", {}), ("finetune", "full", {}), ("finetune", "none", LOW_BIT)],
+)
+def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, optim: dict[str, Any], device: str) -> None:
+    if optim:
+        pytest.importorskip("torchao", reason="torchao is not installed")
     model = model_of(world, stage, recompute).to(device)
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=1e-3))
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(lr=1e-3, **optim))
     guard = FiniteGuard(optimizer, torch.device(device))
     set_lr(optimizer, 0.5)
     with Reads() as reads:
@@ -102,3 +114,17 @@ def test_a_step_reads_nothing(world: Path, stage: Stage, recompute: Recompute, d
     else:
         loss, norm, tripped = scalars.read()
         assert (loss > 0, norm > 0, tripped) == (True, True, 0.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_moving_eight_bit_states_reads_nothing(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    # The op's own code, which would otherwise be hidden within it.
+    monkeypatch.setattr(low_bit, "advance_piece", low_bit.advance_piece._init_fn)
+    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
+    optimizer = build_optimizer({"w": weight}.items(), OptimConfig(lr=1e-3, state="8bit", master="bf16"))
+    weight.grad = torch.ones(64, 64, device=device)
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.found == []
+    assert reads.seen > 50
