@@ -298,6 +298,15 @@ def same_training() -> Iterator[tuple[str, FieldInfo]]:
     return marked(SAME_TRAINING)
 
 
+def without_levers(config: Config) -> Config:
+    """`config` with every lever at its default: the recipe's own training."""
+    changes: dict[str, dict[str, Any]] = {}
+    for key, field in marked(LEVER):
+        section, _, name = key.partition(".")
+        changes.setdefault(section, {})[name] = field.default
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values) for section, values in changes.items()})
+
+
 def marked(mark: str) -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key with this mark, and its field."""
     for section in SECTIONS:

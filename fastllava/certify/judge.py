@@ -44,7 +44,7 @@ class Comparison:
 
 COMPARISONS = (
     Comparison("whole", "the run as configured beside plain PyTorch on padded batches", "configured", "plain"),
-    Comparison("kernels", "the run's kernels beside the reference kernels, both packed", "configured", "packed"),
+    Comparison("kernels", "the run's kernels and levers beside the reference kernels, both packed", "configured", "packed"),
     Comparison("packing", "packed samples beside one at a time, both with reference kernels", "packed", "single"),
     Comparison("modules", "the trainer's modules, one sample at a time, beside plain PyTorch", "single", "plain"),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastllava.batch import Batch
 from fastllava.certify.plain import PlainLlava, collate
-from fastllava.config import Config
+from fastllava.config import Config, without_levers
 from fastllava.data.loader import Sample, pack
 from fastllava.errors import UserError
 from fastllava.model.clip import ClipVision
@@ -28,9 +28,9 @@ TRUTH = "truth"
 VARIANTS: Mapping[str, str] = {
     TRUTH: "plain PyTorch: transformers' modules on padded batches, every row's logits; in the precision of the truth",
     "plain": "the same in the precision of the run",
-    "single": "the trainer's modules, every kernel the reference, one sample at a time",
+    "single": "the trainer's modules, every kernel the reference and no lever such as train.fp8, one sample at a time",
     "packed": "the same, samples packed as the run packs them",
-    "configured": "the run as configured: packed, with its kernels, recompute and compile",
+    "configured": "the run as configured: packed, with its kernels, levers, recompute and compile",
 }
 """What each computes, in the order in which they run."""
 
@@ -89,7 +89,7 @@ class Variants:
             return accumulate(plain.trained(), [partial(plain.loss, batch) for batch in padded])
         configured = variant == "configured"
         model = with_ops(self.base, Ops(self.base.chosen) if configured else reference_ops())
-        trained = prepare_stage(model, self.config)
+        trained = prepare_stage(model, self.config if configured else without_levers(self.config))
         model.to(self.device)
         if configured:
             compile_model(model, self.config.train.compile)

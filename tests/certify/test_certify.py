@@ -83,6 +83,13 @@ def test_attention_across_samples_is_found_and_named_as_packing(settings, monkey
     assert certificate.verdict().startswith("FAILS in whole, packing: ")
 
 
+def test_a_lever_is_found_and_named_beside_the_kernels(settings):
+    """It makes another training, and the certificate says so; bf16 weights alone only move otherwise."""
+    certificate = certified(settings(kernels="reference", train={"precision": "bf16", "fp8": "rowwise"}))
+    assert failing(certificate) == {"whole", "kernels"}
+    assert certified(settings(kernels="reference", train={"precision": "bf16"}, optim={"master": "bf16"})).holds
+
+
 class OnePercentMore(torch.autograd.Function):
     """The identity, whose gradient is wrong."""
 
