@@ -37,6 +37,13 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def widened(x):
+    """Rows and columns of very different size. Scales that are powers of 2 change only what falls below fp8's range: so it shows
+    along which axis they were taken."""
+    rows, columns = (torch.logspace(-5, 0, size, dtype=torch.float64)[torch.randperm(size)] for size in x.shape)
+    return (x * rows[:, None] * columns).to(x.dtype)
+
+
 def layer_of(dtype=torch.bfloat16, bias=True):
     torch.manual_seed(0)
     layer = Linear(64, 96, bias)
@@ -45,10 +52,10 @@ def layer_of(dtype=torch.bfloat16, bias=True):
     return layer.to(dtype)
 
 
-def data(rows=50):
-    draws = torch.Generator().manual_seed(1)
-    x = torch.randn(rows, 64, generator=draws) * torch.logspace(-2, 0, rows)[:, None]
-    return x.bfloat16().requires_grad_(), torch.randn(rows, 96, generator=draws).bfloat16()
+def data(rows=50, spread=lambda x: x):
+    torch.manual_seed(1)
+    x = torch.randn(rows, 64) * torch.logspace(-2, 0, rows)[:, None]
+    return spread(x).bfloat16().requires_grad_(), spread(torch.randn(rows, 96)).bfloat16()
 
 
 def results(layer, x, d_out):
@@ -61,14 +68,24 @@ def results(layer, x, d_out):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_computes_what_torchaos_module_does(recipe, dtype):
     ours = layer_of(dtype)
-    ours.product = fp8.Fp8Linear(recipe)
+    ours.weight.data = widened(ours.weight.data)
+    ours.bias.data.zero_()
     theirs = nn.Linear(64, 96, dtype=dtype)
-    theirs.load_state_dict(layer_of(dtype).state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    ours.product = fp8.Fp8Linear(recipe)
     config = dataclasses.replace(float8_linear.Float8LinearConfig.from_recipe_name(recipe), emulate=True, pad_inner_dim=True)
-    found, wanted = results(ours, *data()), results(float8_linear.Float8Linear.from_float(theirs, config), *data())
+    found = results(ours, *data(spread=widened))
+    wanted = results(float8_linear.Float8Linear.from_float(theirs, config), *data(spread=widened))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    exact = results(layer_of(dtype), *data())
-    for name, a, b in zip(("output", "d_x", "d_weight"), found, exact, strict=False):
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_its_error_is_that_of_rounding_to_fp8(recipe):
+    layer = layer_of()
+    exact = results(layer, *data())
+    layer.zero_grad()
+    layer.product = fp8.Fp8Linear(recipe)
+    for name, a, b in zip(("output", "d_x", "d_weight"), results(layer, *data()), exact, strict=False):
         error = ((a.float() - b.float()).norm() / b.float().norm()).item()
         kept = recipe == "rowwise_with_gw_hp" and name == "d_weight"
         # e4m3 keeps three bits after the first: at most 2 ** -4 an operand, where e5m2 has 2 ** -3.

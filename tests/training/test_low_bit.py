@@ -288,3 +288,14 @@ def test_bf16_weights_want_bf16_products():
     values = {"stage": "finetune", "output_dir": "o", "model": {"llm": "l"}, "data": {"records": "r"}}
     with pytest.raises(UserError, match=r"optim\.master: 'bf16' is less than train\.precision=fp32"):
         check_config({**values, "optim": {"master": "bf16"}, "train": {"precision": "fp32"}})
+
+
+def test_a_run_in_fp8_says_so_and_goes_on_in_fp8_alone(settings, tmp_path, torchao, capsys):
+    values = settings("pretrain", train={"precision": "bf16", "fp8": "rowwise", "max_steps": 2, "checkpoint_steps": 1})
+    run(check_config(values), Console(width=300))
+    said = capsys.readouterr().out
+    assert "pretrain on cpu, bf16, decoder's products in fp8 (rowwise, emulated): trains projector" in said
+    (tmp_path / "run" / "run_summary.json").unlink()
+    values["train"]["fp8"] = False
+    with pytest.raises(UserError, match=r"another training: train\.fp8 was rowwise and is now off"):
+        run(check_config(values), quiet())
