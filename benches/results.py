@@ -26,6 +26,11 @@ def latest(path: Path, keys: Sequence[str]) -> list[Row]:
     return list(found.values())
 
 
+def files(results: Path, kind: str) -> list[Path]:
+    """results/<kind>*.jsonl, then those of the folders in it, as `fastllava bench gpu` writes them."""
+    return [*sorted(results.glob(f"{kind}*.jsonl")), *sorted(results.glob(f"*/{kind}*.jsonl"))]
+
+
 def between_markers(text: str, name: str, generated: str) -> str:
     """`text` with what stands between `<!-- name: begin -->` and `<!-- name: end -->` replaced. Raises ValueError without them."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"

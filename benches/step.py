@@ -66,14 +66,18 @@ def bench(steps: Steps, out: Path | None, say: Callable[[str], None]) -> list[Ro
     return rows
 
 
+def plan_of(steps: Steps, size: str, stage: Stage) -> Run:
+    """The run of one size and stage. Raises UserError on keys that are none."""
+    on_gpu = steps.device.type == "cuda"
+    samples = steps.samples or (64 if on_gpu else 8)
+    settings = Settings.of(steps.device, stage, samples)
+    train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
+    return plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
+
+
 def measure_step(steps: Steps, size: str, stage: Stage, say: Callable[[str], None]) -> Row:
     """The row of one size and stage."""
-    device, on_gpu = steps.device, steps.device.type == "cuda"
-    samples = steps.samples or (64 if on_gpu else 8)
-    settings = Settings.of(device, stage, samples)
-    train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
-    run = plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
-    trial = Trial()
+    device, run, trial = steps.device, plan_of(steps, size, stage), Trial()
     attempt(trial, functools.partial(_measure, trial, run, device, steps.seconds), device)
     ceiling = measure_matmul(device, run.dtype, min(1.0, steps.seconds / 10))
     row = row_of(trial, run, size, ceiling, device) | {"overrides": list(steps.overrides), "host_waits": None, "idle_share": None}

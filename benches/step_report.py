@@ -6,7 +6,7 @@ from pathlib import Path
 from benches.charts import BASELINE, OTHERS, OURS, Bar, bars
 from benches.peer_rows import ORIGINAL
 from benches.peer_rows import OURS as MINE
-from benches.results import RESULTS, Row, between_markers, latest
+from benches.results import RESULTS, Row, between_markers, files, latest
 from fastllava.errors import UserError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -42,8 +42,8 @@ def _bar(row: Row) -> Bar:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Markdown: for each results/peers*.jsonl what it was measured on, then a line a stage, size and variant."""
-    parts = [_part(latest(path, KEY), path) for path in sorted(results.glob("peers*.jsonl"))]
+    """Markdown: for each file of results what it was measured on, then a line a stage, size and variant."""
+    parts = [_part(latest(path, KEY), path.relative_to(results)) for path in files(results, "peers")]
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
 
 
@@ -54,7 +54,7 @@ def _part(rows: Sequence[Row], path: Path) -> str:
     timed, void = ([row for row in rows if (row["void"] is None) is wanted] for wanted in (True, False))
     lines = [
         f"**{first['device']}**, {first['dtype']}, steps of {first['samples_per_step']} samples; {versions}; commit {commit}; "
-        f"`benches/results/{path.name}`.",
+        f"`benches/results/{path.as_posix()}`.",
         f"Products run at {first['matmul_ceiling_tflops']:.3g} TFLOP/s in the same process; the share counts the FLOPs that the training "
         "needs, so none for padding or recomputation.",
         "",
