@@ -62,13 +62,17 @@ class Request:
                 raise UserError(f"bench gpu: '{name}' is no piece{did_you_mean(name, list(PIECES))}; write some of {', '.join(PIECES)}")
         size_named(self.size)
         check_device(self.device)
-        units = [unit for piece in self.chosen for unit in PIECES[piece].units(self.size)]
+        units = [unit for piece in self.chosen for unit in self.units(piece)]
         for word in self.only:
             if not any(word in unit for unit in units):
                 raise UserError(f"--only: '{word}' is in the name of no unit of {', '.join(self.chosen)}, such as '{units[0]}'")
         for path in self.tests:
             if not (REPO / path.partition("::")[0]).exists():
                 raise UserError(f"--tests: {path} is not there; write paths from the checkout's root, such as tests/kernels")
+
+    def units(self, piece: str) -> list[str]:
+        """All that `piece` is made of."""
+        return [",".join(self.tests)] if piece == "tests" and self.tests else PIECES[piece].units(self.size)
 
     @property
     def chosen(self) -> list[str]:
@@ -119,8 +123,8 @@ def identities_of(request: Request) -> dict[str, Identity]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of the processes: on a GPU Triton compiles, whatever the shell says."""
-    return os.environ | {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "0"} if device == "cuda" else {})
+    """Of the processes: on a GPU Triton compiles, whatever the shell says; without one tests want its interpreter."""
+    return os.environ | {"PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
 
 
 class _Piece:
@@ -170,7 +174,7 @@ class _Piece:
 
     def _left(self) -> list[str]:
         done, left = self.state.done(), []
-        for unit in self.piece.units(self.identity.size):
+        for unit in self.request.units(self.name):
             if unit not in done:
                 left.append(unit)
             elif done[unit]["broke"]:
@@ -180,7 +184,7 @@ class _Piece:
     def _child(self, todo: Sequence[str], seconds: float) -> int | None:
         """The exit code of a process that does these units; None where it was stopped after so many seconds."""
         device = self.request.device.type
-        order = Order(self.name, str(self.request.folder.resolve()), device, self.identity, list(todo), list(self.request.tests))
+        order = Order(self.name, str(self.request.folder.resolve()), device, self.identity, list(todo))
         with (self.request.folder / f"{self.name}.log").open("ab") as log:
             process = subprocess.Popen(
                 order.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment(device), process_group=0

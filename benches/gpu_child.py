@@ -31,7 +31,6 @@ class Order:
     """cpu or cuda."""
     identity: Identity
     units: Sequence[str]
-    tests: Sequence[str] = ()
 
     def command(self) -> list[str]:
         """That does it."""
@@ -69,7 +68,7 @@ def work(order: Order) -> None:
     """Measure the units. Raises DeviceLost."""
     device, folder = torch.device(order.device), Path(order.folder)
     notebook = Notebook(State(folder, order.piece, order.identity), device)
-    context = Context(device, order.identity.size, folder, notebook, order.tests)
+    context = Context(device, order.identity.size, folder, notebook)
     for unit in order.units:
         say(f"--- {order.piece} {unit}")
         with notebook.unit(unit):

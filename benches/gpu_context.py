@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ class Context:
     size: str
     folder: Path
     note: Notebook
-    tests: Sequence[str] = ()
 
     @property
     def on_gpu(self) -> bool:

@@ -20,7 +20,6 @@ from benches.world import REPO, world
 
 FOLDERS = ("tests/kernels", "tests/training", "tests/model")
 """What runs on a GPU where there is one, and the models that the kernels are for; the most telling first."""
-UNIT = "tests"
 TOTALS = "totals"
 FAILED = ("failed", "error")
 WORKERS = 8
@@ -32,13 +31,13 @@ GPU_GONE = 75
 
 
 def test_units(size: str) -> list[str]:
-    """One: what is left of it is known by test."""
-    return [UNIT]
+    """One, a selection of paths: what is left of it is known by test."""
+    return [",".join(FOLDERS)]
 
 
 def run_tests(context: Context, unit: str) -> None:
-    """A row for each test as it ends, then one of totals."""
-    paths = list(context.tests or FOLDERS)
+    """A row for each test of "path,path" as it ends, then one of totals."""
+    paths = unit.split(",")
     rows = [row for row in context.note.state.rows() if row["test"] is not None]
     recorder = Recorder(context.note, {row["test"] for row in rows})
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +49,7 @@ def run_tests(context: Context, unit: str) -> None:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         context.note.row({"test": None, "outcome": "broken"}, f"pytest ended with {code}; see the log")
         return
-    found = [row for row in context.note.state.rows() if row["test"] is not None]
+    found = [row for row in context.note.state.rows() if row["test"] is not None and row["test"].startswith(tuple(paths))]
     totals = dict(Counter(row["outcome"] for row in found)) | {"seconds": round(sum(row["seconds"] for row in found), 2)}
     failed = [row["test"] for row in found if row["outcome"] in FAILED]
     context.note.row(

@@ -13,9 +13,12 @@ from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
-peers, registry, rows_of, trials, original, ours, models, patching, results = (
+peers, registry, rows_of, trials, original, ours, models, patching, results, training = (
     bench_module(name)
-    for name in ("peers", "peer_registry", "peer_rows", "peer_trials", "peer_original", "ours", "models", "peer_transformers", "results")
+    for name in (
+        *("peers", "peer_registry", "peer_rows", "peer_trials", "peer_original", "ours", "models", "peer_transformers", "results"),
+        "peer_training",
+    )
 )
 CPU = torch.device("cpu")
 RUNNABLE = {"original", "transformers", "transformers_recompute", "fastllava"}
@@ -93,7 +96,7 @@ def test_the_original_computes_what_its_recipe_computes() -> None:
     """Padded rows, every block, an image for each sample, logits of every row, the decoder's forward pass twice."""
     run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": "fp32", "reference_micro_batch": 2}, per_step=4)
     mine = ours.Fastllava(run, CPU)
-    peer = original.Original(run, mine.model, CPU, 2, "sdpa", [])
+    peer = original.Original(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
     step = next(step for step in map(run.step, range(run.n_steps)) if not run.samples.n_images[step.samples].any())
     lengths = run.samples.n_tokens[step.samples]
     assert peer.rows(step) == 2 * max(lengths[:2]) + 2 * max(lengths[2:])
@@ -188,7 +191,7 @@ def test_memory_that_is_short_halves_the_micro_batch() -> None:
         def step(self, batches: list[int], judged: bool) -> Any:
             if batches[0] > 2:
                 raise torch.OutOfMemoryError("no memory")
-            return bench_module("peer_training").DeviceScalars(torch.tensor(1.0), torch.tensor(2.0))
+            return training.DeviceScalars(torch.tensor(1.0), torch.tensor(2.0))
 
         def state_bytes(self) -> int:
             return 10
@@ -224,7 +227,8 @@ def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
 
     rotate, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
     run = ours.plan_run("pretrain", models.SIZES["tiny"], {"precision": "fp32"}, per_step=2)
-    peer = patching.TransformersLiger(run, ours.Fastllava(run, CPU).model, CPU, 2, "sdpa", [])
+    mine = ours.Fastllava(run, CPU)
+    peer = patching.TransformersLiger(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert modeling_llama.LlamaRMSNorm is norm
     changed = {name for owner, name, _, _ in peer._changes if owner is modeling_llama}
@@ -255,7 +259,7 @@ def test_unknown_names_are_the_users_mistake(changes: dict[str, Any], said: str)
 
 def test_weights_in_bf16_have_masters() -> None:
     weight = torch.nn.Parameter(torch.full((8,), 1.0, dtype=torch.bfloat16))
-    adamw = bench_module("peer_training").MasterAdamW([weight])
+    adamw = training.MasterAdamW([weight], {})
     adamw.adamw.param_groups[0]["lr"] = 1e-4
     for _ in range(40):
         weight.grad = torch.ones_like(weight)
