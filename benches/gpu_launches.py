@@ -10,6 +10,7 @@ import torch
 
 from benches.kernel_judging import as_list, cotangents, leaves
 from fastllava_kernels import rooms, tuning
+from fastllava_kernels.masked_linear_cross_entropy.kernel import LARGEST_ROW
 from fastllava_kernels.tune import Noted
 from fastllava_kernels.workload import Shape
 
@@ -20,12 +21,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def small_shapes(room: str) -> Mapping[str, Shape]:
-    """The workload's tiny shapes, and each with fewer rows, at a number that no block divides."""
+    """The workload's tiny shapes; each with fewer rows, at a number that no block divides; and with rows of logits longer than a block."""
     shapes: dict[str, Shape] = {}
     for name, shape in rooms()[room].workload.shapes.items():
         if name.partition("-")[0] == "tiny":
             shapes[name] = shape
             shapes[f"{name}, odd"] = {**shape, **{key: shape[key] - 3 for key in ("rows", "patches") if shape.get(key, 0) > 8}}
+            if "supervised" in shape:
+                shapes[f"{name}, long"] = {**shape, "supervised": 3, "vocabulary": LARGEST_ROW + 3}
     return shapes
 
 
@@ -51,8 +54,11 @@ def noted(device: torch.device) -> Iterator[Mapping[str, Noted]]:
 
 
 def run_once(room: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-    """Forward and, where something learns, backward."""
+    """Forward as in evaluation, then as in training with, where something learns, backward."""
     args: Any = rooms()[room].workload.inputs(shape, dtype, device, 0)
-    outputs = as_list(rooms()[room].implementations[TRITON].function(*args))
+    function = rooms()[room].implementations[TRITON].function
+    with torch.no_grad():
+        function(*args)
+    outputs = as_list(function(*args))
     if learning := leaves(args):
         torch.autograd.grad(outputs, learning, cotangents(outputs), allow_unused=True)
