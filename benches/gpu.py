@@ -22,11 +22,10 @@ import torch
 from benches.gpu_child import LOST, Order, world_command
 from benches.gpu_pieces import PIECES
 from benches.gpu_state import ENDED, SOURCES, STATE, TESTS, Identity, State, code_of, mend
-from benches.models import size_named
 from benches.peer_trials import check_device
 from benches.world import REPO, world
 from fastllava.errors import UserError
-from fastllava.problems import did_you_mean
+from fastllava_kernels.llava15 import DECODERS
 
 LIMIT = 480.0
 """Seconds of a piece."""
@@ -59,8 +58,9 @@ class Request:
         """Raises UserError for what is nothing to measure."""
         for name in self.pieces:
             if name not in PIECES:
-                raise UserError(f"bench gpu: '{name}' is no piece{did_you_mean(name, list(PIECES))}; write some of {', '.join(PIECES)}")
-        size_named(self.size)
+                raise UserError(f"bench gpu: '{name}' is no piece; write some of {', '.join(PIECES)}")
+        if self.size not in DECODERS:
+            raise UserError(f"--size: '{self.size}' is none of {', '.join(DECODERS)}")
         check_device(self.device)
         units = [unit for piece in self.chosen for unit in self.units(piece)]
         for word in self.only:
@@ -152,6 +152,7 @@ class _Piece:
         code: int | None = 0
         try:
             while (todo := self._todo()) and (rest := limit - (time.monotonic() - began)) > 0:
+                before = self.state.count()
                 code = self._child(todo, rest)
                 mend(self.state.rows_file)
                 mend(self.request.folder / STATE)
@@ -159,7 +160,7 @@ class _Piece:
                 self.state.settle(code, how)
                 if code is None:
                     break
-                if code not in (0, LOST) and self._todo() == todo:
+                if code not in (0, LOST) and (self._todo(), self.state.count()) == (todo, before):
                     # It died before it came to its first unit.
                     return self._close(code, began, how)
         except KeyboardInterrupt:

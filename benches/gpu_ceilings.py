@@ -7,7 +7,7 @@ import torch
 
 from benches import kernels as timing_kernels
 from benches.ceilings import COPIED, copy_gbs, product_tflops, timed_copy, timed_product
-from benches.gpu_context import Context
+from benches.gpu_context import Context, Piece
 from benches.results import Row
 from benches.timing import Times
 from benches.world import world
@@ -82,3 +82,6 @@ def ceilings_in_words(rows: Sequence[Row]) -> str:
     best = max(products, key=lambda row: row["tflops"], default=None)
     said = [f"{best['tflops']:.4g} TFLOP/s at {best['rows']}x{best['inner']}x{best['columns']}"] if best else []
     return ", ".join(said + [f"{max(copies):.4g} GB/s copied"] * bool(copies)) or "nothing yet"
+
+
+CEILINGS = Piece("the machine, and what it gives at best", ceiling_units, measure_ceiling, ceilings_in_words)

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from benches import kernels as timing_kernels
 from benches.ceilings import Ceilings, measure
 from benches.gpu_state import Notebook
+from benches.results import Row
 
 SAMPLES = {"step": (64, 4), "peers": (32, 2), "ablate": (32, 2), "profile": (64, 2)}
 """Of a step, on a GPU and on a CPU."""
@@ -46,6 +48,26 @@ class Context:
     def ceilings(self) -> Ceilings:
         """Measured once a process."""
         return measure(self.device, timing_kernels.DTYPES[self.dtype], self.seconds(0.5))
+
+
+def indivisible(unit: str) -> list[str]:
+    """The `split` of units that are measured as a whole or not at all."""
+    return []
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is measured together, and how."""
+
+    summary: str
+    units: Callable[[str], list[str]]
+    """Of a size, in their order: what has to be done for the piece to be whole."""
+    measure: Callable[[Context, str], None]
+    """One unit; its rows go to the context's notebook."""
+    words: Callable[[Sequence[Row]], str]
+    """What the rows so far say, in one line."""
+    split: Callable[[str], list[str]] = indivisible
+    """Smaller units to try in place of one that broke off."""
 
 
 def say(line: str) -> None:

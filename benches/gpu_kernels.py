@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benches import kernels as timing_kernels
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.results import Row
 from fastllava_kernels import rooms
 
@@ -67,3 +67,6 @@ def kernels_in_words(rows: Sequence[Row]) -> str:
     shapes = len({(row["room"], row["shape"]) for row in rows})
     wrong = sorted({f"{row['room']} {row['implementation']}" for row in timing_kernels.failures(rows)})
     return f"{timed} rows with a time and {len(rows) - timed} void at {shapes} shapes" + (f"; wrong: {', '.join(wrong)}" if wrong else "")
+
+
+KERNELS = Piece("every room and its peers", kernel_units, measure_kernel, kernels_in_words, split_kernel)

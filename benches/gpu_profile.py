@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benches import step as stepping
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.gpu_fit import layers_that_fit
 from benches.gpu_steps import stage_and_words
 from benches.ours import Fastllava
@@ -62,3 +62,6 @@ def profiles_in_words(rows: Sequence[Row]) -> str:
         idle = "" if row["idle_share"] is None else f", idle {row['idle_share']:.1%}"
         said.append(f"{' '.join([row['stage'], *row['overrides']])} {row['milliseconds']:.0f} ms{idle}")
     return ", ".join(said) or "nothing yet"
+
+
+PROFILE = Piece("where a step's time goes", profile_units, measure_profile, profiles_in_words)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.gpu_launches import MARK, TRITON, small_shapes
 from benches.peer_trials import CANNOT
 from benches.results import Row
@@ -95,3 +95,6 @@ def sanitizer_in_words(rows: Sequence[Row]) -> str:
     kernels = {kernel for row in ran for kernel in row["kernels"] or ()}
     said = [f"{len(ran)} runs over {len(kernels)} of {len(tuning.kernels())} kernels, errors: {', '.join(wrong) or 'none'}"] if ran else []
     return "; ".join(said + [f"void: {reason}" for reason in void]) or "nothing yet"
+
+
+SANITIZER = Piece("compute-sanitizer over the kernels", sanitizer_units, sanitize, sanitizer_in_words)

@@ -12,7 +12,7 @@ import torch
 from benches import ablate as ablating
 from benches import peers as comparing
 from benches import step as stepping
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.gpu_fit import layers_that_fit
 from benches.peer_rows import failures
 from benches.peer_trials import OUT_OF_MEMORY, STAGES
@@ -145,3 +145,8 @@ def ablations_in_words(rows: Sequence[Row]) -> str:
     faster = [row for row in timed if row["delta_ms_p80"] < 0]
     said = [f"{row['stage']} {row['toggle']}={row['value']} {row['delta_ms_p50'] / row['baseline_ms_p50']:+.1%}" for row in faster]
     return f"{len(timed)} values timed, {len(rows) - len(timed)} void" + (f"; faster: {', '.join(said)}" if said else "")
+
+
+STEP = Piece("our steps", step_units, measure_step, steps_in_words)
+PEERS = Piece("our steps and others' in turns", peer_units, measure_peers, peers_in_words)
+ABLATE = Piece("every toggle", ablate_units, measure_ablation, ablations_in_words)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.gpu_state import DeviceLost, Notebook
 from benches.results import Row
 from benches.world import REPO, world
@@ -49,7 +49,7 @@ def run_tests(context: Context, unit: str) -> None:
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         context.note.row({"test": None, "outcome": "broken"}, f"pytest ended with {code}; see the log")
         return
-    found = [row for row in context.note.state.rows() if row["test"] is not None and row["test"].startswith(tuple(paths))]
+    found = [row for row in context.note.state.rows() if row["test"] is not None]
     totals = dict(Counter(row["outcome"] for row in found)) | {"seconds": round(sum(row["seconds"] for row in found), 2)}
     failed = [row["test"] for row in found if row["outcome"] in FAILED]
     context.note.row(
@@ -115,3 +115,6 @@ def tests_in_words(rows: Sequence[Row]) -> str:
     said = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "failed", "error", "skipped") if counts[outcome])
     failed = [row["test"] for row in found if row["outcome"] in FAILED]
     return (said or "no test ran") + (f"; first failure {failed[0]}" if failed else "")
+
+
+TESTS = Piece("the tests that use a GPU, all failures collected", test_units, run_tests, tests_in_words)

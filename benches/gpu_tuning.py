@@ -5,7 +5,7 @@ To take them over, copy DIR/tables/<arch>.json to kernels/fastllava_kernels/tabl
 
 from collections.abc import Sequence
 
-from benches.gpu_context import Context, say
+from benches.gpu_context import Context, Piece, say
 from benches.peer_trials import CANNOT
 from benches.results import Row
 from benches.world import world
@@ -66,3 +66,6 @@ def tuning_in_words(rows: Sequence[Row]) -> str:
     ]
     said = [f"{len(timed)} entries timed", f"changed: {', '.join(changed)}" if changed else "none changed"]
     return "; ".join(said + [f"{len(rows) - len(timed)} void"] * (len(rows) > len(timed)))
+
+
+TUNING = Piece("the tables of kernel configurations", tuning_units, measure_tuning, tuning_in_words)
