@@ -96,8 +96,8 @@ def bench(request: Request, say: Say) -> list[Outcome]:
     request.check()
     request.folder.mkdir(parents=True, exist_ok=True)
     mend(request.folder / STATE)
-    identities = identities_of(request)
     began = time.monotonic()
+    identities = identities_of(request)
     outcomes: list[Outcome] = []
     with _stops_as_ctrl_c():
         for name in request.chosen:
@@ -240,7 +240,9 @@ def _end_group(process: subprocess.Popen) -> None:
             process.wait(timeout=GRACE)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # One that waits for its driver may not end at once even so.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
 
 
 @contextmanager

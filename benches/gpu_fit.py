@@ -1,5 +1,6 @@
 """How many decoder layers of a step have room on the GPU that is here, by the planner's arithmetic."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -28,8 +29,9 @@ def nothing_else(trained: int, frozen: int) -> float:
     return 0.0
 
 
+@functools.cache
 def layers_that_fit(
-    size: str, stage: Stage, samples: int, device: torch.device, words: Sequence[str] = (), extra: Extra = nothing_else
+    size: str, stage: Stage, samples: int, device: torch.device, words: tuple[str, ...] = (), extra: Extra = nothing_else
 ) -> int:
     """At most the size's own layers, and at least one. On a CPU all of them. `words`: config keys of the run."""
     full = size_named(size)

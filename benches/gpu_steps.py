@@ -19,7 +19,10 @@ from benches.peer_trials import OUT_OF_MEMORY, STAGES
 from benches.results import Row
 from fastllava.config import Stage
 
-STEPS = ("", "train.compile=layer", "train.recompute=selective", "train.recompute=full", "train.recompute=norms")
+STEPS = (
+    *("", "train.recompute=selective", "train.compile=layer", "train.compile=layer train.recompute=selective"),
+    *("train.recompute=full", "train.recompute=norms"),
+)
 """Config keys of the timed steps, the most telling first."""
 STEP_SECONDS, PEERS_SECONDS, ABLATE_SECONDS = 20.0, 120.0, 3.0
 """Of a step's turns, of a stage's, and of a value's."""
@@ -50,9 +53,10 @@ def measure_step(context: Context, unit: str) -> None:
         _note_steps(context, rows)
 
 
-def stage_and_words(unit: str) -> tuple[Stage, list[str]]:
+def stage_and_words(unit: str) -> tuple[Stage, tuple[str, ...]]:
+    """Of "stage key=value ..."."""
     stage, *words = unit.split()
-    return cast("Stage", stage), words
+    return cast("Stage", stage), tuple(words)
 
 
 def _with_fewer_layers(layers: int, attempt: Callable[[int], list[Row]]) -> Iterator[list[Row]]:
@@ -92,6 +96,11 @@ def peer_units(size: str) -> list[str]:
     return sorted(STAGES)
 
 
+def beside_peers(trained: int, frozen: int) -> float:
+    """Bytes: the trained weights in bf16 beside our fp32 ones, which are the peers' masters too, and what their steps hold."""
+    return 2.0 * trained + PEERS_RESERVE
+
+
 def measure_peers(context: Context, unit: str) -> None:
     """The rows of every variant, in turns."""
     stage, words = stage_and_words(unit)
@@ -104,9 +113,7 @@ def measure_peers(context: Context, unit: str) -> None:
         comparison.check()
         return list(comparing.compare(comparison, context.size, stage, say))
 
-    # Peers hold the trained weights in bf16 beside our fp32 ones, which are their masters too.
-    extra = lambda trained, frozen: 2.0 * trained + PEERS_RESERVE  # noqa: E731
-    for rows in _with_fewer_layers(layers_that_fit(context.size, stage, samples, context.device, words, extra), once):
+    for rows in _with_fewer_layers(layers_that_fit(context.size, stage, samples, context.device, words, beside_peers), once):
         _note_steps(context, rows)
 
 
@@ -124,13 +131,16 @@ def ablate_units(size: str) -> list[str]:
     return [f"{stage} {key}" for stage in STAGES for key in keys if not key.startswith("parallel.")]
 
 
+def beside_another(trained: int, frozen: int) -> float:
+    """Bytes of a second run between its steps: fp32 weights and AdamW's moments, and what is frozen."""
+    return 12.0 * trained + 2.0 * frozen
+
+
 def measure_ablation(context: Context, unit: str) -> None:
     """A row for each other value."""
     stage, (key,) = stage_and_words(unit)
     samples = context.samples("ablate")
-    # Two runs with their weights, gradients aside, and AdamW's moments.
-    extra = lambda trained, frozen: 12.0 * trained + 2.0 * frozen  # noqa: E731
-    layers = min(ABLATED_LAYERS, layers_that_fit(context.size, stage, samples, context.device, (), extra))
+    layers = min(ABLATED_LAYERS, layers_that_fit(context.size, stage, samples, context.device, (), beside_another))
     ablation = ablating.Ablation(context.device, [context.size], [stage], [key], samples, context.seconds(ABLATE_SECONDS), layers)
     ablation.check()
     for row in ablating.ablate(ablation, context.size, stage):

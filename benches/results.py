@@ -1,6 +1,7 @@
 """Rows of results as they lie on disk: JSON lines, to which runs are appended."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def latest(path: Path, keys: Sequence[str]) -> list[Row]:

@@ -18,7 +18,7 @@ from benches.ours import Fastllava, Run, plan_run
 from benches.peer_registry import Settings
 from benches.peer_rows import OURS, figures, in_words, of_ours, setting
 from benches.peer_trials import Trial, attempt, check_device, check_stages, release, weigh
-from benches.results import Row, append
+from benches.results import Row, append, finite
 from benches.step_profile import profile_step
 from benches.timing import seconds_of
 from benches.world import world
@@ -100,6 +100,7 @@ def _measure(trial: Trial, run: Run, device: torch.device, seconds: float) -> No
     while len(trial.taken) < FEWEST or (time.perf_counter() - began) * (1 + 1 / len(trial.taken)) <= seconds:
         batches = trainer.batches(run.step(len(trial.taken)))
         trial.taken.append(seconds_of(functools.partial(trainer.step, batches), device))
+    trial.check_finite()
 
 
 def row_of(trial: Trial, run: Run, size: str, ceiling: float, device: torch.device) -> Row:
@@ -112,7 +113,7 @@ def row_of(trial: Trial, run: Run, size: str, ceiling: float, device: torch.devi
         {"variant": OURS}
         | setting(run, size)
         | figures(run, steps, taken, done or None, ceiling, device)
-        | {"peak_bytes": trial.peak if taken else None, "loss": trial.loss, "grad_norm": trial.norm}
+        | {"peak_bytes": trial.peak if taken else None, "loss": finite(trial.loss), "grad_norm": finite(trial.norm)}
         | {"micro_batches": len(run.step(0).micro_batches)}
         | ours
         | {"void": trial.void}

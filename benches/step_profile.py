@@ -94,7 +94,7 @@ def _is_kernel(event: Any) -> bool:
 
 
 def _is_annotation(event: Any) -> bool:
-    return bool(event.is_user_annotation)
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def _busy(events: Sequence[Any] | Any, seconds: float) -> float:

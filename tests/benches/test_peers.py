@@ -165,6 +165,50 @@ def test_a_variant_that_breaks_leaves_the_others_alone_and_the_command_fails(mon
     assert "tiny pretrain fastllava: " in result.output
 
 
+class NotFinite(original.Original):
+    """Its gradient is not a number."""
+
+    def loss(self, batch: Any, supervised: int) -> torch.Tensor:
+        return super().loss(batch, supervised) * float("nan")
+
+
+def test_what_is_not_finite_does_not_reach_the_weights_that_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = with_another(monkeypatch, NotFinite)
+    rows = {row["variant"]: row for row in peers.bench(comparison(stages=["finetune"], variants=names), None, lambda line: None)}
+    assert rows["other"]["void"].startswith("wrong: loss nan")
+    assert rows["other"]["loss"] is rows["other"]["grad_norm"] is None
+    assert rows["transformers"]["void"] is rows["fastllava"]["void"] is None
+    assert rows["transformers"]["loss"] == pytest.approx(rows["fastllava"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_variants_keep_one_copy_of_what_trains(precision: str) -> None:
+    run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": precision}, per_step=2)
+    mine = ours.Fastllava(run, CPU)
+    shared = training.Shared.of(mine)
+    one, other = (original.Original(run, mine.model, CPU, 2, "sdpa", shared) for _ in range(2))
+    for first, second in zip(one.parameters, other.parameters, strict=True):
+        assert first is not second
+        assert first.data_ptr() == second.data_ptr()
+    places = {parameter.data_ptr() for parameter in mine.trained.values()}
+    assert {master.data_ptr() for master in one.optimizer.masters} == places
+    moments = {state["exp_avg"].data_ptr() for state in mine.optimizer.state.values()}
+    assert {state["exp_avg"].data_ptr() for state in one.optimizer.adamw.state.values()} == moments
+    # Each is counted as if it were alone: in bf16 weights of 2 bytes and masters of 4, in fp32 the weights are the masters.
+    trained = sum(parameter.numel() for parameter in mine.trained.values())
+    frozen = sum(each.nbytes for name, each in shared.weights.items() if name not in mine.trained)
+    counted = one.state_bytes() - frozen - (14 if precision == "bf16" else 12) * trained
+    assert 0 <= counted < 0.02 * one.state_bytes()
+    before = [parameter.clone() for parameter in mine.trained.values()]
+    one.step(one.batches(run.step(0)))
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.trained.values(), strict=True))
+    assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
+    one.loss = lambda batch, supervised: original.Original.loss(one, batch, supervised) * torch.tensor([1.0, 1.0])
+    with pytest.raises(RuntimeError, match="scalar"):
+        one.step(one.batches(run.step(0)))
+    assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
+
+
 def test_agreement_is_with_the_median() -> None:
     def trial(loss: float, norm: float = 1.0) -> Any:
         return trials.Trial(trainer=object(), loss=loss, norm=norm)

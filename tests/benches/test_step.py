@@ -1,6 +1,7 @@
 """`fastllava bench step` on tiny models: whole rows, config keys, the profile; and what the results of the peers look like."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,14 @@ def test_want_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert result.exit_code == 0, result.output
     assert rows[0]["void"] == "out of memory"
     assert rows[0]["samples_per_second"] is rows[0]["peak_bytes"] is None
+
+
+def test_a_loss_that_is_not_finite_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(step, "weigh", lambda *_: (math.nan, 1.0, 1))
+    result, rows = run(tmp_path, "--stages", "pretrain")
+    assert result.exit_code == 1, result.output
+    assert rows[0]["void"] == "wrong: loss nan, gradient norm 1.0"
+    assert rows[0]["loss"] is rows[0]["samples_per_second"] is None
 
 
 def test_host_waits_are_counted() -> None:
