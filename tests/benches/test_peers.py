@@ -203,8 +203,15 @@ def test_variants_keep_one_copy_of_what_trains(precision: str) -> None:
     one.step(one.batches(run.step(0)))
     assert all(torch.equal(a, b) for a, b in zip(before, mine.trained.values(), strict=True))
     assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
-    one.loss = lambda batch, supervised: original.Original.loss(one, batch, supervised) * torch.tensor([1.0, 1.0])
-    with pytest.raises(RuntimeError, match="scalar"):
+    lose, calls = one.loss, iter(range(2))
+
+    def second_fails(batch: Any, supervised: int) -> torch.Tensor:
+        if next(calls):
+            raise RuntimeError("the second micro-batch")
+        return lose(batch, supervised)
+
+    one.loss, one.micro_batch = second_fails, 1
+    with pytest.raises(RuntimeError, match="the second micro-batch"):
         one.step(one.batches(run.step(0)))
     assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
 
