@@ -1,4 +1,4 @@
-"""What the results of `fastllava bench peers` look like: a chart of speed and memory, and the table in README.md."""
+"""What the results of `fastllava bench peers` and `step` look like: a chart of speed and memory, and the tables in README.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,9 @@ from benches.results import RESULTS, Row, between_markers, files, latest
 from fastllava.errors import UserError
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-MARKER = "bench peers"
+MARKER, STEP_MARKER = "bench peers", "bench step"
 KEY = ("variant", "stage", "size", "layers", "dtype", "samples_per_step", "device")
+STEP_KEY = ("stage", "size", "layers", "dtype", "samples_per_step", "micro_batch_tokens", "recompute", "last_layer", "compile", "device")
 GIB = 2**30
 COLOURS = "blue: fastllava; orange: the original's recipe; grey: transformers"
 
@@ -48,21 +49,27 @@ def table(results: Path = RESULTS) -> str:
 
 
 def _part(rows: Sequence[Row], path: Path) -> str:
-    first = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version is not None)
-    commit = (first["commit"] or "unknown")[:9] + (" and changes not committed" if first["dirty"] else "")
     timed, void = ([row for row in rows if (row["void"] is None) is wanted] for wanted in (True, False))
     lines = [
-        f"**{first['device']}**, {first['dtype']}, steps of {first['samples_per_step']} samples; {versions}; commit {commit}; "
-        f"`benches/results/{path.as_posix()}`.",
-        f"Products run at {first['matmul_ceiling_tflops']:.3g} TFLOP/s in the same process; the share counts the FLOPs that the training "
-        "needs, so none for padding or recomputation.",
-        "",
+        *_world(rows[0], path),
         "| stage | model | variant | samples/s | times the original's recipe (p20 to p80) | tokens/s | share of ceiling | MFU "
         "| peak GiB | padding | micro-batch |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join(lines + [_line(row) for row in timed] + _void_lines(void))
+
+
+def _world(first: Row, path: Path) -> list[str]:
+    """What a file was measured on, and how its shares are meant."""
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version is not None)
+    commit = (first["commit"] or "unknown")[:9] + (" and changes not committed" if first["dirty"] else "")
+    return [
+        f"**{first['device']}**, {first['dtype']}, steps of {first['samples_per_step']} samples; {versions}; commit {commit}; "
+        f"`benches/results/{path.as_posix()}`.",
+        f"Products run at {first['matmul_ceiling_tflops']:.3g} TFLOP/s in the same process; the share counts the FLOPs that the training "
+        "needs, so none for padding or recomputation.",
+        "",
+    ]
 
 
 def _line(row: Row) -> str:
@@ -78,6 +85,34 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def steps_table(results: Path = RESULTS) -> str:
+    """Markdown: for each file of results of `bench step` what it was measured on, then a line a stage and setting."""
+    parts = [_steps(latest(path, STEP_KEY), path.relative_to(results)) for path in files(results, "step")]
+    return "\n\n".join(parts) if parts else "Nothing has been measured yet."
+
+
+def _steps(rows: Sequence[Row], path: Path) -> str:
+    lines = [
+        *_world(rows[0], path),
+        "| stage | model | recompute | compile | samples/s | tokens/s | ms a step (p20 to p80) | share of ceiling | MFU | HFU | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_step_line(row) for row in rows if row["void"] is None]
+    return "\n".join(lines + _void_lines([row for row in rows if row["void"] is not None]))
+
+
+def _step_line(row: Row) -> str:
+    cells = [
+        *(row["stage"], f"{row['size']}, {row['layers']} layers", row["recompute"], row["compile"]),
+        *(f"{row['samples_per_second']:.3g}", f"{row['tokens_per_second']:,.0f}"),
+        f"{row['step_ms_p50']:,.0f} ({row['step_ms_p20']:,.0f} to {row['step_ms_p80']:,.0f})",
+        f"{row['ceiling_share']:.0%}",
+        *("-" if row[share] is None else f"{row[share]:.1%}" for share in ("mfu", "hfu")),
+        f"{row['peak_bytes'] / GIB:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _void_lines(rows: Sequence[Row]) -> list[str]:
     """What has no time, and why."""
     lines = [f"- {row['stage']} {row['size']} {row['variant']}: {row['void']}" for row in rows]
@@ -85,9 +120,15 @@ def _void_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def write_report(readme: Path = README, results: Path = RESULTS) -> None:
-    """Put the table between the markers of README.md. Raises UserError where there are none."""
+    """Put the tables between the markers of README.md; that of steps where it has a place or is wanted.
+
+    Raises UserError where markers are missing.
+    """
+    text = readme.read_text(encoding="utf-8")
     try:
-        text = between_markers(readme.read_text(encoding="utf-8"), MARKER, table(results))
+        text = between_markers(text, MARKER, table(results))
+        if f"<!-- {STEP_MARKER}: begin -->" in text or files(results, "step"):
+            text = between_markers(text, STEP_MARKER, steps_table(results))
     except ValueError as error:
         raise UserError(f"{readme}: {error}; put them where the table goes") from None
     readme.write_text(text, encoding="utf-8")

@@ -90,7 +90,7 @@ def bench_peers(
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
     layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-    report: Annotated[bool, typer.Option("--report", help="only write the table of README.md from benches/results")] = False,
+    report: Annotated[bool, typer.Option("--report", help="only write README.md's tables of peers and steps from benches/results")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.

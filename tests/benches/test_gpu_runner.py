@@ -218,7 +218,7 @@ def test_ctrl_c_ends_the_process_writes_the_state_and_exits_with_130(folder: Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pieces": ["frist"]}, "bench gpu: 'frist' is no piece; write some of first, second"),
+        ({"pieces": ["third"]}, "bench gpu: 'third' is no piece; write some of first, second"),
         ({"size": "8b"}, "--size: '8b' is none of 7b, 13b, 1.1b, tiny"),
         ({"only": ["four"]}, "--only: 'four' is in the name of no unit of first, second, such as 'one'"),
         ({"tests": ["tests/nowhere"]}, "--tests: tests/nowhere is not there"),

@@ -138,6 +138,36 @@ def result_row(variant: str, speed: float, gib: float, void: str | None = None) 
     return values
 
 
+def test_the_committed_tables_are_what_the_committed_results_give(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    report.write_report(readme)
+    again = "write it anew: fastllava bench peers --report"
+    assert readme.read_text(encoding="utf-8") == report.README.read_text(encoding="utf-8"), again
+
+
+def test_steps_have_a_table_of_their_own(tmp_path: Path) -> None:
+    step_row = {"recompute": "none", "last_layer": "supervised", "compile": "layer", "mfu": 0.5, "hfu": 0.625}
+    changes = ({}, {"recompute": "full"}, {"layers": 9, "void": "out of memory"})
+    first, other, void = (result_row("fastllava", 2.0, 70.0) | step_row | change for change in changes)
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, other, void, first)))
+    text = report.steps_table(tmp_path)
+    assert "| finetune | 150m, 14 layers | none | layer | 2 | 1,600 | 4,000 (3,950 to 4,050) | 20% | 50.0% | 62.5% | 70.00 |" in text
+    assert text.count("| finetune |") == 2
+    assert "- finetune 150m fastllava: out of memory" in text
+    assert "`benches/results/h200/step.jsonl`" in text
+    readme = tmp_path / "README.md"
+    peers = "<!-- bench peers: begin -->\n<!-- bench peers: end -->\n"
+    readme.write_text(f"{peers}<!-- bench step: begin -->\nold\n<!-- bench step: end -->\n")
+    report.write_report(readme, tmp_path)
+    assert text in readme.read_text()
+    # Results that no place was made for are not left out without a word.
+    readme.write_text(peers)
+    with pytest.raises(UserError, match="no markers <!-- bench step: begin -->"):
+        report.write_report(readme, tmp_path)
+
+
 def test_table_and_chart_say_what_the_results_say(tmp_path: Path) -> None:
     rows = [
         result_row("original", 1.0, 5.5),
