@@ -1,5 +1,6 @@
 """What `fastllava bench gpu` is made of: the piece of tests, the layers that fit, the profile of a GPU, and the way into the tables."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -69,7 +70,7 @@ def test_tests_go_on_where_a_process_died_and_all_failures_are_collected(tmp_pat
     assert (tmp_path / "ran").read_text() == "a"
     assert rows[-1]["outcome"] == "totals"
     assert (rows[-1]["passed"], rows[-1]["failed"], rows[-1]["skipped"]) == (3, 1, 1)
-    assert rows[-1]["versions"]["torch"] == torch.__version__
+    assert rows[-1]["versions"]["torch"] == importlib.metadata.version("torch")
     (failure,) = [row["error"] for row in rows if row["outcome"] == "failed"]
     assert failure.startswith("AssertionError: the sum is off")
     assert "tests: failed in" in done.output

@@ -1,6 +1,7 @@
 """`fastllava bench peers` on tiny models: every variant gives our loss and gradient, rows are whole, what is wrong has no time."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_rows_are_whole(measured) -> None:
     for row in rows:
         assert set(row) == KEYS
         assert row["device"].startswith("CPU ")
-        assert row["versions"]["torch"] == torch.__version__
+        assert row["versions"]["torch"] == importlib.metadata.version("torch")
         # The peak of a CPU is not known.
         assert row["mfu"] is None
         assert row["hfu"] is None
