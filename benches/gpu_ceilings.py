@@ -14,8 +14,8 @@ from benches.world import world
 
 
 def ceiling_units(size: str) -> list[str]:
-    """The world, every product, the copy."""
-    return ["world", *(f"product {'x'.join(map(str, sizes))}" for sizes in PRODUCTS), "copy"]
+    """The world, every product, the copy, and the world again, warm: its clocks are those of work."""
+    return ["world", *(f"product {'x'.join(map(str, sizes))}" for sizes in PRODUCTS), "copy", "world warm"]
 
 
 PRODUCTS = (

@@ -38,6 +38,9 @@ def test_units(size: str) -> list[str]:
 def run_tests(context: Context, unit: str) -> None:
     """A row for each test of "path,path" as it ends, then one of totals."""
     paths = unit.split(",")
+    if context.on_gpu:
+        # Inductor takes a process a core for itself, and here it runs in several.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     rows = [row for row in context.note.state.rows() if row["test"] is not None]
     recorder = Recorder(context.note, {row["test"] for row in rows})
     with tempfile.TemporaryDirectory() as folder:

@@ -61,8 +61,9 @@ def test_pieces_and_their_units() -> None:
 
 
 def test_ceilings(tmp_path: Path) -> None:
-    state, rows = measure(tmp_path, "ceilings", "world", "product 819x4096x32000", "copy")
-    assert [row["what"] for row in rows] == ["world", "product", "copy"]
+    state, rows = measure(tmp_path, "ceilings", "world", "product 819x4096x32000", "copy", "world warm")
+    assert [row["what"] for row in rows] == ["world", "product", "copy", "world"]
+    assert rows[0]["conditions"] is None
     assert (rows[1]["rows"], rows[1]["inner"], rows[1]["columns"]) == (12, 64, 500)
     assert rows[1]["tflops"] == pytest.approx(2 * 12 * 64 * 500 / rows[1]["ms_p50"] / 1e9)
     assert rows[2]["gbs"] > 0

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from fastllava import cli
 from fastllava.bench import bench_module
 
-states, steps, fit, runs, tests, child, profiling, models = (
-    bench_module(name) for name in ("gpu_state", "gpu_steps", "gpu_fit", "gpu", "gpu_tests", "gpu_child", "step_profile", "models")
+states, steps, fit, tests, child, ceilings = (
+    bench_module(f"gpu_{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
 )
+runs, profiling, models = (bench_module(name) for name in ("gpu", "step_profile", "models"))
 CPU = torch.device("cpu")
 
 
@@ -230,6 +231,28 @@ def test_what_a_process_is_told_is_read_back(tmp_path: Path) -> None:
     assert runs.environment("cuda")["TRITON_INTERPRET"] == "0"
     done = subprocess.run([*order.command()[:3], "import sys; print(sys.path[0])"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() not in ("", str(runs.REPO))
+
+
+def test_a_process_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, codes = iter([7, 7, 1]), []
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(child.time, "sleep", lambda seconds: None)
+    child._end_when_alone(7)
+    assert codes == [1]
+    assert next(parents, None) is None
+
+
+def test_what_nvidia_smi_says_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 1980 MHz'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1", total_memory=150 * GIB))
+    said = ceilings.conditions(torch.device("cuda"))
+    assert said["conditions"] == {"name": "NVIDIA H200", "memory.total": "143771 MiB", "clocks.sm": "1980 MHz"}
+    assert said["memory_bytes"] == 150 * GIB
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert ceilings.conditions(torch.device("cuda"))["conditions"] is None
 
 
 def test_code_is_what_the_files_say(tmp_path: Path) -> None:
