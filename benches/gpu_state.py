@@ -6,6 +6,7 @@ ended, a piece to be measured again. Only events of the same code, device and si
 
 import hashlib
 import json
+import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -127,7 +128,7 @@ class Notebook:
 
     def row(self, row: Row, failure: str | None = None) -> None:
         """One row more; `failure`: what is wrong about it, in words."""
-        append(self.state.rows_file, row | {"code": self.state.identity.code})
+        append(self.state.rows_file, strict(row) | {"code": self.state.identity.code})
         self._failure = self._failure or failure
 
     @contextmanager
@@ -149,6 +150,15 @@ class Notebook:
         self.state.note(DONE, name, failed=said is not None, broke=broke, error=said, seconds=round(time.monotonic() - began, 2))
         if broke and not usable(self.device):
             raise DeviceLost(error)
+
+
+def strict(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not have: a row is worth more than its one odd figure."""
+    if isinstance(value, dict):
+        return {key: strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def usable(device: torch.device) -> bool:

@@ -121,7 +121,9 @@ def start(comparison: Comparison, run: Run, settings: Settings) -> dict[str, Tri
     ours = Trial()
     attempt(ours, functools.partial(_build, ours, Fastllava, run, device), device)
     trials = {name: ours if name == OURS else Trial() for name in comparison.variants}
-    shared = Shared.of(ours.trainer) if ours.void is None else None
+    shared: list[Shared] = []
+    if ours.void is None:
+        attempt(ours, lambda: shared.append(Shared.of(ours.trainer)), device)
     for name, trial in trials.items():
         if name == OURS:
             continue
@@ -130,7 +132,7 @@ def start(comparison: Comparison, run: Run, settings: Settings) -> dict[str, Tri
         elif ours.void is not None:
             trial.fail(f"{ours.void}, where the weights are drawn")
         else:
-            build = functools.partial(_build, trial, VARIANTS[name].build, run, ours.trainer.model, device, settings, shared)
+            build = functools.partial(_build, trial, VARIANTS[name].build, run, ours.trainer.model, device, settings, *shared)
             attempt(trial, build, device)
     return trials
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,7 +244,8 @@ def test_units_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         note.row({"x": 1}, "it is wrong")
         note.row({"x": 2}, "and again")
     with note.unit("e"):
-        note.row({"x": 3})
+        note.row({"x": 3, "odd": math.nan, "inside": [{"most": math.inf, "least": 0.5}]})
+    assert note.state.rows()[-1] == {"x": 3, "odd": None, "inside": [{"most": None, "least": 0.5}], "code": "code"}
     done = note.state.done()
     assert [done[name]["error"] for name in "abcde"] == ["out of memory", "--x: no", "RuntimeError: bad tile", "it is wrong", None]
     assert [done[name]["broke"] for name in "abcde"] == [True, True, True, False, False]

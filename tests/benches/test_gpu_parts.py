@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from fastllava import cli
 from fastllava.bench import bench_module
+from fastllava.errors import UserError
 
 states, steps, fit, tests, child, ceilings = (
     bench_module(f"gpu_{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
@@ -247,6 +249,19 @@ def test_what_nvidia_smi_says_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said["memory_bytes"] == 150 * GIB
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert ceilings.conditions(torch.device("cuda"))["conditions"] is None
+
+
+def test_the_gpu_is_named_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waits must take nothing of it."""
+    request = runs.Request(["tests", "step"], tmp_path, torch.device("cuda"), "7b")
+    printed = "a warning\\n" + json.dumps({"device": "NVIDIA H200"})
+    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", f"print('{printed}')"])
+    found = runs.identities_of(request)
+    assert {(each.device, each.size) for each in found.values()} == {("NVIDIA H200", "7b")}
+    assert found["tests"].code != found["step"].code
+    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", "import sys; sys.exit('no driver')"])
+    with pytest.raises(UserError, match="--device: a process that uses the GPU ended with 1: no driver"):
+        runs.identities_of(request)
 
 
 def test_code_is_what_the_files_say(tmp_path: Path) -> None:

@@ -258,11 +258,12 @@ def test_memory_that_is_short_halves_the_micro_batch() -> None:
     assert trial.peak >= 10
 
 
-def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whose", ["ours", "all"])
+def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     def none_left(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(peers, "Fastllava", none_left)
+    monkeypatch.setattr(*((peers, "Fastllava") if whose == "ours" else (peers.Shared, "of")), none_left)
     monkeypatch.setattr(peers, "measure_matmul", lambda *_: 0.1)
     rows = peers.bench(comparison(), None, lambda line: None)
     assert {row["variant"]: row["void"].partition(",")[0] for row in rows} == {
