@@ -61,6 +61,12 @@ def on_a_cpu(row: Row) -> bool:
     return row["device"].startswith("CPU")
 
 
+def charts_of_results(folder: Path, results: Path = RESULTS) -> list[Path]:
+    """For each file of results a folder in `folder` that is called as the file is, with its charts."""
+    found = files(results, "kernels")
+    return [chart for path in found for chart in charts(latest(path, KEY), folder / path.relative_to(results).with_suffix(""))]
+
+
 def _bar(row: Row) -> Bar:
     colour = BASELINE if row["implementation"] == REFERENCE else OTHERS if row["peer"] else OURS
     label = row["implementation"] + (" (peer)" if row["peer"] else "")

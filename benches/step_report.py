@@ -33,6 +33,12 @@ def charts(rows: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
+def charts_of_results(folder: Path, results: Path = RESULTS) -> list[Path]:
+    """For each file of results a folder in `folder` that is called as the file is, with its charts."""
+    found = files(results, "peers")
+    return [chart for path in found for chart in charts(latest(path, KEY), folder / path.relative_to(results).with_suffix(""))]
+
+
 def _bar(row: Row) -> Bar:
     speed, middle = row["samples_per_second"], row["step_ms_p50"]
     colour = {MINE: OURS, ORIGINAL: BASELINE}.get(row["variant"], OTHERS)

@@ -34,11 +34,11 @@ def bench_kernels(
     out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
     charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
-    report: Annotated[bool, typer.Option("--report", help="only write the table of kernels/README.md from benches/results")] = False,
+    report: Annotated[bool, typer.Option("--report", help="only the table of kernels/README.md, and --charts, from results")] = False,
 ) -> None:
     """Time every implementation of every room and its peers, each judged against fp64 truth first. Exits with 1 if one is wrong."""
     if report:
-        bench_module("kernel_report").write_report()
+        _report("kernel_report", charts)
         return
     kernels = bench_module("kernels")
     chosen = _device(device)
@@ -90,7 +90,7 @@ def bench_peers(
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
     layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
-    report: Annotated[bool, typer.Option("--report", help="only write README.md's tables of peers and steps from benches/results")] = False,
+    report: Annotated[bool, typer.Option("--report", help="only README.md's tables, and --charts, from results")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
@@ -98,7 +98,7 @@ def bench_peers(
     Overrides are for fastllava's run, such as train.compile=layer. Exits with 1 when a variant breaks or gives another loss.
     """
     if report:
-        bench_module("step_report").write_report()
+        _report("step_report", charts)
         return
     peers = bench_module("peers")
     rows = peers.bench(
@@ -166,6 +166,14 @@ def bench_gpu(
         raise typer.Exit(130) from None
     if gpu.failed(found):
         raise typer.Exit(1)
+
+
+def _report(module: str, charts: Path | None) -> None:
+    """Tables from the results and, where a folder is given, their charts."""
+    report = bench_module(module)
+    report.write_report()
+    for path in report.charts_of_results(charts) if charts is not None else ():
+        typer.echo(f"wrote {path}")
 
 
 def _names(given: str) -> list[str]:

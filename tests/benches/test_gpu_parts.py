@@ -219,6 +219,11 @@ def test_results_in_a_folder_reach_the_tables(tmp_path: Path) -> None:
         text = report.table(tmp_path)
         assert f"`benches/results/h200/{name}.jsonl`" in text
         assert text.count("\n| ") > 3
+    # Without a time there is nothing to draw.
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "peers.jsonl").write_text("".join(json.dumps(line | {"void": "no"}) + "\n" for line in lines))
+    assert report.charts_of_results(tmp_path / "charts", tmp_path) == [tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png"]
+    assert (tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_process_is_told_is_read_back(tmp_path: Path) -> None:
