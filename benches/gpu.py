@@ -30,7 +30,7 @@ from fastllava_kernels.llava15 import DECODERS
 LIMIT = 480.0
 """Seconds of a piece."""
 LEAST = 30.0
-"""Seconds left from which a piece is begun, unless there never were as many."""
+"""Seconds left from which a piece is begun; of a budget that is shorter, half of it."""
 GRACE = 5.0
 """Seconds from being asked to end to being killed."""
 DONE, GOES_ON, FAILED, NOT_STARTED = "done", "goes on", "failed", "not started"
@@ -143,7 +143,7 @@ class _Piece:
         if not self._todo():
             self.say(f"{self.name}: complete with this code, device and size, so skipped; --again measures anew")
             return self._outcome(0.0)
-        if left is not None and left < min(LEAST, 60 * (self.request.minutes or 0.0)):
+        if left is not None and left < min(LEAST, 30 * (self.request.minutes or 0.0)):
             return Outcome(self.name, NOT_STARTED, "no time left")
         limit = LIMIT if left is None else min(LIMIT, left)
         todo = self._todo()

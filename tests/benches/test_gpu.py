@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.config import Recompute
 from fastllava.errors import UserError
@@ -42,6 +44,8 @@ def measure(folder: Path, piece: str, *units: str) -> tuple[Any, list[dict[str, 
 
 def test_pieces_and_their_units() -> None:
     assert list(pieces.PIECES) == ORDER
+    said = CliRunner().invoke(cli.app, ["bench", "gpu", "--help"], env={"COLUMNS": "300"}).output
+    assert f"{', '.join(ORDER)}; all" in said
     for name, piece in pieces.PIECES.items():
         for size in ("7b", "tiny"):
             units = piece.units(size)

@@ -168,9 +168,8 @@ def test_a_wrong_result_is_a_failure_and_the_unit_is_done(folder: Path) -> None:
     assert rows(folder, "second") == UNITS
 
 
-def test_pieces_begin_while_there_is_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_begin_while_there_is_time(folder: Path) -> None:
     (folder / "three").write_text("time.sleep(60)")
-    monkeypatch.setattr(gpu, "LEAST", 1.0)
     found = bench(folder, minutes=1.5 / 60)
     assert (found["first"].status, found["second"].status) == ("goes on", "not started")
     assert rows(folder) == ["one", "two"]
