@@ -127,11 +127,14 @@ def _now(config: Config, trainer: Fastllava, key: str) -> str:
 def _start(trial: Trial, run: Run, device: torch.device) -> None:
     trial.trainer = Fastllava(run, device)
     trial.loss, trial.norm, trial.peak = weigh(trial.trainer, run.step(0), device)
+    trial.check_finite()
 
 
 def _compare(base: Trial, trial: Trial, other: Run, ablation: Ablation) -> None:
     device = ablation.device
     _start(trial, other, device)
+    if trial.void is not None:
+        return
     # Graphs for shapes that the first step did not have.
     trial.trainer.step(trial.trainer.batches(other.step(1)))
     began = time.perf_counter()

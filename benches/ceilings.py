@@ -1,10 +1,11 @@
 """What this device gives at best, measured in the same process: matrix products and copies. Floors are made of these."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from benches.timing import Call, interleaved
+from benches.timing import Call, Times, interleaved
 from fastllava_kernels.workload import Cost
 
 PRODUCTS = {
@@ -33,20 +34,33 @@ class Ceilings:
 
 def measure(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings:
     """`seconds` for each size. Random numbers: a GPU multiplies zeros faster, because they take less power."""
-    tflops = measure_matmul(device, dtype, seconds)
-    source = torch.randn(COPIED[device.type] // dtype.itemsize, device=device).to(dtype)
-    target = torch.empty_like(source)
-    copy = interleaved({"copy": Call(lambda _: target.copy_(source))}, device, seconds)["copy"]
-    return Ceilings(tflops, 2 * source.nbytes / copy.p50 / 1e6)
+    return Ceilings(measure_matmul(device, dtype, seconds), copy_gbs(timed_copy(device, dtype, seconds), device))
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     """10^12 FLOPs a second of the fastest product, `seconds` for each."""
-    return max(_product(sizes, device, dtype, seconds) for sizes in PRODUCTS[device.type])
+    return max(product_tflops(sizes, timed_product(sizes, device, dtype, seconds)) for sizes in PRODUCTS[device.type])
 
 
-def _product(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+def timed_product(sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype, seconds: float) -> Times:
+    """Of one product of random matrices; `sizes` as in PRODUCTS."""
     rows, inner, columns = sizes
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
-    times = interleaved({"product": Call(lambda _: a @ b)}, device, seconds)["product"]
-    return 2 * rows * inner * columns / times.p50 / 1e9
+    return interleaved({"product": Call(lambda _: a @ b)}, device, seconds)["product"]
+
+
+def product_tflops(sizes: tuple[int, int, int], times: Times) -> float:
+    """10^12 FLOPs a second of the median."""
+    return 2 * math.prod(sizes) / times.p50 / 1e9
+
+
+def timed_copy(device: torch.device, dtype: torch.dtype, seconds: float) -> Times:
+    """Of one copy of COPIED bytes."""
+    source = torch.randn(COPIED[device.type] // dtype.itemsize, device=device).to(dtype)
+    target = torch.empty_like(source)
+    return interleaved({"copy": Call(lambda _: target.copy_(source))}, device, seconds)["copy"]
+
+
+def copy_gbs(times: Times, device: torch.device) -> float:
+    """10^9 bytes a second of the median, read and written."""
+    return 2 * COPIED[device.type] / times.p50 / 1e6

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.charts import BASELINE, OTHERS, OURS, Bar, bars
-from benches.results import RESULTS, Row, latest
+from benches.results import RESULTS, Row, files, latest
 from fastllava_kernels.room import REFERENCE
 
 KEY = ("room", "implementation", "shape", "dtype", "pass", "device")
@@ -59,6 +59,12 @@ def on_a_cpu(row: Row) -> bool:
     return row["device"].startswith("CPU")
 
 
+def charts_of_results(folder: Path, results: Path = RESULTS) -> list[Path]:
+    """For each file of results a folder in `folder` that is called as the file is, with its charts."""
+    found = files(results, "kernels")
+    return [chart for path in found for chart in charts(latest(path, KEY), folder / path.relative_to(results).with_suffix(""))]
+
+
 def _bar(row: Row) -> Bar:
     colour = BASELINE if row["implementation"] == REFERENCE else OTHERS if row["peer"] else OURS
     label = row["implementation"] + (" (peer)" if row["peer"] else "")
@@ -66,8 +72,8 @@ def _bar(row: Row) -> Bar:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Markdown: for each results/kernels*.jsonl what it was measured on, then a line a room, shape and implementation."""
-    parts = [_part(latest(path, KEY), path) for path in sorted(results.glob("kernels*.jsonl"))]
+    """Markdown: for each file of results what it was measured on, then a line a room, shape and implementation."""
+    parts = [_part(latest(path, KEY), path.relative_to(results)) for path in files(results, "kernels")]
     return "\n\n".join(parts) if parts else "Nothing has been measured yet."
 
 
@@ -80,7 +86,7 @@ def _part(rows: Sequence[Row], path: Path) -> str:
     driver = "" if first["driver"] is None else f", driver {first['driver']}"
     dtypes = "/".join(dict.fromkeys(row["dtype"] for row in shown))
     lines = [
-        f"**{first['device']}**, {dtypes}{driver}{power}; {versions}; commit {commit}; `benches/results/{path.name}`.",
+        f"**{first['device']}**, {dtypes}{driver}{power}; {versions}; commit {commit}; `benches/results/{path.as_posix()}`.",
         f"Products {first['matmul_ceiling_tflops']:.3g} TFLOP/s and copies {first['copy_ceiling_gbs']:.3g} GB/s in the same process;",
         "the floor is the larger of FLOPs over the one and bytes over the other.",
         *([ON_A_CPU] if on_a_cpu(first) else []),

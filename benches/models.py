@@ -25,6 +25,7 @@ STD = 0.02
 """Of random weights."""
 
 Fields = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
 
 
 def _llama(width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int = 32000) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def build(size: Size, ops: Ops, dtype: torch.dtype, device: torch.device, seed: 
     return model
 
 
-def llava_of_transformers(size: Size, ours: Llava, attention: str, image_token: int, shared: Iterable[str]) -> Any:
-    """`LlavaForConditionalGeneration` with our weights, in our compute dtype; `shared`: our names of weights not to copy."""
+def llava_of_transformers(size: Size, ours: Llava, attention: str, image_token: int, shared: Tensors) -> Any:
+    """`LlavaForConditionalGeneration` over `shared`: our weights by our names, in the compute dtype. They are not copied."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -157,7 +158,7 @@ def llava_of_transformers(size: Size, ours: Llava, attention: str, image_token: 
     return _filled(LlavaForConditionalGeneration, config, attention, ours, "hf", shared)
 
 
-def llama_of_transformers(size: Size, ours: Llava, attention: str, shared: Iterable[str]) -> Any:
+def llama_of_transformers(size: Size, ours: Llava, attention: str, shared: Tensors) -> Any:
     """`LlamaForCausalLM` with our decoder's weights."""
     from transformers import LlamaConfig as Config
     from transformers import LlamaForCausalLM
@@ -165,32 +166,26 @@ def llama_of_transformers(size: Size, ours: Llava, attention: str, shared: Itera
     return _filled(LlamaForCausalLM, Config(**size.text, tie_word_embeddings=False), attention, ours, "llm", shared)
 
 
-def clip_of_transformers(size: Size, ours: Llava, attention: str, shared: Iterable[str]) -> Any:
+def clip_of_transformers(size: Size, ours: Llava, attention: str, shared: Tensors) -> Any:
     """`CLIPVisionModel` with our tower's weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     return _filled(CLIPVisionModel, CLIPVisionConfig(**size.vision), attention, ours, "clip", shared)
 
 
-def projector_as_sequential(size: Size, ours: Llava) -> nn.Sequential:
-    """The projector as the original builds it, with our weights in the compute dtype."""
+def projector_as_sequential(size: Size, shared: Tensors) -> nn.Sequential:
+    """The projector as the original builds it."""
     width, inputs = size.llama.hidden_size, size.clip.hidden_size
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
-    for name, parameter in ours.projector.named_parameters():
-        _set(module, name, parameter.detach().to(ours.dtype, copy=True))
+    for name, _ in list(module.named_parameters()):
+        _set(module, name, shared[f"projector.{name}"])
     return module
 
 
-def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, shared: Iterable[str]) -> Any:
+def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, shared: Tensors) -> Any:
     config._attn_implementation = attention
-    weights, not_copied = dict(ours.named_parameters()), set(shared)
-
-    def weight(name: str) -> Tensor:
-        own = weights[name].detach()
-        return own if name in not_copied else own.to(ours.dtype, copy=True)
-
-    return filled(lambda: kind._from_config(config, dtype=ours.dtype, attn_implementation=attention), weight, layout).train()
+    return filled(lambda: kind._from_config(config, dtype=ours.dtype, attn_implementation=attention), shared.__getitem__, layout).train()
 
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:

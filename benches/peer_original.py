@@ -8,7 +8,7 @@ Shape letters: B samples of a micro-batch, L rows of its longest, P patches an i
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benches import models
 from benches.ours import Run
-from benches.peer_training import IGNORED, Peer, Tensors, labels_of, pixels_of
+from benches.peer_training import IGNORED, Peer, Shared, Tensors, labels_of, pixels_of
 from benches.synthetic import CAP
 from fastllava.accounting import Accounting
 from fastllava.batch import IMAGE_ID
@@ -30,12 +30,11 @@ PADDING = 0
 class Original(Peer):
     """LlamaForCausalLM, CLIPVisionModel and a Sequential, joined as llava_arch.py joins them."""
 
-    def __init__(self, run: Run, ours: Llava, device: torch.device, micro_batch: int, attention: str, shared: Iterable[str]) -> None:
-        super().__init__(run, device, micro_batch, attention)
-        shared = list(shared)
-        self.llm = models.llama_of_transformers(run.size, ours, attention, shared)
-        self.tower = models.clip_of_transformers(run.size, ours, "sdpa", shared)
-        self.projector = models.projector_as_sequential(run.size, ours)
+    def __init__(self, run: Run, ours: Llava, device: torch.device, micro_batch: int, attention: str, shared: Shared) -> None:
+        super().__init__(run, device, micro_batch, attention, shared)
+        self.llm = models.llama_of_transformers(run.size, ours, attention, shared.weights)
+        self.tower = models.clip_of_transformers(run.size, ours, "sdpa", shared.weights)
+        self.projector = models.projector_as_sequential(run.size, shared.weights)
         self.modules = [self.llm, self.tower, self.projector]
         self.start(*([self.projector] if run.config.stage == "pretrain" else [self.llm, self.projector]))
         # train.py:852-858; the re-entrant kind is what transformers 4.37 has.

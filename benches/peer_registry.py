@@ -1,7 +1,7 @@
 """The variants of `fastllava bench peers`: how each is built, with how large a micro-batch, and where it cannot run."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from benches.ours import Run
 from benches.peer_original import Original
-from benches.peer_training import attention_for
+from benches.peer_training import Shared, attention_for
 from benches.peer_transformers import Transformers, TransformersLiger, no_liger
 from fastllava.config import Stage
 from fastllava.model.llava import Llava
@@ -52,19 +52,19 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """`build(run, our model, device, settings, names of weights that all share)`; of ours, which is there already, nothing."""
+    """`build(run, our model, device, settings, what all share)`; of ours, which is there already, nothing."""
 
     summary: str
-    build: Callable[[Run, Llava, torch.device, Settings, Sequence[str]], Any] = _nothing
+    build: Callable[[Run, Llava, torch.device, Settings, Shared], Any] = _nothing
     unsupported: Callable[[torch.device], str | None] = _anywhere
 
 
-def _original(run: Run, ours: Llava, device: torch.device, settings: Settings, shared: Sequence[str]) -> Original:
+def _original(run: Run, ours: Llava, device: torch.device, settings: Settings, shared: Shared) -> Original:
     return Original(run, ours, device, settings.original, attention_for(device), shared)
 
 
 def _transformers(
-    run: Run, ours: Llava, device: torch.device, settings: Settings, shared: Sequence[str], kind: type[Transformers], recompute: bool
+    run: Run, ours: Llava, device: torch.device, settings: Settings, shared: Shared, kind: type[Transformers], recompute: bool
 ) -> Transformers:
     micro_batch = settings.original if recompute else settings.without_recompute
     return kind(run, ours, device, micro_batch, attention_for(device), shared, recompute=recompute)

@@ -8,7 +8,7 @@ import torch
 
 from benches.ours import Fastllava, Run
 from benches.peer_trials import CANNOT, OUT_OF_MEMORY, Trial, distance
-from benches.results import Row
+from benches.results import Row, finite
 from benches.timing import Times
 from benches.world import world
 from fastllava.accounting import peak_flops
@@ -88,9 +88,9 @@ def row_of(name: str, trials: Mapping[str, Trial], run: Run, steps: Sequence[Ste
             "times_original_p20": faster and faster.p20,
             "times_original_p50": faster and faster.p50,
             "times_original_p80": faster and faster.p80,
-            "loss": trial.loss,
-            "grad_norm": trial.norm,
-            "error": distance(trial.loss, statistics.median(alive)) if alive and trial.loss is not None else None,
+            "loss": finite(trial.loss),
+            "grad_norm": finite(trial.norm),
+            "error": finite(distance(trial.loss, statistics.median(alive))) if alive and trial.loss is not None else None,
             "micro_batch": getattr(trial.trainer, "micro_batch", None),
             "attention": getattr(trial.trainer, "attention", None),
             "padding_share": padding(trial.trainer, run, steps) if timed else None,

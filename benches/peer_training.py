@@ -4,7 +4,8 @@ Shape letters: B samples of a micro-batch, L rows of its longest, P patches an i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benches.models import parameters_of, tensor_bytes
-from benches.ours import Run
+from benches.ours import Fastllava, Run
 from fastllava.accounting import Accounting, Flops, Work
 from fastllava.batch import IMAGE_ID
 from fastllava.data.loader import Sample
@@ -26,14 +27,34 @@ IGNORED = -100
 Tensors = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all variants keep together: at a rate of 0 the weights stay what they are, so one copy serves all, and so do AdamW's moments.
+
+    It leaves memory for more layers. What a variant needs is still counted as if it were alone.
+    """
+
+    weights: Mapping[str, Tensor]
+    """By our names, in the compute dtype."""
+    trained: Mapping[int, tuple[nn.Parameter, Mapping[str, Tensor]]]
+    """By the place in memory of one of `weights`: our parameter, the master, and AdamW's state of it."""
+
+    @classmethod
+    def of(cls, ours: Fastllava) -> "Shared":
+        """Of a trainer of ours."""
+        weights = {name: parameter.detach().to(ours.run.dtype) for name, parameter in ours.model.named_parameters()}
+        state = ours.optimizer.state
+        return cls(weights, {weights[name].data_ptr(): (parameter, state[parameter]) for name, parameter in ours.trained.items()})
+
+
 class Peer(ABC):
     """A way to train on padded micro-batches of a fixed number of samples. Weights move by the rate of the recipe's step 0, so not."""
 
     modules: list[nn.Module]
     """All that it computes with."""
 
-    def __init__(self, run: Run, device: torch.device, micro_batch: int, attention: str) -> None:
-        self.run, self.device, self.micro_batch, self.attention = run, device, micro_batch, attention
+    def __init__(self, run: Run, device: torch.device, micro_batch: int, attention: str, shared: Shared) -> None:
+        self.run, self.device, self.micro_batch, self.attention, self.shared = run, device, micro_batch, attention, shared
 
     def start(self, *trained: nn.Module) -> None:
         """Freeze everything but `trained` and make the optimizer; the last act of a constructor."""
@@ -42,7 +63,7 @@ class Peer(ABC):
         for module in trained:
             module.requires_grad_(True)
         self.parameters = [parameter for module in trained for parameter in module.parameters()]
-        self.optimizer = MasterAdamW(self.parameters)
+        self.optimizer = MasterAdamW(self.parameters, self.shared.trained)
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Tensors:
@@ -64,7 +85,14 @@ class Peer(ABC):
         return [_pinned(batch) for batch in collated] if self.device.type == "cuda" else collated
 
     def step(self, batches: Sequence[Tensors], judged: bool = False) -> DeviceScalars:
-        """One optimizer step: the loss and, when `judged`, the norm of its gradient, else 0."""
+        """One optimizer step: the loss and, when `judged`, the norm of its gradient, else 0. One that fails leaves no gradient."""
+        try:
+            return self._step(batches, judged)
+        except BaseException:
+            self.drop_gradients()
+            raise
+
+    def _step(self, batches: Sequence[Tensors], judged: bool) -> DeviceScalars:
         set_tf32(self.run.config)
         loss = norm = torch.zeros((), device=self.device)
         supervised = sum(batch["supervised"] for batch in batches)
@@ -77,7 +105,8 @@ class Peer(ABC):
             loss = loss + part.detach().float()
         if judged:
             norm = torch.nn.utils.get_total_norm([p.grad.float() for p in self.parameters if p.grad is not None])
-        self.optimizer.step()
+        # A variant is judged before it takes turns: a gradient that is not finite reaches nothing that the others have too.
+        self.optimizer.step(skip=~torch.isfinite(norm) if judged else None)
         return DeviceScalars(loss, norm)
 
     def hardware_flops(self, step: Step) -> Flops:
@@ -98,7 +127,7 @@ class Peer(ABC):
 
     def drop_gradients(self) -> None:
         """What a step that failed has left."""
-        for parameter in self.parameters:
+        for parameter in (*self.parameters, *self.optimizer.masters):
             parameter.grad = None
 
     def images(self, step: Step) -> int:
@@ -117,17 +146,21 @@ def _pinned(batch: Tensors) -> Tensors:
 class MasterAdamW:
     """Fused AdamW; of weights that are not fp32 it keeps fp32 masters and writes them back, as DeepSpeed's bf16 does."""
 
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], known: Mapping[int, tuple[nn.Parameter, Mapping[str, Tensor]]]) -> None:
+        """`known`: as `Shared.trained`; weights that are not in it get masters and moments of their own."""
         self.weights = weights
-        self.masters = [weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float()) for weight in weights]
+        self.masters = [_master(weight, known) for weight in weights]
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, weight_decay=0.0, fused=True)
-        for master in self.masters:
+        for weight, master in zip(weights, self.masters, strict=True):
+            _, shared = known.get(weight.data_ptr(), (None, {}))
             state = self.adamw.state[master]
             state["step"] = torch.zeros((), device=master.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = shared[name] if name in shared else torch.zeros_like(master)
 
-    def step(self) -> None:
-        """Move the weights and drop their gradients."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Move the weights and drop their gradients. `skip`, a scalar: where it is true nothing moves."""
+        self.adamw.found_inf = None if skip is None else skip.float()  # pyright: ignore[reportAttributeAccessIssue] (read by fused AdamW)
         pairs = [(weight, master) for weight, master in zip(self.weights, self.masters, strict=True) if weight is not master]
         for weight, master in pairs:
             master.grad = None if weight.grad is None else weight.grad.float()
@@ -143,6 +176,13 @@ class MasterAdamW:
         yield from self.masters
         for state in self.adamw.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _master(weight: nn.Parameter, known: Mapping[int, tuple[nn.Parameter, Mapping[str, Tensor]]]) -> nn.Parameter:
+    """The fp32 parameter that AdamW moves."""
+    if weight.dtype == torch.float32:
+        return weight
+    return known[weight.data_ptr()][0] if weight.data_ptr() in known else nn.Parameter(weight.detach().float())
 
 
 def labels_of(sample: Sample) -> Tensor:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benches import models
 from benches.ours import Run
-from benches.peer_training import IGNORED, Peer, Tensors, labels_of, pixels_of
+from benches.peer_training import IGNORED, Peer, Shared, Tensors, labels_of, pixels_of
 from benches.synthetic import CAP, SPECIAL
 from fastllava.accounting import Accounting
 from fastllava.batch import IMAGE_ID
@@ -34,11 +34,11 @@ class Transformers(Peer):
     """`LlavaForConditionalGeneration` with loss and batches as transformers' Trainer runs it."""
 
     def __init__(
-        self, run: Run, ours: Llava, device: torch.device, micro_batch: int, attention: str, shared: Iterable[str], recompute: bool = False
+        self, run: Run, ours: Llava, device: torch.device, micro_batch: int, attention: str, shared: Shared, recompute: bool = False
     ) -> None:
-        super().__init__(run, device, micro_batch, attention)
+        super().__init__(run, device, micro_batch, attention, shared)
         self.recompute = recompute
-        self.llava = models.llava_of_transformers(run.size, ours, attention, IMAGE_TOKEN, shared)
+        self.llava = models.llava_of_transformers(run.size, ours, attention, IMAGE_TOKEN, shared.weights)
         self.modules = [self.llava]
         projector = self.llava.model.multi_modal_projector
         self.start(*([projector] if run.config.stage == "pretrain" else [self.llava.model.language_model, self.llava.lm_head, projector]))

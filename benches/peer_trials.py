@@ -40,6 +40,11 @@ class Trial:
         """No time, and no memory kept."""
         self.void, self.trainer, self.taken = reason, None, []
 
+    def check_finite(self) -> None:
+        """A step whose loss or gradient is not finite has no time: who has nothing to compare with looks at this."""
+        if self.loss is not None and self.norm is not None and not (math.isfinite(self.loss) and math.isfinite(self.norm)):
+            self.fail(f"wrong: loss {self.loss}, gradient norm {self.norm}")
+
 
 def check_stages(stages: Sequence[str]) -> None:
     """Raises UserError for a name that is no stage."""

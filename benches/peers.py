@@ -19,6 +19,7 @@ from benches.models import size_named
 from benches.ours import Fastllava, Run, plan_run
 from benches.peer_registry import VARIANTS, Settings
 from benches.peer_rows import OURS, failures, in_words, row_of
+from benches.peer_training import Shared
 from benches.peer_trials import CANNOT, Trial, agree, attempt, check_device, check_stages, judge_alone, release
 from benches.results import Row, append
 from benches.timing import seconds_of
@@ -115,11 +116,14 @@ def compare(comparison: Comparison, size: str, stage: Stage, say: Callable[[str]
 
 
 def start(comparison: Comparison, run: Run, settings: Settings) -> dict[str, Trial]:
-    """Build every variant that can run here. Ours draws the weights, so it is always built; frozen ones are the very same for all."""
+    """Build every variant that can run here. Ours draws the weights, which are the very same for all, so it is always built."""
     device = comparison.device
     ours = Trial()
     attempt(ours, functools.partial(_build, ours, Fastllava, run, device), device)
     trials = {name: ours if name == OURS else Trial() for name in comparison.variants}
+    shared: list[Shared] = []
+    if ours.void is None:
+        attempt(ours, lambda: shared.append(Shared.of(ours.trainer)), device)
     for name, trial in trials.items():
         if name == OURS:
             continue
@@ -128,9 +132,8 @@ def start(comparison: Comparison, run: Run, settings: Settings) -> dict[str, Tri
         elif ours.void is not None:
             trial.fail(f"{ours.void}, where the weights are drawn")
         else:
-            model = ours.trainer.model
-            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-            attempt(trial, functools.partial(_build, trial, VARIANTS[name].build, run, model, device, settings, frozen), device)
+            build = functools.partial(_build, trial, VARIANTS[name].build, run, ours.trainer.model, device, settings, *shared)
+            attempt(trial, build, device)
     return trials
 
 

@@ -26,6 +26,7 @@ class Generated:
 TABLES: Sequence[Generated] = (
     Generated("README.md", "plan", plan_report.table),
     Generated("README.md", "bench peers", step_report.table),
+    Generated("README.md", "bench step", step_report.steps_table),
     Generated("kernels/README.md", "bench kernels", kernel_report.table),
 )
 
@@ -49,3 +50,8 @@ def write(root: Path = REPO, results: Path = RESULTS, tables: Sequence[Generated
         path.write_text(text, encoding="utf-8")
         written.append(path)
     return written
+
+
+def charts(folder: Path, results: Path = RESULTS) -> list[Path]:
+    """The charts of all results, those of each file in a folder of `folder` that is called as the file is."""
+    return [path for module in (kernel_report, step_report) for path in module.charts_of_results(folder, results)]

@@ -1,6 +1,7 @@
 """Rows of results as they lie on disk: JSON lines, to which runs are appended."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
+def finite(value: float | None) -> float | None:
+    """`value`, or None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def latest(path: Path, keys: Sequence[str]) -> list[Row]:
     """The rows of a file, of those that agree in `keys` the last one only, in the order in which each was first there."""
     found: dict[tuple[Any, ...], Row] = {}
@@ -24,6 +30,11 @@ def latest(path: Path, keys: Sequence[str]) -> list[Row]:
         row = json.loads(line)
         found[tuple(row[key] for key in keys)] = row
     return list(found.values())
+
+
+def files(results: Path, kind: str) -> list[Path]:
+    """results/<kind>*.jsonl, then those of the folders in it, as `fastllava bench gpu` writes them."""
+    return [*sorted(results.glob(f"{kind}*.jsonl")), *sorted(results.glob(f"*/{kind}*.jsonl"))]
 
 
 def between_markers(text: str, name: str, generated: str) -> str:

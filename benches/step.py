@@ -18,7 +18,7 @@ from benches.ours import Fastllava, Run, plan_run
 from benches.peer_registry import Settings
 from benches.peer_rows import OURS, figures, in_words, of_ours, setting
 from benches.peer_trials import Trial, attempt, check_device, check_stages, release, weigh
-from benches.results import Row, append
+from benches.results import Row, append, finite
 from benches.step_profile import profile_step
 from benches.timing import seconds_of
 from benches.world import world
@@ -66,14 +66,18 @@ def bench(steps: Steps, out: Path | None, say: Callable[[str], None]) -> list[Ro
     return rows
 
 
+def plan_of(steps: Steps, size: str, stage: Stage) -> Run:
+    """The run of one size and stage. Raises UserError on keys that are none."""
+    on_gpu = steps.device.type == "cuda"
+    samples = steps.samples or (64 if on_gpu else 8)
+    settings = Settings.of(steps.device, stage, samples)
+    train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
+    return plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
+
+
 def measure_step(steps: Steps, size: str, stage: Stage, say: Callable[[str], None]) -> Row:
     """The row of one size and stage."""
-    device, on_gpu = steps.device, steps.device.type == "cuda"
-    samples = steps.samples or (64 if on_gpu else 8)
-    settings = Settings.of(device, stage, samples)
-    train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
-    run = plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
-    trial = Trial()
+    device, run, trial = steps.device, plan_of(steps, size, stage), Trial()
     attempt(trial, functools.partial(_measure, trial, run, device, steps.seconds), device)
     ceiling = measure_matmul(device, run.dtype, min(1.0, steps.seconds / 10))
     row = row_of(trial, run, size, ceiling, device) | {"overrides": list(steps.overrides), "host_waits": None, "idle_share": None}
@@ -96,6 +100,7 @@ def _measure(trial: Trial, run: Run, device: torch.device, seconds: float) -> No
     while len(trial.taken) < FEWEST or (time.perf_counter() - began) * (1 + 1 / len(trial.taken)) <= seconds:
         batches = trainer.batches(run.step(len(trial.taken)))
         trial.taken.append(seconds_of(functools.partial(trainer.step, batches), device))
+    trial.check_finite()
 
 
 def row_of(trial: Trial, run: Run, size: str, ceiling: float, device: torch.device) -> Row:
@@ -108,7 +113,7 @@ def row_of(trial: Trial, run: Run, size: str, ceiling: float, device: torch.devi
         {"variant": OURS}
         | setting(run, size)
         | figures(run, steps, taken, done or None, ceiling, device)
-        | {"peak_bytes": trial.peak if taken else None, "loss": trial.loss, "grad_norm": trial.norm}
+        | {"peak_bytes": trial.peak if taken else None, "loss": finite(trial.loss), "grad_norm": finite(trial.norm)}
         | {"micro_batches": len(run.step(0).micro_batches)}
         | ours
         | {"void": trial.void}

@@ -1,7 +1,7 @@
 """Where the time of one step goes: operations by time, how long the device had nothing to do, and where the host waited for it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Profile:
     """Of one step."""
 
     table: str
+    operations: list[dict[str, Any]]
+    """`operation`, `calls`, `ms`, `share` of the time of all, the longest first: a GPU's kernels, or a CPU's operators."""
     milliseconds: float
     """By the host's clock, the profiler's own work included."""
     host_waits: dict[str, int]
@@ -46,8 +48,8 @@ class Profile:
         path.write_text(f"{self.in_words()}\n\n{self.table}\n", encoding="utf-8")
 
 
-def profile_step(trainer: Fastllava, step: Step) -> Profile:
-    """Of a step that is like those before it; nothing is read from the device while it runs."""
+def profile_step(trainer: Fastllava, step: Step, trace: Path | None = None) -> Profile:
+    """Of a step that is like those before it; nothing is read from the device while it runs. `trace`: file for a Chrome trace."""
     batches = trainer.batches(step)
     on_gpu = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -65,12 +67,39 @@ def profile_step(trainer: Fastllava, step: Step) -> Profile:
         waits["cudaDeviceSynchronize"] = waits.get("cudaDeviceSynchronize", 1) - 1
     idle = 1 - _busy(profiler.events(), seconds) if on_gpu else None
     table = averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=70)
-    return Profile(table, 1e3 * seconds, {name: count for name, count in waits.items() if count > 0}, idle)
+    if trace is not None:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    waits = {name: count for name, count in waits.items() if count > 0}
+    return Profile(table, operations(averages, on_gpu), 1e3 * seconds, waits, idle)
+
+
+def operations(averages: Iterable[Any], on_gpu: bool) -> list[dict[str, Any]]:
+    """The rows of a profile. An operator's time on the GPU is that of its kernels, so that only these count there."""
+    if on_gpu:
+        timed = [(e.key, e.count, e.self_device_time_total) for e in averages if _is_kernel(e)]
+    else:
+        timed = [(e.key, e.count, e.self_cpu_time_total) for e in averages if not _is_annotation(e)]
+    total = sum(microseconds for *_, microseconds in timed) or 1.0
+    timed.sort(key=lambda each: -each[2])
+    return [
+        {"operation": name, "calls": count, "ms": microseconds / 1e3, "share": microseconds / total}
+        for name, count, microseconds in timed[:ROWS]
+    ]
+
+
+def _is_kernel(event: Any) -> bool:
+    """Or a copy on the GPU; not a region with a name, which spans gaps too, such as the one that every optimizer's step makes."""
+    return event.device_type.name == "CUDA" and not _is_annotation(event)
+
+
+def _is_annotation(event: Any) -> bool:
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def _busy(events: Sequence[Any] | Any, seconds: float) -> float:
     """Share of the time in which a kernel ran, those that ran at once counted once."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type.name == "CUDA")
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if _is_kernel(e))
     busy = end = 0.0
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))

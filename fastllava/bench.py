@@ -132,9 +132,12 @@ def bench_ablate(
 
 
 @bench.command("report")
-def bench_report() -> None:
+def bench_report(
+    charts: Annotated[Optional[Path], typer.Option(help="folder for the charts of all results, such as benches/results")] = None,  # noqa: UP045
+) -> None:
     """Write the tables of README.md and kernels/README.md anew from benches/results."""
-    for path in bench_module("report").write():
+    report = bench_module("report")
+    for path in (*report.write(), *(report.charts(charts) if charts is not None else ())):
         typer.echo(f"wrote {path}")
 
 
@@ -154,6 +157,35 @@ def bench_levers(
     module = bench_module("levers")
     wanted = module.Levers(_device(device), size, _names(stages), _names(levers), steps, samples, layers, overrides or ())
     module.bench(wanted, out, typer.echo)
+
+
+@bench.command("gpu")
+def bench_gpu(
+    out: Annotated[Path, typer.Option(help="folder for results, logs and the state; benches/results/NAME puts them into the tables")],
+    pieces: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[PIECE ...]", help="ceilings, tests, kernels, step, peers, ablate, profile, tuning, sanitizer; all"),
+    ] = None,
+    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="for all together; when left out 8 for each piece")] = None,  # noqa: UP045
+    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
+    size: Annotated[str, typer.Option(help="7b, 13b, 1.1b or tiny; when left out 7b on a GPU, tiny on a CPU")] = "",
+    only: Annotated[str, typer.Option(metavar="A,B", help="of the pieces' units those with one of these words in their name")] = "",
+    tests: Annotated[str, typer.Option(metavar="A,B", help="paths for piece tests; when left out those that use a GPU")] = "",
+    again: Annotated[bool, typer.Option("--again", help="measure what is done already anew")] = False,
+) -> None:
+    """Spend some minutes on a GPU in the order of their worth: 8 at most on each piece; what is stopped goes on the next time.
+
+    Exits with 1 when a test fails, a kernel is wrong or a piece breaks, and with 130 after Ctrl-C, with all that was measured kept.
+    """
+    gpu, chosen = bench_module("gpu"), _device(device)
+    size = size or ("7b" if chosen.type == "cuda" else "tiny")
+    try:
+        found = gpu.bench(gpu.Request(pieces or (), out, chosen, size, minutes, _names(only), _names(tests), again), typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    if gpu.failed(found):
+        raise typer.Exit(1)
 
 
 def _names(given: str) -> list[str]:

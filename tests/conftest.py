@@ -1,6 +1,7 @@
 """What every test gets: no network, a cache of its own, one thread; and the golden data where they are."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,37 @@ if not Path("/dev/nvidiactl").exists():
 os.environ["WANDB_MODE"] = "disabled"
 
 REPO = Path(__file__).resolve().parents[1]
+
+
+GPU_GONE = 75
+"""Exit code of a process whose GPU a test left unusable."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For runs that go on where another was stopped."""
+    parser.addoption("--leave-out", type=Path, metavar="FILE", help="node ids of tests not to run, one a line")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without those of --leave-out."""
+    if (path := config.getoption("--leave-out")) is not None:
+        names = set(path.read_text(encoding="utf-8").splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in names])
+        items[:] = [item for item in items if item.nodeid not in names]
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """After an illegal access a process gets nothing but errors from its GPU: it ends, and another takes the tests that are left."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # The controller starts another in its place.
+            os._exit(GPU_GONE)
+        pytest.exit(f"{nodeid} left the GPU unusable: {error}", GPU_GONE)
 
 
 @pytest.fixture(scope="session")

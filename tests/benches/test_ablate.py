@@ -1,6 +1,7 @@
 """`fastllava bench ablate` on a tiny model: every toggle there is, each against the run as it is."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -72,6 +73,16 @@ def test_a_value_that_breaks_is_void_and_the_command_fails(monkeypatch: pytest.M
     assert CliRunner().invoke(cli.app, ["bench", "ablate", *words]).exit_code == 1
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["value"]: row["void"] for row in rows}["full"] == "broke: RuntimeError: it broke"
+
+
+def test_a_value_whose_gradient_is_not_finite_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(trainer: Any, *rest: Any) -> Any:
+        return (1.0, math.inf if trainer.run.config.train.last_layer == "all" else 1.0, 1)
+
+    monkeypatch.setattr(ablate, "weigh", broken)
+    ablation = ablate.Ablation(torch.device("cpu"), ["tiny"], ["pretrain"], ["train.last_layer"], 2, 0.0)
+    (row,) = ablate.ablate(ablation, "tiny", "pretrain")
+    assert (row["value"], row["void"]) == ("all", "wrong: loss 1.0, gradient norm inf")
 
 
 def test_unknown_toggles_are_the_users_mistake() -> None:

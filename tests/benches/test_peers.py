@@ -1,6 +1,7 @@
 """`fastllava bench peers` on tiny models: every variant gives our loss and gradient, rows are whole, what is wrong has no time."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
-peers, registry, rows_of, trials, original, ours, models, patching, results = (
+peers, registry, rows_of, trials, original, ours, models, patching, results, training = (
     bench_module(name)
-    for name in ("peers", "peer_registry", "peer_rows", "peer_trials", "peer_original", "ours", "models", "peer_transformers", "results")
+    for name in (
+        *("peers", "peer_registry", "peer_rows", "peer_trials", "peer_original", "ours", "models", "peer_transformers", "results"),
+        "peer_training",
+    )
 )
 CPU = torch.device("cpu")
 RUNNABLE = {"original", "transformers", "transformers_recompute", "fastllava"}
@@ -51,7 +55,7 @@ def test_rows_are_whole(measured) -> None:
     for row in rows:
         assert set(row) == KEYS
         assert row["device"].startswith("CPU ")
-        assert row["versions"]["torch"] == torch.__version__
+        assert row["versions"]["torch"] == importlib.metadata.version("torch")
         # The peak of a CPU is not known.
         assert row["mfu"] is None
         assert row["hfu"] is None
@@ -93,7 +97,7 @@ def test_the_original_computes_what_its_recipe_computes() -> None:
     """Padded rows, every block, an image for each sample, logits of every row, the decoder's forward pass twice."""
     run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": "fp32", "reference_micro_batch": 2}, per_step=4)
     mine = ours.Fastllava(run, CPU)
-    peer = original.Original(run, mine.model, CPU, 2, "sdpa", [])
+    peer = original.Original(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
     step = next(step for step in map(run.step, range(run.n_steps)) if not run.samples.n_images[step.samples].any())
     lengths = run.samples.n_tokens[step.samples]
     assert peer.rows(step) == 2 * max(lengths[:2]) + 2 * max(lengths[2:])
@@ -162,6 +166,57 @@ def test_a_variant_that_breaks_leaves_the_others_alone_and_the_command_fails(mon
     assert "tiny pretrain fastllava: " in result.output
 
 
+class NotFinite(original.Original):
+    """Its gradient is not a number."""
+
+    def loss(self, batch: Any, supervised: int) -> torch.Tensor:
+        return super().loss(batch, supervised) * float("nan")
+
+
+def test_what_is_not_finite_does_not_reach_the_weights_that_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = with_another(monkeypatch, NotFinite)
+    rows = {row["variant"]: row for row in peers.bench(comparison(stages=["finetune"], variants=names), None, lambda line: None)}
+    assert rows["other"]["void"].startswith("wrong: loss nan")
+    assert rows["other"]["loss"] is rows["other"]["grad_norm"] is None
+    assert rows["transformers"]["void"] is rows["fastllava"]["void"] is None
+    assert rows["transformers"]["loss"] == pytest.approx(rows["fastllava"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_variants_keep_one_copy_of_what_trains(precision: str) -> None:
+    run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": precision}, per_step=2)
+    mine = ours.Fastllava(run, CPU)
+    shared = training.Shared.of(mine)
+    one, other = (original.Original(run, mine.model, CPU, 2, "sdpa", shared) for _ in range(2))
+    for first, second in zip(one.parameters, other.parameters, strict=True):
+        assert first is not second
+        assert first.data_ptr() == second.data_ptr()
+    places = {parameter.data_ptr() for parameter in mine.trained.values()}
+    assert {master.data_ptr() for master in one.optimizer.masters} == places
+    moments = {state["exp_avg"].data_ptr() for state in mine.optimizer.state.values()}
+    assert {state["exp_avg"].data_ptr() for state in one.optimizer.adamw.state.values()} == moments
+    # Each is counted as if it were alone: in bf16 weights of 2 bytes and masters of 4, in fp32 the weights are the masters.
+    trained = sum(parameter.numel() for parameter in mine.trained.values())
+    frozen = sum(each.nbytes for name, each in shared.weights.items() if name not in mine.trained)
+    counted = one.state_bytes() - frozen - (14 if precision == "bf16" else 12) * trained
+    assert 0 <= counted < 0.02 * one.state_bytes()
+    before = [parameter.clone() for parameter in mine.trained.values()]
+    one.step(one.batches(run.step(0)))
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.trained.values(), strict=True))
+    assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
+    lose, calls = one.loss, iter(range(2))
+
+    def second_fails(batch: Any, supervised: int) -> torch.Tensor:
+        if next(calls):
+            raise RuntimeError("the second micro-batch")
+        return lose(batch, supervised)
+
+    one.loss, one.micro_batch = second_fails, 1
+    with pytest.raises(RuntimeError, match="the second micro-batch"):
+        one.step(one.batches(run.step(0)))
+    assert all(parameter.grad is None for parameter in (*mine.trained.values(), *one.parameters))
+
+
 def test_agreement_is_with_the_median() -> None:
     def trial(loss: float, norm: float = 1.0) -> Any:
         return trials.Trial(trainer=object(), loss=loss, norm=norm)
@@ -188,7 +243,7 @@ def test_memory_that_is_short_halves_the_micro_batch() -> None:
         def step(self, batches: list[int], judged: bool) -> Any:
             if batches[0] > 2:
                 raise torch.OutOfMemoryError("no memory")
-            return bench_module("peer_training").DeviceScalars(torch.tensor(1.0), torch.tensor(2.0))
+            return training.DeviceScalars(torch.tensor(1.0), torch.tensor(2.0))
 
         def state_bytes(self) -> int:
             return 10
@@ -203,11 +258,12 @@ def test_memory_that_is_short_halves_the_micro_batch() -> None:
     assert trial.peak >= 10
 
 
-def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whose", ["ours", "all"])
+def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     def none_left(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(peers, "Fastllava", none_left)
+    monkeypatch.setattr(*((peers, "Fastllava") if whose == "ours" else (peers.Shared, "of")), none_left)
     monkeypatch.setattr(peers, "measure_matmul", lambda *_: 0.1)
     rows = peers.bench(comparison(), None, lambda line: None)
     assert {row["variant"]: row["void"].partition(",")[0] for row in rows} == {
@@ -224,7 +280,8 @@ def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
 
     rotate, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
     run = ours.plan_run("pretrain", models.SIZES["tiny"], {"precision": "fp32"}, per_step=2)
-    peer = patching.TransformersLiger(run, ours.Fastllava(run, CPU).model, CPU, 2, "sdpa", [])
+    mine = ours.Fastllava(run, CPU)
+    peer = patching.TransformersLiger(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert modeling_llama.LlamaRMSNorm is norm
     changed = {name for owner, name, _, _ in peer._changes if owner is modeling_llama}
@@ -255,7 +312,7 @@ def test_unknown_names_are_the_users_mistake(changes: dict[str, Any], said: str)
 
 def test_weights_in_bf16_have_masters() -> None:
     weight = torch.nn.Parameter(torch.full((8,), 1.0, dtype=torch.bfloat16))
-    adamw = bench_module("peer_training").MasterAdamW([weight])
+    adamw = training.MasterAdamW([weight], {})
     adamw.adamw.param_groups[0]["lr"] = 1e-4
     for _ in range(40):
         weight.grad = torch.ones_like(weight)

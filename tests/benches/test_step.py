@@ -1,6 +1,7 @@
 """`fastllava bench step` on tiny models: whole rows, config keys, the profile; and what the results of the peers look like."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_want_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert rows[0]["samples_per_second"] is rows[0]["peak_bytes"] is None
 
 
+def test_a_loss_that_is_not_finite_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(step, "weigh", lambda *_: (math.nan, 1.0, 1))
+    result, rows = run(tmp_path, "--stages", "pretrain")
+    assert result.exit_code == 1, result.output
+    assert rows[0]["void"] == "wrong: loss nan, gradient norm 1.0"
+    assert rows[0]["loss"] is rows[0]["samples_per_second"] is None
+
+
 def test_host_waits_are_counted() -> None:
     trainer = ours.Fastllava(ours.plan_run("pretrain", models.SIZES["tiny"], {"precision": "fp32"}, per_step=2), CPU)
     inner = trainer.step
@@ -127,6 +136,19 @@ def result_row(variant: str, speed: float, gib: float, void: str | None = None) 
         "matmul_ceiling_tflops": 0.1,
     }
     return values
+
+
+def test_steps_have_a_table_of_their_own(tmp_path: Path) -> None:
+    step_row = {"recompute": "none", "last_layer": "supervised", "compile": "layer", "mfu": 0.5, "hfu": 0.625}
+    changes = ({}, {"recompute": "full"}, {"layers": 9, "void": "out of memory"})
+    first, other, void = (result_row("fastllava", 2.0, 70.0) | step_row | change for change in changes)
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, other, void, first)))
+    text = report.steps_table(tmp_path)
+    assert "| finetune | 150m, 14 layers | none | layer | 2 | 1,600 | 4,000 (3,950 to 4,050) | 20% | 50.0% | 62.5% | 70.00 |" in text
+    assert text.count("| finetune |") == 2
+    assert "- finetune 150m fastllava: out of memory" in text
+    assert "`benches/results/h200/step.jsonl`" in text
 
 
 def test_table_and_chart_say_what_the_results_say(tmp_path: Path) -> None:

@@ -1,0 +1,280 @@
+"""What `fastllava bench gpu` is made of: the piece of tests, the layers that fit, the profile of a GPU, and the way into the tables."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastllava import cli
+from fastllava.bench import bench_module
+from fastllava.errors import UserError
+
+states, steps, fit, tests, child, ceilings = (
+    bench_module(f"gpu_{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
+)
+runs, profiling, models = (bench_module(name) for name in ("gpu", "step_profile", "models"))
+CPU = torch.device("cpu")
+
+
+MADE = """
+from pathlib import Path
+
+import pytest
+
+
+def test_a_passes():
+    (Path(__file__).parent / "ran").write_text("a")
+
+
+def test_b_fails():
+    assert 1 + 1 == 3, "the sum is off"
+
+
+def test_c_was_recorded():
+    (Path(__file__).parent / "ran").write_text("c")
+
+
+@pytest.mark.skip(reason="no need")
+def test_d_is_skipped():
+    pass
+"""
+
+
+def test_tests_go_on_where_they_were_stopped_and_all_failures_are_collected(tmp_path: Path) -> None:
+    """With a real process, through the command."""
+    made, out = tmp_path / "test_made.py", tmp_path / "out"
+    made.write_text(MADE)
+    code = states.code_of((*states.SOURCES, *states.TESTS))
+    for name, its_code in (("c_was_recorded", code), ("a_passes", "other code")):
+        # pytest names tests of files outside the checkout without their file.
+        row = {"test": f"::test_{name}", "outcome": "passed", "seconds": 1.0, "error": None, "code": its_code}
+        bench_module("results").append(out / "tests.jsonl", row)
+    chosen = f"tests/test_house.py::test_ci_is_executable,{made}"
+    done = CliRunner().invoke(cli.app, ["bench", "gpu", "tests", "--device", "cpu", "--tests", chosen, "--out", str(out)])
+    assert done.exit_code == 1, done.output
+    rows = [json.loads(line) for line in (out / "tests.jsonl").read_text().splitlines()][2:]
+    outcomes = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows if row["test"]}
+    assert outcomes.pop("test_ci_is_executable") == "passed"
+    assert outcomes == {"test_a_passes": "passed", "test_b_fails": "failed", "test_d_is_skipped": "skipped"}
+    assert (tmp_path / "ran").read_text() == "a"
+    assert rows[-1]["outcome"] == "totals"
+    assert (rows[-1]["passed"], rows[-1]["failed"], rows[-1]["skipped"]) == (3, 1, 1)
+    assert rows[-1]["versions"]["torch"] == importlib.metadata.version("torch")
+    (failure,) = [row["error"] for row in rows if row["outcome"] == "failed"]
+    assert failure.startswith("AssertionError: the sum is off")
+    assert "tests: failed in" in done.output
+
+
+def report(test: str, when: str, outcome: str, longrepr: str = "") -> Any:
+    """As pytest gives it to plugins."""
+    kinds = {kind: outcome == kind for kind in ("passed", "failed", "skipped")}
+    return SimpleNamespace(nodeid=test, when=when, outcome=outcome, duration=0.25, longrepr=longrepr, **kinds)
+
+
+def test_a_test_has_one_row_whatever_its_phases_give(tmp_path: Path) -> None:
+    note = states.Notebook(states.State(tmp_path, "tests", states.Identity("code", "here", "tiny")), CPU)
+    recorder = tests.Recorder(note, {"known"})
+    for each in (
+        *(report("fine", when, "passed") for when in ("setup", "call", "teardown")),
+        *(report("torn", when, outcome, "E   late") for when, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", "failed"))),
+        # Its worker ended after the failure was told, so pytest-xdist tells of the test once more.
+        *(
+            report("lost", when, "failed", words)
+            for when, words in (("call", "x\nE   illegal access\nE   more"), ("???", "worker crashed"))
+        ),
+        *(report("known", when, "passed") for when in ("setup", "call", "teardown")),
+    ):
+        recorder.pytest_runtest_logreport(each)
+    recorder.pytest_collectreport(report("tests/broken.py", "collect", "failed", "ImportError: no x"))
+    rows = recorder.note.state.rows()
+    assert [(row["test"], row["outcome"], row["error"]) for row in rows] == [
+        ("fine", "passed", None),
+        ("torn", "failed", "late"),
+        ("lost", "failed", "illegal access\nmore"),
+        ("tests/broken.py", "error", "ImportError: no x"),
+    ]
+    assert rows[0]["seconds"] == 0.75
+    assert tests.tests_in_words(rows) == "1 passed, 2 failed, 1 error; first failure torn"
+
+
+def test_several_processes_test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert "-n" not in tests.options(tmp_path, on_gpu=False)
+    on_gpu = tests.options(tmp_path, on_gpu=True)
+    assert on_gpu[on_gpu.index("-n") + 1] == "8"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "-n" not in tests.options(tmp_path, on_gpu=True)
+
+
+def test_a_test_that_breaks_the_gpu_ends_its_process(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("conftest_looked_at", repo / "tests" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    conftest.pytest_runtest_logfinish("a")
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    conftest.pytest_runtest_logfinish("a")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(pytest.exit.Exception, match="a left the GPU unusable: CUDA error: an illegal") as ended:
+        conftest.pytest_runtest_logfinish("a")
+    assert ended.value.returncode == conftest.GPU_GONE == tests.GPU_GONE
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(pytest.exit.Exception):
+        conftest.pytest_runtest_logfinish("a")
+    assert codes == [conftest.GPU_GONE]
+
+
+GIB = 2**30
+
+
+def test_layers_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = {3: 10 * GIB, 32: 68 * GIB}
+    assert [fit.fitting(need, room * GIB, 32) for room in (80, 68, 67.9, 20, 10, 6, 1)] == [32, 32, 31, 8, 3, 1, 1]
+    cuda = torch.device("cuda")
+    layers = fit.layers_that_fit.__wrapped__
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=(20 / 0.95 + 1.5) * GIB))
+    monkeypatch.setattr(fit, "run_of", lambda size, depth, *_: depth)
+    monkeypatch.setattr(fit, "bytes_of", lambda depth, extra: need[depth] + extra(1, 2))
+    assert layers("7b", "finetune", 64, cuda) == 8
+    assert layers("7b", "finetune", 64, cuda, (), lambda trained, frozen: (trained + frozen) * GIB) == 6
+    assert layers("7b", "finetune", 64, CPU) == 32
+
+    def fails(*_: Any) -> float:
+        raise NotImplementedError("no fake")
+
+    monkeypatch.setattr(fit, "bytes_of", fails)
+    assert layers("7b", "finetune", 64, cuda) == 32
+
+
+def test_bytes_are_those_of_the_planner() -> None:
+    run = fit.run_of(models.SIZES["tiny"], 2, "finetune", 4, CPU, [])
+    weights = sum(each.numel() for each in models.build(models.SIZES["tiny"], fit.reference_ops(), torch.float32, CPU).llm.parameters())
+    # Weights, gradients and two moments, in fp32.
+    found = fit.bytes_of(run, lambda trained, frozen: 1e9 * (trained > frozen > 0)) - 1e9
+    assert found > 16 * weights
+    size = fit.largest(run)
+    steps_looked_at = [run.step(index) for index in range(run.n_steps)]
+    micro_batches = [step.samples[at] for step in steps_looked_at for ranks in step.micro_batches for at in ranks]
+    assert size.rows == max(int(run.samples.n_tokens[chosen].sum()) for chosen in micro_batches)
+    assert size.samples == max(map(len, micro_batches))
+
+
+def test_a_step_without_memory_is_tried_with_fewer_layers() -> None:
+    def attempt(layers: int) -> list[dict[str, Any]]:
+        void = "out of memory" if layers > 10 else None
+        return [{"variant": "original", "void": "out of memory"}, {"variant": "fastllava", "void": void, "layers": layers}]
+
+    found = [rows[1]["layers"] for rows in steps._with_fewer_layers(32, attempt)]
+    assert found == [32, 24, 18, 13, 9]
+    assert len(list(steps._with_fewer_layers(1, lambda layers: [{"variant": "fastllava", "void": "out of memory"}]))) == 1
+
+
+def event(key: str, device: str, start: float, stop: float, annotation: bool = False) -> Any:
+    """As the profiler gives it, in microseconds; both a single event and a sum of such."""
+    return SimpleNamespace(
+        key=key, count=2, device_type=SimpleNamespace(name=device), is_user_annotation=annotation, self_device_time_total=stop - start,
+        self_cpu_time_total=1.0, time_range=SimpleNamespace(start=start, end=stop),
+    )  # fmt: skip
+
+
+def test_only_kernels_count_on_a_gpu() -> None:
+    found = [
+        event("gemm", "CUDA", 0, 300_000),
+        event("norm", "CUDA", 250_000, 400_000),
+        event("Optimizer.step#AdamW.step", "CUDA", 0, 1_000_000, annotation=True),
+        event("aten::mm", "CPU", 0, 900_000),
+    ]
+    assert profiling._busy(found, 1.0) == pytest.approx(0.4)
+    rows = profiling.operations(found, on_gpu=True)
+    assert [(row["operation"], row["calls"], row["ms"]) for row in rows] == [("gemm", 2, 300.0), ("norm", 2, 150.0)]
+    assert [row["share"] for row in rows] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
+
+
+def test_results_in_a_folder_reach_the_tables(tmp_path: Path) -> None:
+    for kind in ("kernel", "step"):
+        report = bench_module(f"{kind}_report")
+        name = {"kernel": "kernels", "step": "peers"}[kind]
+        (source,) = bench_module("results").RESULTS.glob(f"{name}*.jsonl")
+        (tmp_path / "h200").mkdir(exist_ok=True)
+        lines = [json.loads(line) | {"code": "0123456789ab"} for line in source.read_text().splitlines()]
+        (tmp_path / "h200" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = report.table(tmp_path)
+        assert f"`benches/results/h200/{name}.jsonl`" in text
+        assert text.count("\n| ") > 3
+    # Without a time there is nothing to draw.
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "peers.jsonl").write_text("".join(json.dumps(line | {"void": "no"}) + "\n" for line in lines))
+    assert report.charts_of_results(tmp_path / "charts", tmp_path) == [tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png"]
+    assert (tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_process_is_told_is_read_back(tmp_path: Path) -> None:
+    order = child.Order("step", str(tmp_path), "cpu", states.Identity("code", "here", "tiny"), ["pretrain", "finetune"])
+    assert child.Order.read(order.command()[-1]) == order
+    assert runs.environment("cuda")["TRITON_INTERPRET"] == "0"
+    done = subprocess.run([*order.command()[:3], "import sys; print(sys.path[0])"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() not in ("", str(runs.REPO))
+
+
+def test_a_process_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, codes = iter([7, 7, 1]), []
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(child.time, "sleep", lambda seconds: None)
+    child._end_when_alone(7)
+    assert codes == [1]
+    assert next(parents, None) is None
+
+
+def test_what_nvidia_smi_says_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 1980 MHz'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1", total_memory=150 * GIB))
+    said = ceilings.conditions(torch.device("cuda"))
+    assert said["conditions"] == {"name": "NVIDIA H200", "memory.total": "143771 MiB", "clocks.sm": "1980 MHz"}
+    assert said["memory_bytes"] == 150 * GIB
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert ceilings.conditions(torch.device("cuda"))["conditions"] is None
+
+
+def test_the_gpu_is_named_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waits must take nothing of it."""
+    request = runs.Request(["tests", "step"], tmp_path, torch.device("cuda"), "7b")
+    printed = "a warning\\n" + json.dumps({"device": "NVIDIA H200"})
+    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", f"print('{printed}')"])
+    found = runs.identities_of(request)
+    assert {(each.device, each.size) for each in found.values()} == {("NVIDIA H200", "7b")}
+    assert found["tests"].code != found["step"].code
+    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", "import sys; sys.exit('no driver')"])
+    with pytest.raises(UserError, match="--device: a process that uses the GPU ended with 1: no driver"):
+        runs.identities_of(request)
+
+
+def test_code_is_what_the_files_say(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.py").write_text("1")
+    first = states.code_of(["a/*.py"], tmp_path)
+    assert states.code_of(["a/*.py", "a/x.*"], tmp_path) == first
+    (tmp_path / "a" / "y.txt").write_text("1")
+    assert states.code_of(["a/*.py"], tmp_path) == first
+    (tmp_path / "a" / "x.py").write_text("2")
+    assert states.code_of(["a/*.py"], tmp_path) != first
