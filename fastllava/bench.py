@@ -177,7 +177,7 @@ def bench_gpu(
 
     Exits with 1 when a test fails, a kernel is wrong or a piece breaks, and with 130 after Ctrl-C, with all that was measured kept.
     """
-    gpu, chosen = bench_module("gpu"), _device(device)
+    gpu, chosen = bench_module("gpu.runner"), _device(device)
     size = size or ("7b" if chosen.type == "cuda" else "tiny")
     try:
         found = gpu.bench(gpu.Request(pieces or (), out, chosen, size, minutes, _names(only), _names(tests), again), typer.echo)
@@ -201,10 +201,13 @@ def _device(given: Device | None) -> Any:
 
 
 def bench_module(name: str) -> Any:
-    """A module of benches/, which lies beside the package in the source tree only. Raises UserError where it does not."""
+    """A module of benches/, such as kernels or gpu.runner, which lies beside the package in the source tree only.
+
+    Raises UserError where it does not.
+    """
     root = Path(__file__).resolve().parents[1]
     folder = root / "benches"
-    if not ((root / "pyproject.toml").is_file() and (folder / f"{name}.py").is_file()):
+    if not ((root / "pyproject.toml").is_file() and (folder / f"{name.replace('.', '/')}.py").is_file()):
         raise UserError("fastllava bench: the benches come with the source tree, not with the installed package; install from a checkout")
     if "benches" not in sys.modules:
         # By its place: with the root on the import path the folder kernels/ would be importable, and mislead transformers.

@@ -134,7 +134,7 @@ def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world
     accounting = Accounting.of(config)
     plan = Plan(lengths, config.data, config.train, accounting.cost(), world)
     packed = plan.figures(range(plan.n_steps))
-    largest = _largest(plan)
+    largest = MicroBatch.largest(plan, range(plan.n_steps))
     cost = simulate(config, origin, gpu_ops(config.kernels), largest, packed.micro_batches > 1, world)
     work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
     shares = plan.n_steps * world
@@ -164,17 +164,6 @@ def _some_steps(plan: Plan) -> SampleLengths:
 def _with(config: Config, section: str, **values: Any) -> Config:
     """`config` with these keys of a section changed."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-
-
-def _largest(plan: Plan) -> MicroBatch:
-    """As much of each thing as any micro-batch of these steps has."""
-    sizes = []
-    for step in map(plan.step, range(plan.n_steps)):
-        for positions in (positions for ranks in step.micro_batches for positions in ranks if len(positions)):
-            chosen = step.samples[positions]
-            rows, images, supervised = (getattr(plan.lengths, name)[chosen] for name in ("n_tokens", "n_images", "n_supervised"))
-            sizes.append((rows.sum(), len(chosen), images.sum(), supervised.sum(), rows.max()))
-    return MicroBatch(*np.array(sizes).max(axis=0).tolist())
 
 
 def _parameters(origin: Origin, config: Config) -> Mapping[str, int]:

@@ -17,6 +17,8 @@ def lines(found: StagePlan) -> Iterator[str]:
     rows = plan.lengths.n_tokens
     gpus = f"{found.world} x {gpu.name}" if found.world > 1 else f"one {gpu.name}"
     yield f"{config.stage} on {gpus}, {config.train.precision}: predicted, nothing was run on a GPU"
+    if config.train.fp8 != "off":
+        yield f"  train.fp8      {config.train.fp8} is not foreseen: memory and time are those of bf16 products"
     trained, frozen = found.parameters["trained"], found.parameters["frozen"]
     yield f"  parameters     {trained:,} train, {frozen:,} are frozen"
     supervised = int(plan.lengths.n_supervised.sum()) / int(rows.sum())

@@ -4,10 +4,11 @@ The layers of a decoder are alike, so two shallow decoders say what a deep one t
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config
+from fastllava.data.plan import Plan
 from fastllava.low_bit import check_low_bit
 from fastllava.model.clip import ClipVision
 from fastllava.model.llama import Llama
@@ -48,6 +50,17 @@ class MicroBatch:
     supervised: int
     longest: int
     """Rows of the longest sample."""
+
+    @classmethod
+    def largest(cls, plan: Plan, indices: Iterable[int]) -> "MicroBatch":
+        """As much of each thing as any micro-batch of these steps has."""
+        sizes = []
+        for step in map(plan.step, indices):
+            for positions in (positions for ranks in step.micro_batches for positions in ranks if len(positions)):
+                chosen = step.samples[positions]
+                rows, images, supervised = (getattr(plan.lengths, name)[chosen] for name in ("n_tokens", "n_images", "n_supervised"))
+                sizes.append((rows.sum(), len(chosen), images.sum(), supervised.sum(), rows.max()))
+        return cls(*np.array(sizes).max(axis=0).tolist())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastllava_kernels import rooms, tune, tuning
 from fastllava_kernels.launch import INTERPRETED
 
 pieces, states, contexts, checked, launches = (
-    bench_module(f"gpu_{name}") for name in ("pieces", "state", "context", "sanitizer", "launches")
+    bench_module(f"gpu.{name}") for name in ("pieces", "state", "context", "sanitizer", "launches")
 )
 CPU = torch.device("cpu")
 ORDER = ["ceilings", "tests", "kernels", "step", "peers", "ablate", "profile", "tuning", "sanitizer"]

@@ -19,9 +19,9 @@ from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
 states, steps, fit, tests, child, ceilings = (
-    bench_module(f"gpu_{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
+    bench_module(f"gpu.{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
 )
-runs, profiling, models = (bench_module(name) for name in ("gpu", "step_profile", "models"))
+runs, profiling, models = (bench_module(name) for name in ("gpu.runner", "step_profile", "models"))
 CPU = torch.device("cpu")
 
 
@@ -170,7 +170,7 @@ def test_bytes_are_those_of_the_planner() -> None:
     # Weights, gradients and two moments, in fp32.
     found = fit.bytes_of(run, lambda trained, frozen: 1e9 * (trained > frozen > 0)) - 1e9
     assert found > 16 * weights
-    size = fit.largest(run)
+    size = fit.MicroBatch.largest(run.plan, range(run.n_steps))
     steps_looked_at = [run.step(index) for index in range(run.n_steps)]
     micro_batches = [step.samples[at] for step in steps_looked_at for ranks in step.micro_batches for at in ranks]
     assert size.rows == max(int(run.samples.n_tokens[chosen].sum()) for chosen in micro_batches)

@@ -21,7 +21,7 @@ from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.errors import UserError
 
-gpu, contexts, child = (bench_module(f"gpu{name}") for name in ("", "_context", "_child"))
+gpu, contexts, child = (bench_module(f"gpu.{name}") for name in ("runner", "context", "child"))
 CPU = torch.device("cpu")
 UNITS = ["one", "two", "three"]
 STAND_IN = """

@@ -1,5 +1,6 @@
 """A stage's plan: what it looks at, what it picks, and what its figures add up to."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def test_report(config: Config) -> None:
         "communication",
     ):
         assert words in text
+    assert "fp8" not in text
+    in_fp8 = found.config.model_copy(update={"train": found.config.train.model_copy(update={"fp8": "rowwise"})})
+    assert "rowwise is not foreseen" in "\n".join(lines(dataclasses.replace(found, config=in_fp8)))
     told = json.loads(json.dumps(as_json(found)))
     assert told["chosen"]["peak_memory_bytes"] == sum(told["chosen"]["memory_bytes"].values())
     assert told["gpu_hours"] == pytest.approx(8 * told["hours"])

@@ -25,10 +25,10 @@ def test_through_the_command(name, shared, tmp_path):
     check_equal(name, shared, tmp_path / name)
 
 
-OTHERWISE = {"pretrain": {"recompute": "selective"}, "finetune": {"recompute": "norms"}, "finetune_accum": {"last_layer": "all"}}
+OTHERWISE = {"pretrain": {"recompute": "selective"}, "finetune": {"recompute": "norms", "last_layer": "all"}}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", OTHERWISE)
 def test_a_sample_a_micro_batch_computed_otherwise(name, shared, tmp_path):
     run(check_config(config_of(name, shared, tmp_path / name, micro_batch_tokens=1, **OTHERWISE[name])))
     check_equal(name, shared, tmp_path / name)

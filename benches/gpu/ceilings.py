@@ -7,7 +7,7 @@ import torch
 
 from benches import kernels as timing_kernels
 from benches.ceilings import COPIED, copy_gbs, product_tflops, timed_copy, timed_product
-from benches.gpu_context import Context, Piece
+from benches.gpu.context import Context, Piece
 from benches.results import Row
 from benches.timing import Times
 from benches.world import world

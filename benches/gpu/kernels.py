@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benches import kernels as timing_kernels
-from benches.gpu_context import Context, Piece, say
+from benches.gpu.context import Context, Piece, say
 from benches.results import Row
 from fastllava_kernels import rooms
 

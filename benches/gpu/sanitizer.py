@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benches.gpu_context import Context, Piece, say
-from benches.gpu_launches import MARK, TRITON, small_shapes
+from benches.gpu.context import Context, Piece, say
+from benches.gpu.launches import MARK, TRITON, small_shapes
 from benches.peer_trials import CANNOT
 from benches.results import Row
 from benches.world import world
@@ -23,7 +23,7 @@ LONGEST = 200
 """Seconds of a run; under the tool a program takes tens of times as long."""
 SHOWN = 6
 """Lines of the tool that a row keeps."""
-PROGRAM = "import sys; from fastllava.bench import bench_module; bench_module('gpu_launches').exercise(*sys.argv[1:])"
+PROGRAM = "import sys; from fastllava.bench import bench_module; bench_module('gpu.launches').exercise(*sys.argv[1:])"
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
 

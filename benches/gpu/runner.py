@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benches.gpu_child import LOST, Order, world_command
-from benches.gpu_pieces import PIECES
-from benches.gpu_state import ENDED, SOURCES, STATE, TESTS, Identity, State, code_of, mend
+from benches.gpu.child import LOST, Order, world_command
+from benches.gpu.pieces import PIECES
+from benches.gpu.state import ENDED, SOURCES, STATE, TESTS, Identity, State, code_of, mend
 from benches.peer_trials import check_device
 from benches.world import REPO, world
 from fastllava.errors import UserError

@@ -10,7 +10,7 @@ import torch
 
 from benches import kernels as timing_kernels
 from benches.ceilings import Ceilings, measure
-from benches.gpu_state import Notebook
+from benches.gpu.state import Notebook
 from benches.results import Row
 
 SAMPLES = {"step": (64, 4), "peers": (32, 2), "ablate": (32, 2), "profile": (64, 2)}

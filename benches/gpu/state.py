@@ -25,7 +25,7 @@ STATE = "state.jsonl"
 BEGUN, DONE, STOPPED, ENDED, AGAIN = "begun", "done", "stopped", "ended", "again"
 CHANCES = 2
 """How often a unit may be stopped without a row to show for it before it is given up."""
-SOURCES = ("fastllava/**/*.py", "kernels/**/*.py", "kernels/**/tables/*.json", "benches/*.py")
+SOURCES = ("fastllava/**/*.py", "kernels/**/*.py", "kernels/**/tables/*.json", "benches/**/*.py")
 TESTS = ("tests/**/*.py",)
 
 

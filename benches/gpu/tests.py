@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from benches.gpu_context import Context, Piece, say
-from benches.gpu_state import DeviceLost, Notebook
+from benches.gpu.context import Context, Piece, say
+from benches.gpu.state import DeviceLost, Notebook
 from benches.results import Row
 from benches.world import REPO, world
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benches import step as stepping
-from benches.gpu_context import Context, Piece, say
-from benches.gpu_fit import layers_that_fit
-from benches.gpu_steps import stage_and_words
+from benches.gpu.context import Context, Piece, say
+from benches.gpu.fit import layers_that_fit
+from benches.gpu.steps import stage_and_words
 from benches.ours import Fastllava
 from benches.peer_rows import setting
 from benches.peer_trials import STAGES, release

@@ -3,27 +3,27 @@
 import importlib
 from collections.abc import Iterator, Mapping
 
-from benches.gpu_context import Piece
+from benches.gpu.context import Piece
 
 MODULES = {
-    "ceilings": "gpu_ceilings",
-    "tests": "gpu_tests",
-    "kernels": "gpu_kernels",
-    "step": "gpu_steps",
-    "peers": "gpu_steps",
-    "ablate": "gpu_steps",
-    "profile": "gpu_profile",
-    "tuning": "gpu_tuning",
-    "sanitizer": "gpu_sanitizer",
+    "ceilings": "ceilings",
+    "tests": "tests",
+    "kernels": "kernels",
+    "step": "steps",
+    "peers": "steps",
+    "ablate": "steps",
+    "profile": "profile",
+    "tuning": "tuning",
+    "sanitizer": "sanitizer",
 }
-"""By piece, the module of benches/ with a `Piece` of that name in capitals."""
+"""By piece, the module of benches/gpu with a `Piece` of that name in capitals."""
 
 
 class Pieces(Mapping[str, Piece]):
     """Each is imported when it is asked for: a process needs one of them, and some import for seconds."""
 
     def __getitem__(self, name: str) -> Piece:
-        return getattr(importlib.import_module(f"benches.{MODULES[name]}"), name.upper())
+        return getattr(importlib.import_module(f"benches.gpu.{MODULES[name]}"), name.upper())
 
     def __iter__(self) -> Iterator[str]:
         return iter(MODULES)

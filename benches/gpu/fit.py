@@ -4,7 +4,6 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from benches.models import SELECT_LAYER, Size, size_named
@@ -70,16 +69,5 @@ def bytes_of(run: Run, extra: Extra = nothing_else) -> float:
     model = bare_model(run.config, origin, reference_ops())
     trained = sum(p.numel() for part in trained_parts(model, run.config.stage) for p in part.parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    cost = simulate(run.config, origin, gpu_ops(run.config.kernels), largest(run), accumulates=True)
+    cost = simulate(run.config, origin, gpu_ops(run.config.kernels), MicroBatch.largest(run.plan, range(run.n_steps)), accumulates=True)
     return cost.peak + extra(trained, frozen)
-
-
-def largest(run: Run) -> MicroBatch:
-    """As much of each thing as any micro-batch of the run has."""
-    found = []
-    for step in map(run.step, range(run.n_steps)):
-        for positions in (positions for ranks in step.micro_batches for positions in ranks if len(positions)):
-            chosen = step.samples[positions]
-            rows, images, supervised = (getattr(run.samples, name)[chosen] for name in ("n_tokens", "n_images", "n_supervised"))
-            found.append((rows.sum(), len(chosen), images.sum(), supervised.sum(), rows.max()))
-    return MicroBatch(*np.array(found).max(axis=0).tolist())

@@ -12,8 +12,8 @@ import torch
 from benches import ablate as ablating
 from benches import peers as comparing
 from benches import step as stepping
-from benches.gpu_context import Context, Piece, say
-from benches.gpu_fit import layers_that_fit
+from benches.gpu.context import Context, Piece, say
+from benches.gpu.fit import layers_that_fit
 from benches.peer_rows import failures
 from benches.peer_trials import OUT_OF_MEMORY, STAGES
 from benches.results import Row

@@ -5,7 +5,7 @@ To take them over, copy DIR/tables/<arch>.json to kernels/fastllava_kernels/tabl
 
 from collections.abc import Sequence
 
-from benches.gpu_context import Context, Piece, say
+from benches.gpu.context import Context, Piece, say
 from benches.peer_trials import CANNOT
 from benches.results import Row
 from benches.world import world

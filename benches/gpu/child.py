@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from benches.gpu_context import Context, say
-from benches.gpu_pieces import PIECES
-from benches.gpu_state import DeviceLost, Identity, Notebook, State
+from benches.gpu.context import Context, say
+from benches.gpu.pieces import PIECES
+from benches.gpu.state import DeviceLost, Identity, Notebook, State
 from benches.world import world
 
 LOST = 75
 """Exit code of a process whose GPU takes no more work: the units that are left want a new one."""
-PROGRAM = "import sys; from fastllava.bench import bench_module; bench_module('gpu_child').main(*sys.argv[1:])"
+PROGRAM = "import sys; from fastllava.bench import bench_module; bench_module('gpu.child').main(*sys.argv[1:])"
 
 
 @dataclass(frozen=True)
