@@ -20,7 +20,7 @@ from benches.peer_trials import CANNOT, Trial, attempt, check_device, check_stag
 from benches.results import Row, append
 from benches.timing import Times, seconds_of
 from benches.world import world
-from fastllava.config import Config, Stage
+from fastllava.config import Config, Stage, value_of
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 from fastllava.toggles import kernel_toggles, levers, train_toggles
@@ -120,7 +120,7 @@ def _now(config: Config, trainer: Fastllava, key: str) -> str:
     section, _, name = key.partition(".")
     if section == "kernels":
         return trainer.model.chosen[name]
-    value = getattr(getattr(config, section), name)
+    value = value_of(config, key)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

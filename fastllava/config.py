@@ -298,6 +298,12 @@ def same_training() -> Iterator[tuple[str, FieldInfo]]:
     return marked(SAME_TRAINING)
 
 
+def value_of(config: Config, key: str) -> Any:
+    """Of a dotted key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
 def without_levers(config: Config) -> Config:
     """`config` with every lever at its default: the recipe's own training."""
     changes: dict[str, dict[str, Any]] = {}

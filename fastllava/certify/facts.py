@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastllava.certify.selection import Part
-from fastllava.config import Config
+from fastllava.config import LEVER, Config, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
@@ -47,7 +47,8 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
         "settings": {
             key: getattr(train, key)
             for key in ("loss_norm", "micro_batch_tokens", "recompute", "last_layer", "compile", "tf32", "global_batch", "seed")
-        },
+        }
+        | {key: value_of(config, key) for key, _ in marked(LEVER)},
         "kernels": {room: use["implementation"] for room, use in base.kernels().items()},
         "model": {
             "llm": str(config.model.llm),

@@ -9,7 +9,7 @@ import torch
 
 from fastllava.certify import variants as module
 from fastllava.certify.judge import ALL, COMPARISONS, LOSS
-from fastllava.certify.page import Certificate
+from fastllava.certify.page import Certificate, lines
 from fastllava.certify.run import certify
 from fastllava.config import check_config
 from fastllava.data import loader
@@ -87,6 +87,7 @@ def test_a_lever_is_found_and_named_beside_the_kernels(settings):
     """It makes another training, and the certificate says so; bf16 weights alone only move otherwise."""
     certificate = certified(settings(kernels="reference", train={"precision": "bf16", "fp8": "rowwise"}))
     assert failing(certificate) == {"whole", "kernels"}
+    assert "train.fp8=rowwise" in next(line for line in lines(certificate) if line.startswith("setting"))
     assert certified(settings(kernels="reference", train={"precision": "bf16"}, optim={"master": "bf16"})).holds
 
 
