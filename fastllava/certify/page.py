@@ -40,7 +40,7 @@ class Certificate:
     def verdict(self) -> str:
         """One sentence."""
         if self.holds:
-            return "HOLDS: loss and every gradient of this run are as near to the truth as those of plain PyTorch in the same precision"
+            return f"HOLDS: {_SENTENCE}"
         names = [comparison.name for comparison in COMPARISONS if self.failures(comparison)]
         worst = self.failures()[0]
         return f"FAILS in {', '.join(names)}: {worst.comparison.name}, step {worst.step}, {worst.name}: {worst.problem}"
