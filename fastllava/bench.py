@@ -23,6 +23,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+# What several of them take.
+OnDevice = Annotated[Optional[Device], typer.Option("--device", help="when left out the GPU where there is one")]  # noqa: UP045
+Out = Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")]  # noqa: UP045
+Layers = Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")]  # noqa: UP045
+Stages = Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")]
+
+
 @bench.command("kernels")
 def bench_kernels(
     rooms: Annotated[Optional[list[str]], typer.Argument(metavar="[ROOM ...]", help="rooms to measure; all when left out")] = None,  # noqa: UP045
@@ -30,8 +37,8 @@ def bench_kernels(
     implementations: Annotated[str, typer.Option(metavar="A,B", help="implementations and peers; all when left out")] = "",
     passes: Annotated[str, typer.Option(metavar="A,B", help="forward, backward, both")] = "forward,backward,both",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; when left out bf16 on a GPU, fp32 on a CPU")] = "",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    device: OnDevice = None,
+    out: Out = None,
     charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
 ) -> None:
@@ -56,12 +63,12 @@ def bench_kernels(
 def bench_step(
     overrides: Overrides = None,
     sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, 150m or tiny; when left out 7b on a GPU, 150m on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain,finetune",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    stages: Stages = "pretrain,finetune",
+    device: OnDevice = None,
+    out: Out = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the steps of a size and stage; three at least")] = 60,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 64 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
+    layers: Layers = None,
     profile: Annotated[Optional[Path], typer.Option(help="file for a table of where the time of a step goes")] = None,  # noqa: UP045
 ) -> None:
     """Time the trainer's step on random weights and samples of the true lengths, with config keys such as train.compile=layer."""
@@ -76,16 +83,16 @@ def bench_step(
 @bench.command("peers")
 def bench_peers(
     sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, 150m or tiny; when left out 7b on a GPU, 150m on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "finetune",
+    stages: Stages = "finetune",
     variants: Annotated[
         str, typer.Option(metavar="A,B", help="original, transformers, transformers_recompute, transformers_liger, fastllava")
     ] = "",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    device: OnDevice = None,
+    out: Out = None,
     charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a size and stage")] = None,  # noqa: UP045
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
+    layers: Layers = None,
     overrides: Overrides = None,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
@@ -116,12 +123,12 @@ def bench_ablate(
     overrides: Overrides = None,
     toggles: Annotated[str, typer.Option(metavar="A,B", help="such as kernels.swiglu,train.recompute; all when left out")] = "",
     sizes: Annotated[str, typer.Option(metavar="A,B", help="as bench step; when left out 7b on a GPU, tiny on a CPU")] = "",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    stages: Stages = "pretrain",
+    device: OnDevice = None,
+    out: Out = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a value; three turns at least")] = 15,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 32 on a GPU")] = 0,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")] = None,  # noqa: UP045
+    layers: Layers = None,
 ) -> None:
     """Set every toggle of a run to each other value in turn: what it changes in time, memory, loss and gradient."""
     ablate = bench_module("ablate")
@@ -146,12 +153,12 @@ def bench_levers(
     overrides: Overrides = None,
     levers: Annotated[str, typer.Option(metavar="A,B", help="such as train.fp8,optim.state; all when left out")] = "",
     size: Annotated[str, typer.Option(help="as bench step")] = "tiny",
-    stages: Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")] = "pretrain,finetune",
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")] = None,  # noqa: UP045
+    stages: Stages = "pretrain,finetune",
+    device: OnDevice = None,
+    out: Out = None,
     steps: Annotated[int, typer.Option(min=4, help="of each training")] = 50,
     samples: Annotated[int, typer.Option(min=1, help="of a step")] = 4,
-    layers: Annotated[Optional[int], typer.Option(help="decoder layers; the rows say so")] = None,  # noqa: UP045
+    layers: Layers = None,
 ) -> None:
     """Train a little with each lever, such as train.fp8, and without: how far apart the losses are."""
     module = bench_module("levers")
@@ -167,7 +174,7 @@ def bench_gpu(
         typer.Argument(metavar="[PIECE ...]", help="ceilings, tests, kernels, step, peers, ablate, profile, tuning, sanitizer; all"),
     ] = None,
     minutes: Annotated[Optional[float], typer.Option(min=0.0, help="for all together; when left out 8 for each piece")] = None,  # noqa: UP045
-    device: Annotated[Optional[Device], typer.Option(help="when left out the GPU where there is one")] = None,  # noqa: UP045
+    device: OnDevice = None,
     size: Annotated[str, typer.Option(help="7b, 13b, 1.1b or tiny; when left out 7b on a GPU, tiny on a CPU")] = "",
     only: Annotated[str, typer.Option(metavar="A,B", help="of the pieces' units those with one of these words in their name")] = "",
     tests: Annotated[str, typer.Option(metavar="A,B", help="paths for piece tests; when left out those that use a GPU")] = "",
