@@ -7,10 +7,10 @@ OUT ?= demo
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test test-exhaustive check format schema clean
+.PHONY: help demo install dev test exhaustive check format schema clean
 
 help:  ## list the commands
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: install  ## train both stages on the embedded default, about five minutes on two CPU cores
 	$(BIN)/fastllava demo --out $(OUT)
@@ -24,7 +24,7 @@ dev: .venv/installed-dev  ## the same, with what the tests and checks need
 test: dev  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m "not exhaustive"
 
-test-exhaustive: dev  ## run the tests that try whole matrices of cases
+exhaustive: dev  ## run the tests that try whole matrices of cases
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m exhaustive
 
 check: dev  ## lint, format, types, import floors, spelling, kernels compiled for A100 and H100, schema

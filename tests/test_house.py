@@ -106,13 +106,14 @@ def ci(tmp_path: Path):
 
 def test_ci_checks_then_tests_from_the_root_and_says_so(ci, tmp_path: Path) -> None:
     code, asked, printed = ci()
-    assert (code, asked) == (0, ["check", "test"])
-    assert printed.splitlines() == ["+ make check", f"in {tmp_path}/repo", "+ make test", f"in {tmp_path}/repo"]
+    assert (code, asked) == (0, ["check", "test", "exhaustive"])
+    assert printed.splitlines() == [line for command in asked for line in (f"+ make {command}", f"in {tmp_path}/repo")]
 
 
 def test_ci_fails_when_a_check_fails_and_when_a_test_fails(ci) -> None:
     assert ci("check")[:2] == (1, ["check"])
     assert ci("test")[0] == 1
+    assert ci("exhaustive")[0] == 1
 
 
 def test_ci_is_executable() -> None:
