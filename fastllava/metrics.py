@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastllava.config import Config, LogConfig
 from fastllava.errors import UserError
+from fastllava.printable import printable
 
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_LINE_SECONDS = 10.0
@@ -141,7 +142,8 @@ class _Backend:
             call(*args)
         except Exception as error:  # whatever a network logger raises is not worth a training run
             self._failed = True
-            Console(stderr=True).print(f"log.backends: {self.name} failed and is off from here on ({error}); metrics.jsonl goes on")
+            line = f"log.backends: {self.name} failed and is off from here on ({error}); metrics.jsonl goes on"
+            Console(stderr=True).print(printable(line), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def check_backends(log: LogConfig) -> None:

@@ -18,6 +18,7 @@ from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
 from fastllava.parallel import Processes
+from fastllava.printable import printable
 
 Say = Callable[[str], None]
 
@@ -26,8 +27,8 @@ _STEPS_LOOKED_AT = 50
 
 
 def speaker(console: Console) -> Say:
-    """Prints a line as it is: no markup, no wrapping."""
-    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+    """Prints a line as it is: no markup, no wrapping, and nothing in it that a terminal would act on."""
+    return lambda text: console.print(printable(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def choose_device(config: Config, local_rank: int = 0) -> torch.device:

@@ -12,6 +12,7 @@ from fastllava.data.conversation import Encoded, encode_record, segments, templa
 from fastllava.data.records import Raw, read_records
 from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.printable import printable
 
 _SUPERVISED = "bold green"
 
@@ -39,20 +40,36 @@ def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tok
     """
     form = template(template_name)
     for raw in read_records(records):
-        text = Text(f"record {raw.index}, line {raw.line}, id {_name(raw)}\n", style="bold")
+        shown = _Block(f"record {raw.index}, line {raw.line}, id {_name(raw)}")
         try:
             record, encoded = _encode(raw, form, tokenizer, max_tokens)
         except BadRecord as problem:
-            yield text.append(f"  quarantined: {problem.reason}: {problem.detail}\n", style="bold red")
+            yield shown.line(f"quarantined: {problem.reason}: {problem.detail}", "bold red").text
             continue
-        text.append(f"  image: {record.image}\n" if record.image is not None else "  text-only\n", style="not bold")
+        shown.line(f"image: {record.image}" if record.image is not None else "text-only")
         for role, words in record.turns:
-            text.append(f"  {role}: {words!r}\n", style="not bold")
-        text.append("  becomes: ", style="dim not bold")
+            shown.line(f"{role}: {words!r}")
+        shown.line("becomes: ", "dim not bold", end="")
         for part in segments(record, form):
-            text.append(repr(part.text)[1:-1], style=_SUPERVISED if part.supervised else "not bold")
-        text.append("\n  tokens: ", style="dim not bold")
-        yield text.append(_tokens(encoded, tokenizer)).append("\n")
+            shown.add(repr(part.text)[1:-1], _SUPERVISED if part.supervised else "not bold")
+        shown.add("\n  tokens: ", "dim not bold")
+        _add_tokens(shown, encoded, tokenizer)
+        yield shown.text
+
+
+class _Block:
+    """What is shown of one record, grown line by line; nothing in it acts on a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.text = Text(style="bold")
+        self.add(title.replace("\n", "\\n") + "\n", "")
+
+    def add(self, words: str, style: str = "not bold") -> "_Block":
+        self.text.append(printable(words), style)
+        return self
+
+    def line(self, words: str, style: str = "not bold", end: str = "\n") -> "_Block":
+        return self.add("  " + words.replace("\n", "\\n") + end, style)
 
 
 def _encode(raw: Raw, form: Template, tokenizer: Tokenizer, max_tokens: int) -> tuple[Record, Encoded]:
@@ -62,17 +79,16 @@ def _encode(raw: Raw, form: Template, tokenizer: Tokenizer, max_tokens: int) -> 
     return record, encode_record(record, form, tokenizer, max_tokens)
 
 
-def _tokens(encoded: Encoded, tokenizer: Tokenizer) -> Text:
-    text = Text(style="not bold")
+def _add_tokens(shown: _Block, encoded: Encoded, tokenizer: Tokenizer) -> None:
     supervised = {i for begin, end in encoded.supervised for i in range(begin, end)}
     for i, token in enumerate(encoded.ids):
         piece = "<image>" if token == IMAGE_ID else tokenizer.piece(token)
         if i in supervised:
-            text.append(f"[{piece}] ", style=_SUPERVISED)
+            shown.add(f"[{piece}] ", _SUPERVISED)
         else:
-            text.append(f"{piece} ")
+            shown.add(f"{piece} ")
     counted = sum(end - begin for begin, end in encoded.supervised)
-    return text.append(f"({len(encoded.ids)} ids, {counted} supervised)", style="dim not bold")
+    shown.add(f"({len(encoded.ids)} ids, {counted} supervised)\n", "dim not bold")
 
 
 def _name(raw: Raw) -> str | int:

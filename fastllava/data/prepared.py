@@ -26,7 +26,7 @@ from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
 from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet, checksum_of, file_sha256
 from fastllava.data.quarantine import refuse, summary
-from fastllava.data.records import read_records
+from fastllava.data.records import open_records, read_records
 from fastllava.data.rows import SCHEMA, Preparer, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
@@ -76,8 +76,10 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
 def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[str, Any]:
     """Everything that the rows depend on, but for the image files."""
     try:
-        with data.records.open("rb") as file:
+        with open_records(data.records) as file:
             source = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
+    except UserError as error:
+        raise UserError(f"data.records: {error}") from None
     except OSError as error:
         raise UserError(f"data.records: {data.records} cannot be read ({error.strerror}); give the path of a LLaVA JSON file") from None
     limits = ("max_image_bytes", "max_image_pixels", "min_image_side", "max_image_aspect", "follow_links")

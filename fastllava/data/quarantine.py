@@ -9,6 +9,7 @@ from rich.table import Table
 from fastllava.data.checks import REASONS
 from fastllava.data.prepared_set import QUARANTINE, PreparedSet
 from fastllava.errors import UserError
+from fastllava.printable import printable
 
 
 def summary(prepared: PreparedSet) -> str:
@@ -20,7 +21,7 @@ def summary(prepared: PreparedSet) -> str:
         f"{int(prepared.n_supervised.sum()):,} supervised; {manifest['truncated']:,} cut at {manifest['max_tokens']} tokens"
     ]
     if manifest["quarantined"]:
-        lines += [_table(prepared), f"every one of them: {prepared.folder / QUARANTINE}"]
+        lines += [_table(prepared), *_examples(prepared), f"every one of them: {prepared.folder / QUARANTINE}"]
     return "\n".join(lines)
 
 
@@ -44,24 +45,31 @@ def refuse(prepared: PreparedSet, max_share: float) -> None:
 
 def _table(prepared: PreparedSet) -> str:
     manifest = prepared.manifest
+    table = Table("reason", "records", "share", "what it means", title="quarantined records")
+    for reason, count in _by_number(manifest["reasons"]):
+        table.add_row(reason, f"{count:,}", f"{count / manifest['records']:.2%}", REASONS[reason])
+    out = io.StringIO()
+    Console(file=out, width=120, highlight=False, markup=False, emoji=False).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def _examples(prepared: PreparedSet) -> list[str]:
+    """The first record of each reason, a line each: whole, so that a path in it can be copied."""
+    reasons = prepared.manifest["reasons"]
     examples: dict[str, str] = {}
     with (prepared.folder / QUARANTINE).open(encoding="utf-8") as file:
         for line in file:
             entry = json.loads(line)
-            examples.setdefault(entry["reason"], f"line {entry['line']}, {entry['id']}: {entry['detail']}")
-            if len(examples) == len(manifest["reasons"]):
+            if entry["reason"] not in examples:
+                words = f"first {entry['reason']}: line {entry['line']}, id {entry['id']}: {entry['detail']}"
+                examples[entry["reason"]] = printable(words).replace("\n", "\\n").replace("\t", "\\t")
+            if len(examples) == len(reasons):
                 break
-    table = Table("reason", "records", "share", "what it means", "first of them", title="quarantined records")
-    for reason, count in sorted(manifest["reasons"].items(), key=lambda item: -item[1]):
-        table.add_row(reason, f"{count:,}", f"{count / manifest['records']:.2%}", REASONS[reason], _printable(examples[reason]))
-    out = io.StringIO()
-    Console(file=out, width=140, highlight=False, markup=False).print(table)
-    return out.getvalue().rstrip("\n")
+    return [examples[reason] for reason, _ in _by_number(reasons)]
 
 
-def _printable(text: str) -> str:
-    """Without half characters and control characters, which a terminal would act on."""
-    return "".join(c if c.isprintable() else "·" for c in text)
+def _by_number(reasons: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(reasons.items(), key=lambda item: -item[1])
 
 
 def _round_up(share: float) -> str:

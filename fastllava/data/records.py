@@ -6,6 +6,8 @@ an array that is broken as a whole stops the reading.
 
 import codecs
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,28 @@ MAX_RECORD_BYTES = 16 * 2**20
 _CHUNK = 2**20
 _REMEDY = "write a JSON array of records, or one record a line"
 _SPACE = " \t\r\n"
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK": "zip"}
+_GIVE = "give the path of a LLaVA JSON file"
+_UNPACK = "unpack it first"
+_MARKS = {
+    b"\xff\xfe": ("UTF-16", "save it in UTF-8"),
+    b"\xfe\xff": ("UTF-16", "save it in UTF-8"),
+    b"\x1f\x8b": ("gzip", _UNPACK),
+    b"PK": ("zip", _UNPACK),
+    b"BZh": ("bzip2", _UNPACK),
+    b"\xfd7zXZ": ("xz", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("zstd", _UNPACK),
+    b"PAR1": ("Parquet", ""),
+    b"ARROW1": ("Arrow", ""),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file it stands for (git lfs pull)"),
+    b"<": ("a web page", "download the file itself"),
+}
+_NO_FILES = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    stat.S_ISSOCK: "a socket",
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +64,9 @@ def read_records(path: Path) -> Iterator[Raw]:
     """Every record of the file, in order. Raises UserError with the place where the file stops being one of records."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_records(path) as file:
             head = file.read(4096)
-            for mark, name in _MARKS.items():
-                if head.startswith(mark):
-                    raise UserError(f"{path}: is {name}, not UTF-8 text; {_REMEDY}, in UTF-8")
+            _check_head(path, head)
             start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
             while not head[start:].strip():
                 more = file.read(4096)
@@ -61,7 +82,31 @@ def read_records(path: Path) -> Iterator[Raw]:
             else:
                 raise UserError(f"{path}: begins with {first!r}; {_REMEDY}")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a LLaVA JSON file") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_GIVE}") from None
+
+
+def open_records(path: Path) -> BinaryIO:
+    """The file, open for reading. Raises UserError where there is none, or what is there has no end or can be read only once."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((name for is_kind, name in _NO_FILES.items() if is_kind(mode)), "something else")
+            raise UserError(f"{path} cannot be read (is {kind}, not a file); {_GIVE}")
+        # Not to wait where a pipe has taken the file's place since.
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {_GIVE}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is no path ({error}); {_GIVE}") from None
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    """Raises UserError for a file that is of another kind, with that kind's name."""
+    for mark, (name, remedy) in _MARKS.items():
+        if head.startswith(mark):
+            raise UserError(f"{path}: is {name}, not JSON in UTF-8; {remedy or _REMEDY}")
+    if b"\0" in head[:4]:
+        raise UserError(f"{path}: is UTF-16 or UTF-32, not JSON in UTF-8; {_REMEDY}, in UTF-8")
 
 
 class _Decoder:

@@ -1,6 +1,8 @@
 """Reading JSON as a stream: both forms, every way to break them, and the place that is named."""
 
 import json
+import os
+import socket
 import tracemalloc
 from pathlib import Path
 
@@ -59,6 +61,10 @@ def test_both_forms_are_read(file: Path, content: bytes, expected: list) -> None
         (b"hello", "begins with b'h'"),
         (b"\xff\xfe[\x00]\x00", "is UTF-16"),
         (b"\x1f\x8b\x08\x00", "is gzip"),
+        (b"[\x00{\x00", "is UTF-16"),
+        (b"PAR1\x15", "is Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html>", "is a web page"),
         (b'{\n "id": "a"\n}', "an object over several lines"),
         (b'[{"id": "a"}', "line 1: the end of the file after record 0"),
         (b'[{"id": "a"},\n', "line 2: record 1 is broken JSON"),
@@ -84,6 +90,17 @@ def test_a_folder_or_nothing_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"cannot be read .*; give the path"):
             list(read_records(path))
+
+
+def test_what_never_ends_or_is_read_once_is_refused_at_once(tmp_path: Path) -> None:
+    pipe, place = tmp_path / "pipe", tmp_path / "socket"
+    os.mkfifo(pipe)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(place))
+    for path, kind in ((pipe, "a pipe"), (Path("/dev/zero"), "a device"), (place, "a socket"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=rf"cannot be read \(is {kind}, not a file\); give the path"):
+            list(read_records(path))
+    listening.close()
 
 
 @pytest.mark.parametrize("lines", [True, False])
