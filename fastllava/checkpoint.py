@@ -11,30 +11,22 @@ The schedule, and whatever a training step draws at random, are functions of the
 state to keep.
 """
 
-import hashlib
-import json
-import os
 import shutil
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastllava import __version__
 from fastllava.config import Config, check_config
-from fastllava.disk import sync
+from fastllava.disk import described, read_json_object, sync, write_json
 from fastllava.errors import UserError
 from fastllava.parallel import ALONE, Processes
+from fastllava.shards import read_shards, read_weights, write_shards
 
 RUN_CONFIG = "run_config.json"
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
@@ -69,7 +61,7 @@ def save(
     beside = output_dir / f".checkpoint-{step}.partial"
     try:
         processes.on_first(lambda: _make_anew(beside))
-        _write_tensors(_tensors(trained, optimizer), beside / _TENSORS, processes)
+        write_shards(_tensors(trained, optimizer), beside / _TENSORS, processes)
         hashed = processes.gather(lambda: _shards_of(beside / _TENSORS, processes.rank))
         processes.on_first(lambda: _complete(beside, final, step, config, prepared_digest, hashed))
     except OSError:
@@ -129,7 +121,7 @@ def verify(folder: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest. Raises UserError that names the damaged file."""
     remedy = "use an older checkpoint or remove the folder"
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = read_json_object(folder / _MANIFEST)
         found = _contents(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: is no complete checkpoint ({error}); {remedy}") from None
@@ -137,8 +129,16 @@ def verify(folder: Path) -> Checkpoint:
         if manifest.get(name) != found.get(name):
             what = "is missing" if name not in found else "was added or changed after it was written"
             raise UserError(f"{folder}: file {name} {what}; {remedy}")
-    state = json.loads((folder / _STATE).read_text())
-    return Checkpoint(folder, state["step"], state["prepared_digest"], check_config(json.loads((folder / RUN_CONFIG).read_text())))
+    try:
+        state = read_json_object(folder / _STATE)
+        step, digest = state["step"], state["prepared_digest"]
+        if type(step) is not int or step < 0 or type(digest) is not str:
+            raise ValueError(f"step {step!r}, prepared_digest {digest!r}")
+        config = check_config(read_json_object(folder / RUN_CONFIG))
+    except (OSError, ValueError, KeyError, UserError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: holds a state that this version does not read ({reason}); {remedy}") from None
+    return Checkpoint(folder, step, digest, config)
 
 
 def restore(
@@ -146,20 +146,13 @@ def restore(
 ) -> None:
     """Load a verified checkpoint into the trained parameters and their optimizer, in place; all `processes` together."""
     with torch.no_grad():
-        _read_tensors(_tensors(trained, optimizer), checkpoint.folder / _TENSORS, processes)
+        read_shards(_tensors(trained, optimizer), checkpoint.folder / _TENSORS, processes)
 
 
 def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:
     """The configuration and trained weights (internal names, as stored) of `checkpoint-N`, verified first."""
     checkpoint = verify(folder)
-    metadata = FileSystemReader(folder / _TENSORS).read_metadata()
-    weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith("weight/") and isinstance(entry, TensorStorageMetadata)
-    }
-    _read_tensors(weights, folder / _TENSORS)
-    return checkpoint.config, {name.removeprefix("weight/"): tensor for name, tensor in weights.items()}
+    return checkpoint.config, read_weights(folder / _TENSORS, "weight/")
 
 
 def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -169,39 +162,6 @@ def _tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimiz
         for key, value in optimizer.state[parameter].items():
             flat[f"{key}/{name}"] = value
     return flat
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path, processes: Processes) -> None:
-    with _quiet():
-        try:
-            dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), **_group(processes))
-        except CheckpointException as error:
-            # It derives from BaseException, so an `except OSError` further up would let it through.
-            raise OSError(f"checkpoint could not be written: {_cause(error)}") from None
-
-
-def _read_tensors(tensors: dict[str, Tensor], folder: Path, processes: Processes = ALONE) -> None:
-    with _quiet():
-        try:
-            dcp_load(tensors, storage_reader=FileSystemReader(folder), **_group(processes))
-        except CheckpointException as error:
-            raise UserError(f"{folder}: does not fit this model ({_cause(error)}); use the config that wrote it") from None
-
-
-def _group(processes: Processes) -> dict[str, Any]:
-    return {"no_dist": True} if processes.world == 1 else {"process_group": processes.host}
-
-
-def _cause(error: CheckpointException) -> str:
-    return "; ".join(" ".join(str(exception).split()) for exception, _ in error.failures.values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that one process is taken to be what is meant: it is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _folders(output_dir: Path) -> list[Path]:
@@ -215,32 +175,22 @@ def _folders(output_dir: Path) -> list[Path]:
 
 
 def _contents(folder: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file in `folder` apart from the manifest and those named in `but`."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return {name: _described(folder / name) for name in names if name != _MANIFEST and name not in but}
+    """Size and hash of every file in `folder` apart from the manifest and those named in `but`. Raises ValueError for what is no file."""
+    return {name: described(folder / name) for name in _names(folder) if name != _MANIFEST and name not in but}
+
+
+def _names(folder: Path) -> list[str]:
+    """The files below `folder`, which leads nowhere else. Raises ValueError for links, pipes and devices."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        mode, name = path.lstat().st_mode, path.relative_to(folder).as_posix()
+        if stat.S_ISREG(mode):
+            found.append(name)
+        elif not stat.S_ISDIR(mode):
+            raise ValueError(f"{name} is a {'symbolic link' if stat.S_ISLNK(mode) else 'pipe or device'}, no file")
+    return found
 
 
 def _shards_of(tensors: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and hash of the files that process `rank` wrote: each hashes its own, as they are large."""
-    return {f"{_TENSORS}/{path.name}": _described(path) for path in sorted(tensors.glob(f"__{rank}_*"))}
-
-
-def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, on disk when this returns."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    return {f"{_TENSORS}/{path.name}": described(path) for path in sorted(tensors.glob(f"__{rank}_*"))}

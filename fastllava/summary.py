@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastllava.checkpoint import write_json
+from fastllava.disk import write_json
 from fastllava.metrics import read_metrics
 from fastllava.throughput import run_figures
 

@@ -15,11 +15,12 @@ from torch import nn
 from fastllava import checkpoint, resume
 from fastllava.accounting import Accounting
 from fastllava.batch import Batch, ImageSpec
-from fastllava.checkpoint import RUN_CONFIG, write_json
+from fastllava.checkpoint import RUN_CONFIG
 from fastllava.config import Config
 from fastllava.data.loader import steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
+from fastllava.disk import write_json
 from fastllava.errors import PeerLost, UserError
 from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics, check_backends

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from fastllava.config import check_config
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 
 
@@ -78,3 +80,10 @@ def settings(world, tmp_path):
         return values
 
     return make
+
+
+@pytest.fixture
+def config():
+    """A config of stage pretrain whose folders are not there."""
+    values = {"stage": "pretrain", "output_dir": "o", "model": {"llm": "l", "vision_tower": "v"}, "data": {"records": "r"}}
+    return check_config({**values, "optim": {"projector_lr": 0.5, "max_grad_norm": 1.0}, "kernels": "reference"})

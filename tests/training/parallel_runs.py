@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastllava import checkpoint, train
+from fastllava import shards, train
 from fastllava.config import check_config
 from fastllava.data import loader
 from fastllava.errors import UserError
@@ -120,7 +120,7 @@ def _disk_fills_up(patch: pytest.MonkeyPatch) -> None:
     def write_data(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    patch.setattr(checkpoint.FileSystemWriter, "write_data", write_data)
+    patch.setattr(shards.FileSystemWriter, "write_data", write_data)
 
 
 MISHAPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -8,15 +8,8 @@ import torch
 from torch import nn
 
 from fastllava import checkpoint
-from fastllava.config import check_config
 from fastllava.errors import UserError
 from fastllava.optim import build_optimizer
-
-
-@pytest.fixture
-def config():
-    values = {"stage": "pretrain", "output_dir": "o", "model": {"llm": "l", "vision_tower": "v"}, "data": {"records": "r"}}
-    return check_config({**values, "optim": {"projector_lr": 0.5, "max_grad_norm": 1.0}, "kernels": "reference"})
 
 
 def trained(config, seed=0):

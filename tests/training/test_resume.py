@@ -108,7 +108,7 @@ def test_a_full_disk_stops_no_training(settings, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_tensors", full)
+    monkeypatch.setattr(module, "write_shards", full)
     run(check_config(settings(train={"max_steps": 4, "checkpoint_steps": 1})), Console(width=200))
     assert "could not be written" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "complete"
