@@ -19,27 +19,39 @@ from fastllava.errors import UserError
 from fastllava.printable import printable
 
 METRICS_FILE = "metrics.jsonl"
+DAMAGED_FILE = "metrics.damaged"
+"""Gets the lines of metrics.jsonl that a resume finds to be no rows."""
+_ALWAYS = ("step", "loss", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds")
+"""What every row holds as a number."""
 _PLAIN_LINE_SECONDS = 10.0
 
 Row = Mapping[str, float | int]
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, one an optimizer step; a last line cut short by a kill is left out.
+    """The rows of a run's metrics.jsonl, one an optimizer step, in their order; whatever else is there is left out."""
+    return _sorted_out(output_dir)[0]
 
-    Raises UserError when any other line is not a row.
-    """
+
+def _sorted_out(output_dir: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of metrics.jsonl, and the lines that are none; a last line cut short by a kill is neither."""
     path = output_dir / METRICS_FILE
     whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    rows: dict[int, dict[str, Any]] = {}
+    damaged = []
+    for line in whole.split(b"\n") if whole else []:
         try:
             row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {number} is no row of metrics; mend or remove the line, or give another output_dir") from None
-        rows.append(row)
-    return rows
+            if not all(_is_number(row[key]) for key in _ALWAYS) or int(row["step"]) != row["step"] or row["step"] < 0:
+                raise ValueError("no row")
+            rows[row["step"]] = row
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            damaged.append(line)
+    return [rows[step] for step in sorted(rows)], damaged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Metrics:
@@ -53,7 +65,8 @@ class Metrics:
         self._n_steps = n_steps
         self._console = console
         self._config = config
-        self._kept = [row for row in read_metrics(config.output_dir) if row["step"] < first_step]
+        rows, self._damaged = _sorted_out(config.output_dir)
+        self._kept = [row for row in rows if row["step"] < first_step]
         self._backends = [_open_backend(name, config) for name in config.log.backends]
         self._last_line = -math.inf
         self._bar = Progress(
@@ -71,6 +84,7 @@ class Metrics:
         self._started, self._first_step = time.monotonic(), first_step
 
     def __enter__(self) -> Self:
+        self._set_damaged_lines_aside()
         beside = self._path.with_name(f".{self._path.name}.partial")
         beside.write_text("".join(json.dumps(row) + "\n" for row in self._kept), encoding="utf-8")
         beside.rename(self._path)
@@ -83,6 +97,14 @@ class Metrics:
         self._file.close()
         for backend in self._backends:
             backend.close()
+
+    def _set_damaged_lines_aside(self) -> None:
+        if not self._damaged:
+            return
+        with self._path.with_name(DAMAGED_FILE).open("ab") as file:
+            file.writelines(line + b"\n" for line in self._damaged)
+        what = "1 line is no row" if len(self._damaged) == 1 else f"{len(self._damaged)} lines are no rows"
+        self._console.print(f"{self._path}: {what}: moved to {DAMAGED_FILE}, the run goes on", highlight=False, soft_wrap=True, markup=False)
 
     def write(self, row: Row) -> None:
         """Record one step."""

@@ -293,14 +293,30 @@ def test_a_summary_that_no_run_wrote_is_named(content, settings, tmp_path):
         train(settings())
 
 
-@pytest.mark.parametrize("line", [b"[1]", b"{}", b"\xff", b'{"step": 1, "los'])
-def test_a_damaged_line_of_metrics_is_named_and_a_cut_last_one_is_not(line, tmp_path):
+ROW = {"step": 0, "loss": 1, "lr": 1, "samples": 1, "tokens": 1, "supervised_tokens": 1, "step_seconds": 1, "data_wait_seconds": 0}
+NO_ROWS = [b"[1]", b"{}", b"\xff", b'{"step": 1, "los', b"", b'{"step": 1}', json.dumps({**ROW, "loss": "x"}).encode(), b"[" * 100_000]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 0}\n' + line)
-    assert read_metrics(tmp_path) == [{"step": 0}]
-    path.write_bytes(b'{"step": 0}\n' + line + b"\n" + b'{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is no row of metrics"):
-        read_metrics(tmp_path)
+    path.write_text(json.dumps(ROW) + "\n")
+    with path.open("ab") as file:
+        file.write(line + b"\n" + json.dumps({**ROW, "step": 2}).encode() + b'\n{"step": 3, "lo')
+    assert read_metrics(tmp_path) == [ROW, {**ROW, "step": 2}]
+
+
+def test_damaged_metrics_never_block_a_resume_and_are_set_aside(settings, tmp_path, capsys):
+    values = settings(train={"max_steps": 4, "checkpoint_steps": 2})
+    train(values)
+    (tmp_path / "run" / "run_summary.json").unlink()
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], b"\xff\x00" * 10, *lines[2:]]) + b"\n")
+    summary = run(check_config(values), Console(width=500)).summary
+    assert "metrics.jsonl: 1 line is no row: moved to metrics.damaged" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.damaged").read_bytes() == b"\xff\x00" * 10 + b"\n"
+    assert summary["status"] == "complete"
 
 
 def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(settings, tmp_path, monkeypatch):
