@@ -3,7 +3,7 @@
 `output_dir/checkpoint-N/` is the state before step N:
 
     tensors/          trained weights and AdamW's moments, through torch.distributed.checkpoint
-    state.json        step, digest of the prepared set, versions; JSON, never pickle
+    state.json        step, digest of the prepared set, loss and norm of the last steps, versions; JSON, never pickle
     run_config.json   the run's configuration
     manifest.json     size and SHA-256 of every other file; written last
 
@@ -27,6 +27,7 @@ from fastllava.disk import described, read_json_object, sync, write_json
 from fastllava.errors import UserError
 from fastllava.parallel import ALONE, Processes
 from fastllava.shards import read_shards, read_weights, write_shards
+from fastllava.spikes import checked, recent
 
 RUN_CONFIG = "run_config.json"
 _STATE, _MANIFEST, _TENSORS = "state.json", "manifest.json", "tensors"
@@ -41,6 +42,8 @@ class Checkpoint:
     """The step that comes next."""
     prepared_digest: str
     config: Config
+    recent: Sequence[Sequence[float]] = ()
+    """Loss and gradient norm of the last steps (`fastllava.spikes`)."""
 
 
 def save(
@@ -63,7 +66,7 @@ def save(
         processes.on_first(lambda: _make_anew(beside))
         write_shards(_tensors(trained, optimizer), beside / _TENSORS, processes)
         hashed = processes.gather(lambda: _shards_of(beside / _TENSORS, processes.rank))
-        processes.on_first(lambda: _complete(beside, final, step, config, prepared_digest, hashed))
+        processes.on_first(lambda: _complete(beside, final, step, config, prepared_digest, hashed, recent(optimizer).rows()))
     except OSError:
         if processes.first:
             shutil.rmtree(beside, ignore_errors=True)
@@ -77,11 +80,18 @@ def _make_anew(folder: Path) -> None:
 
 
 def _complete(
-    beside: Path, final: Path, step: int, config: Config, prepared_digest: str, hashed: Sequence[dict[str, dict[str, Any]]]
+    beside: Path,
+    final: Path,
+    step: int,
+    config: Config,
+    prepared_digest: str,
+    hashed: Sequence[dict[str, dict[str, Any]]],
+    rows: list[list[float]],
 ) -> None:
     """Write what is not tensors, the manifest last, and give the folder its name."""
     versions = {"fastllava": __version__, "torch": torch.__version__}
-    write_json(beside / _STATE, {"step": step, "prepared_digest": prepared_digest, "processes": len(hashed), **versions})
+    state = {"step": step, "prepared_digest": prepared_digest, "processes": len(hashed), "recent": rows}
+    write_json(beside / _STATE, {**state, **versions})
     write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
     shards = {name: entry for part in hashed for name, entry in part.items()}
     write_json(beside / _MANIFEST, {**_contents(beside, but=shards), **shards})
@@ -134,11 +144,12 @@ def verify(folder: Path) -> Checkpoint:
         step, digest = state["step"], state["prepared_digest"]
         if type(step) is not int or step < 0 or type(digest) is not str:
             raise ValueError(f"step {step!r}, prepared_digest {digest!r}")
+        rows = checked(state.get("recent", []))
         config = check_config(read_json_object(folder / RUN_CONFIG))
     except (OSError, ValueError, KeyError, UserError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: holds a state that this version does not read ({reason}); {remedy}") from None
-    return Checkpoint(folder, step, digest, config)
+    return Checkpoint(folder, step, digest, config, rows)
 
 
 def restore(
@@ -147,6 +158,7 @@ def restore(
     """Load a verified checkpoint into the trained parameters and their optimizer, in place; all `processes` together."""
     with torch.no_grad():
         read_shards(_tensors(trained, optimizer), checkpoint.folder / _TENSORS, processes)
+    recent(optimizer).fill(checkpoint.recent)
 
 
 def read_model(folder: Path) -> tuple[Config, dict[str, Tensor]]:

@@ -162,6 +162,9 @@ class TrainConfig(Section):
         description="torchao's recipe for products of the decoder's layers in fp8, for one process; on a GPU of compute capability 8.9 or "
         "newer, emulated on a CPU; best with train.compile",
     )
+    skip_spikes: bool = Field(
+        False, description="true: nothing moves in a step whose loss or gradient norm is more than 6 sigma above the last 128 steps"
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], SAME_TRAINING] = Field(
         "auto", description="where it trains; auto: a GPU when there is one"
     )

@@ -25,7 +25,7 @@ _ALWAYS = ("step", "loss", "lr", "samples", "tokens", "supervised_tokens", "step
 """What every row holds as a number."""
 _PLAIN_LINE_SECONDS = 10.0
 
-Row = Mapping[str, float | int]
+Row = Mapping[str, Any]
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
@@ -104,13 +104,16 @@ class Metrics:
         with self._path.with_name(DAMAGED_FILE).open("ab") as file:
             file.writelines(line + b"\n" for line in self._damaged)
         what = "1 line is no row" if len(self._damaged) == 1 else f"{len(self._damaged)} lines are no rows"
-        self._console.print(f"{self._path}: {what}: moved to {DAMAGED_FILE}, the run goes on", highlight=False, soft_wrap=True, markup=False)
+        self._console.print(
+            f"{self._path}: {what}: moved to {DAMAGED_FILE}, the run goes on", highlight=False, soft_wrap=True, markup=False
+        )
 
     def write(self, row: Row) -> None:
         """Record one step."""
         self._file.write(json.dumps(row) + "\n")
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         for backend in self._backends:
-            backend.write(row)
+            backend.write(numbers)
         mfu = f"mfu {100 * row['mfu']:.1f} %  " if "mfu" in row else ""
         figures = (
             f"loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "

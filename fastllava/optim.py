@@ -1,4 +1,4 @@
-"""AdamW as the original runs it: parameter groups, learning rate by step, gradient norm, and the guard against non-finite steps."""
+"""AdamW as the original runs it: parameter groups, learning rate by step, gradient norm, and the guard against bad steps."""
 
 import math
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from fastllava.config import OptimConfig
 from fastllava.low_bit import LowBitAdamW, is_low_bit
+from fastllava.spikes import SIGMAS, recent
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -85,20 +86,32 @@ def clip_gradients(params: list[nn.Parameter], norm: Tensor, max_norm: float) ->
 
 
 class FiniteGuard:
-    """Keeps the optimizer still from the first step whose loss or gradient norm is not finite.
+    """Keeps the optimizer still from the first step whose loss or gradient norm is not finite, and in spikes when asked to.
 
     The verdict stays on the device: the optimizer's step skips weights, moments and its own counter where `found_inf` is 1.
     The flag never goes back to 0, so the state stays that before the bad step until the host reads `tripped` and stops.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, skip_spikes: bool = False) -> None:
         self.tripped = torch.zeros((), device=device)
         """fp32 scalar on the device: 1.0 from the first bad step on."""
-        self._optimizer = optimizer
+        self.far = torch.zeros(2, device=device)
+        """fp32 [2] on the device: how far loss and norm of this step lie above those before it (`fastllava.spikes`)."""
+        self._optimizer, self._skip_spikes = optimizer, skip_spikes
+        self._recent = recent(optimizer)
+        self._with_this = self._recent.values
+        # Together with the weights: a step that fails on the way has left both as they were.
+        optimizer.register_step_post_hook(lambda *_: self._remember())
 
     def watch(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Note whether this step is finite, before `optimizer.step()`; the flag as of this step."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.tripped = torch.maximum(self.tripped, bad.float())
-        self._optimizer.found_inf = self.tripped  # pyright: ignore[reportAttributeAccessIssue] (read by its step)
+        self.far, grown = self._recent.judge(torch.stack([loss, norm]).float())
+        self._with_this = torch.where(self.tripped > 0, self._recent.values, grown)
+        held = torch.maximum(self.tripped, (self.far > SIGMAS).any().float()) if self._skip_spikes else self.tripped
+        self._optimizer.found_inf = held  # pyright: ignore[reportAttributeAccessIssue] (read by its step)
         return self.tripped
+
+    def _remember(self) -> None:
+        self._recent.values = self._with_this

@@ -10,6 +10,7 @@ import torch
 
 from fastllava.disk import write_json
 from fastllava.metrics import read_metrics
+from fastllava.spikes import spike_figures
 from fastllava.throughput import run_figures
 
 SUMMARY_FILE = "run_summary.json"
@@ -25,6 +26,7 @@ def write_summary(output_dir: Path, status: str, facts: dict[str, Any], first_st
         "steps": len(rows),
         "final_loss": rows[-1]["loss"] if rows else None,
         **run_figures(rows, first_step, wall_seconds),
+        **spike_figures(rows),
         "versions": versions(),
     }
     write_json(output_dir / SUMMARY_FILE, summary)

@@ -31,6 +31,8 @@ from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
 from fastllava.parallel import Processes, attempt, peers, processes
 from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
+from fastllava.spikes import in_words as spike_in_words
+from fastllava.spikes import is_spike
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
 from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
@@ -47,7 +49,7 @@ def train_step(
     max_norm: float | None,
     sharding: Sharding = UNSHARDED,
 ) -> DeviceScalars:
-    """One optimizer step over its micro-batches: fp32 loss, gradient norm before clipping, and whether the guard has tripped.
+    """One optimizer step over its micro-batches: fp32 loss, gradient norm before clipping, whether the guard has tripped, and `guard.far`.
 
     `batches` are this process's; loss and norm are those of all. The batches' weights already hold the step's normalisation,
     so losses and gradients only add up. Nothing here waits for the device.
@@ -66,7 +68,7 @@ def train_step(
         clip_gradients(params, norm, max_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return DeviceScalars(loss, norm, tripped)
+    return DeviceScalars(loss, norm, tripped, *guard.far)
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Trainer:
         Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all agree what to do about
         it, before a step: within one, a process that left would leave the others waiting.
         """
-        guard, on_gpu = FiniteGuard(self.optimizer, self.device), self.device.type == "cuda"
+        guard, on_gpu = FiniteGuard(self.optimizer, self.device, self.config.train.skip_spikes), self.device.type == "cuda"
         stream = steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu, rank=self.group.rank)
         began, failed = time.perf_counter(), None
         try:
@@ -277,12 +279,12 @@ class Trainer:
         """Writes the step's row when called, once its numbers are on the host."""
 
         def record() -> None:
-            loss, norm, tripped = scalars.read()
+            loss, norm, tripped, *far = scalars.read()
             if tripped:
                 self._fail_on_non_finite(step, loss, norm)
             if metrics is None:
                 return
-            row: dict[str, float | int] = {
+            row: dict[str, Any] = {
                 "step": step.index,
                 "loss": loss,
                 "grad_norm": norm,
@@ -291,15 +293,26 @@ class Trainer:
             }
             if self.device.type == "cuda":
                 row["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            if is_spike(far):
+                row["spike"] = self._spike(step, loss, norm, far)
             metrics.write(row)
 
         return record
+
+    def _spike(self, step: Step, loss: float, norm: float, far: Sequence[float]) -> dict[str, Any]:
+        """Say that `step` is one; what its row says of it."""
+        ids, skipped = self._ids(step), self.config.train.skip_spikes
+        self.say(spike_in_words(step.index, loss, norm, far, ids, skipped))
+        return {"loss_sigmas": far[0], "grad_norm_sigmas": far[1], "skipped": skipped, "samples": ids}
+
+    def _ids(self, step: Step) -> list[str]:
+        return [self.prepared.row(int(i)).id for i in step.samples]
 
     def _fail_on_non_finite(self, step: Step, loss: float, norm: float) -> None:
         """The guard has kept the optimizer still since before `step`, so the state in memory is the one before it."""
         self.next_step = step.index
         self._pending = _nothing
-        ids = [self.prepared.row(int(i)).id for i in step.samples]
+        ids = self._ids(step)
         path = self.config.output_dir / f"non_finite_step_{step.index}.json"
         if self.group.first:
             write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
