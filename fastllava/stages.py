@@ -71,11 +71,13 @@ def gather_result(model: Llava, config: Config, keep: bool) -> dict[str, Tensor]
     return {f"projector.{name}": tensor for name, tensor in full_tensors(model.projector, dtype, keep).items()}
 
 
-def write_result(model: Llava, config: Config, state: Mapping[str, Tensor] | None = None) -> list[Path]:
+def write_result(
+    model: Llava, config: Config, state: Mapping[str, Tensor] | None = None, report: Callable[[str], object] = lambda line: None
+) -> list[Path]:
     """Write what the stage leaves in output_dir, in the compute dtype as the original does; the paths to show the user.
 
     pretrain: mm_projector.safetensors and mm_projector.bin. finetune: those and a whole checkpoint in the original's layout.
-    `state` is `gather_result`'s where the model is sharded.
+    `state` is `gather_result`'s where the model is sharded. `report` gets a line for whatever was left out or changed.
     """
     dtype = COMPUTE_DTYPE[config.train.precision]
     projector = None
@@ -94,6 +96,7 @@ def write_result(model: Llava, config: Config, state: Mapping[str, Tensor] | Non
         image_policy=config.data.image_policy,
         max_tokens=config.data.max_tokens,
         legacy=config.data.legacy,
+        report=report,
         state=state,
     )
     return [config.output_dir]

@@ -81,7 +81,7 @@ def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, Prepar
     origin = read_origin(config.model)
     path = config.model.tokenizer or config.model.llm
     tokenizer = load_tokenizer(path, config.data.legacy, "model.tokenizer")
-    if tokenizer.vocab_size > origin.llama.vocab_size:
+    if tokenizer.vocab_size > max(origin.rows, origin.llama.vocab_size):
         raise UserError(
             f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens, but model.llm has embeddings for {origin.llama.vocab_size}; "
             "give the tokenizer that belongs to model.llm"
@@ -117,6 +117,8 @@ def announce(
     fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
     say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {model.projector.kind}, {model.projector_source}")
+    for note in model.origin.notes:
+        say(f"note: {note}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
     packed = plan.figures(range(min(plan.n_steps, _STEPS_LOOKED_AT)))

@@ -204,7 +204,7 @@ class Trainer:
         out = self.config.output_dir
         try:
             state = gather_result(self.model, self.config, self.group.first) if self.group.world > 1 else None
-            left = self.group.on_first(lambda: write_result(self.model, self.config, state))
+            left = self.group.on_first(lambda: write_result(self.model, self.config, state, self.say))
         except OSError as error:
             self._save()
             mend = f"output_dir: {out} did not take the result ({error}); make room and start the same command again"

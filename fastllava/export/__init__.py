@@ -145,6 +145,8 @@ def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
             parameters[name].copy_(tensor)
     model.requires_grad_(False)
     tower = model.origin.tower_folder or subject.model.llm
+    for note in model.origin.notes:
+        report(f"note: {note}")
     report(f"read {sum(p.numel() for p in parameters.values()):,} parameters; the vision tower's config.json is {tower}'s")
     return model
 

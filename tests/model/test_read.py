@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from fastllava.errors import UserError
 from fastllava.model.weights import read_origin
+from fastllava.model.weights.configs import FAMILIES, family_of
+from fastllava.model.weights.layouts import to_disk
 
 
 def same(model, other):
@@ -171,6 +173,8 @@ def test_a_fresh_projector_depends_on_the_seed_alone_and_is_rounded(tiny):
 HF_SPELLINGS = {
     "on disk": ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.linear_", "vision_tower.vision_model."),
     "4.52": ("model.language_model.", "lm_head.", "model.multi_modal_projector.linear_", "model.vision_tower.vision_model."),
+    "5.3 to 5.8": ("model.language_model.model.", "lm_head.", "model.multi_modal_projector.linear_", "model.vision_tower.vision_model."),
+    "5.3 to 5.8 inside": ("model.language_model.model.", "model.language_model.lm_head.", "multi_modal_projector.linear_", "vision_tower."),
     "5.6": ("model.language_model.", "lm_head.", "model.multi_modal_projector.linear_", "model.vision_tower."),
     "5.23 fresh": ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.linear_", "vision_tower."),
 }
@@ -193,6 +197,41 @@ def test_every_spelling_of_llava_hf_is_read(tiny, tmp_path, spelling):
     assert read_origin(tiny.config(llm=folder, vision_tower=None)).image_token == 95
 
 
+def padded_hf(tiny, folder, vocab, rows, **config):
+    """A llava-hf checkpoint of a decoder of `vocab` tokens, its tables padded to `rows`; and the decoder's own folder."""
+    llm = {**tiny.LLM, "vocab_size": vocab}
+    plain = tiny.write_folder(folder / "llm", llm, tiny.llm_tensors(llm))
+    model = tiny.load(llm=plain, projector="fresh", seed=4)
+    tensors = {to_disk(name, "hf"): tensor for name, tensor in model.state_dict().items()}
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name] = torch.cat((tensors[name], torch.full((rows - vocab, 32), 9.0)))
+    given = {"model_type": "llava", "text_config": {**llm, "vocab_size": rows}, "vision_config": dict(tiny.CLIP), **config}
+    return tiny.write_folder(folder / "hf", given, tensors), model
+
+
+@pytest.mark.parametrize(
+    ("vocab", "rows", "config", "kept"),
+    [
+        (96, 128, {"image_token_index": 96}, 96),
+        (96, 128, {"image_token_id": 96}, 96),
+        (96, 128, {"image_token_index": 90, "unpadded_vocab_size": 96}, 96),
+        (128, 128, {"image_token_index": 100, "unpadded_vocab_size": 128}, 128),
+        (128, 192, {"image_token_index": 60}, 192),
+        (96, 100, {"image_token_index": 96}, 100),
+    ],
+)
+def test_padding_from_the_image_token_on_is_no_part_of_the_loss(tiny, tmp_path, vocab, rows, config, kept):
+    folder, model = padded_hf(tiny, tmp_path, vocab, rows, **config)
+    found = tiny.load(llm=folder, vision_tower=None)
+    assert found.llm.config.vocab_size == kept
+    assert (found.llm.model.embed_tokens.weight.shape[0], found.llm.head_weight.shape[0]) == (kept, kept)
+    if kept == vocab:
+        assert same(found, model)
+        batch = tiny.pack(tiny.mixed())
+        assert torch.equal(found(batch), model(batch))
+    assert any("are the image's and padding; they are left out" in note for note in found.origin.notes) == (kept < rows)
+
+
 def original(tiny, folder, with_tower=True, **config):
     """A whole LLaVA in the original layout, its tower's weights shifted by one."""
     model = tiny.load(projector="fresh", seed=4)
@@ -205,6 +244,12 @@ def original(tiny, folder, with_tower=True, **config):
             tensors[name.removeprefix("llm.").replace("projector.", "model.mm_projector.")] = tensor
     given = {**tiny.LLM, "model_type": "llava_llama", "mm_vision_tower": "hub/clip", "mm_projector_type": "mlp2x_gelu", **config}
     return tiny.write_folder(folder, given, tensors), model
+
+
+def test_every_name_of_a_decoder_that_is_written_or_about_is_read():
+    for family, it in FAMILIES.items():
+        assert {family_of({"model_type": name}, "x") for name in (family, it.llava, *it.also)} == {family}
+    assert family_of({"model_type": "llava_qwen2"}, "x") == "qwen2", "runs of the first versions wrote it"
 
 
 def test_a_whole_llava_of_the_original_with_and_without_its_tower(tiny, tmp_path):

@@ -131,3 +131,21 @@ def test_the_template_decides_about_the_chat_template(tiny, tmp_path):
         write_checkpoint(model, "hf", tmp_path / template, torch.float32, source=tiny.config(llm=folder), report=said.append, **given)
         assert (tmp_path / template / "chat_template.jinja").exists() == there
     assert said == ["chat_template.jinja: not written, as template plain has none; v1 has one"]
+
+
+@pytest.mark.parametrize("layout", ["llava", "hf"])
+def test_code_that_a_checkpoint_names_does_not_travel_on(tiny, tmp_path, layout):
+    code = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None], "AutoModelForCausalLM": "evil.Evil"}}
+    config = {**tiny.LLM, "vocab_size": 320, **code}
+    llm = tiny.write_folder(tmp_path / "llm", config, tiny.llm_tensors(config))
+    clip = tiny.write_folder(tmp_path / "clip", {**tiny.CLIP, **code}, tiny.clip_tensors())
+    byte_level_tokenizer(llm)
+    settings = json.loads((llm / "tokenizer_config.json").read_text())
+    (llm / "tokenizer_config.json").write_text(json.dumps({**settings, **code}))
+    (llm / "generation_config.json").write_text(json.dumps(code))
+    source, said = tiny.config(llm=llm, vision_tower=clip), []
+    model = tiny.load(llm=llm, vision_tower=clip, projector="fresh")
+    assert sum("it names code of its own (auto_map), which is not run and not passed on" in note for note in model.origin.notes) == 2
+    write_checkpoint(model, layout, tmp_path / "out", torch.float32, source=source, report=said.append, **TRAINED)
+    assert not [path for path in (tmp_path / "out").rglob("*.json") if "auto_map" in path.read_text()]
+    assert "tokenizer_config.json: left out auto_map, as code of a checkpoint's own is not passed on" in said

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastllava.config import ModelConfig
 from fastllava.model.llama import Llama3Rope
 from fastllava.model.llava import Llava
-from fastllava.model.weights.configs import family_of
+from fastllava.model.weights.configs import FAMILIES, family_of
 from fastllava.model.weights.read import Origin
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer
 
@@ -30,7 +30,7 @@ CHAT_TEMPLATE_V1 = (
 )
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of a LLaVA or of a loader, which say nothing about the decoder.
-_NOT_TEXT = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "rope_parameters", "image_aspect_ratio", "use_mm_proj")
+_NOT_TEXT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "rope_parameters", "image_aspect_ratio", "use_mm_proj")
 _NOT_TEXT_PREFIXES = ("mm_", "tune_", "freeze_", "unfreeze_", "tokenizer_", "image_grid")
 
 
@@ -68,12 +68,9 @@ def vocabulary_of(model: Llava, layout: str, tokenizer: WrittenTokenizer | None)
 
     llava-hf has rows for the image and the pad token and is padded to a multiple of 64; the original has neither.
     """
-    vocab, image = model.llm.config.vocab_size, model.origin.image_token
+    vocab = model.llm.config.vocab_size
     if layout == "llava" or tokenizer is None:
-        # Of a vocabulary padded to a multiple of 64, the image's row and those after it hold no text.
-        padded = image is not None and vocab % 64 == 0 and 0 < vocab - image <= 64
-        rows = image if image is not None and padded else vocab
-        return Vocabulary(rows, rows)
+        return Vocabulary(vocab, vocab)
     needed = max(vocab, tokenizer.image + 1, tokenizer.pad + 1)
     return Vocabulary(vocab, vocab if needed == vocab else -(-needed // 64) * 64)
 
@@ -102,7 +99,9 @@ def config_files(
         }
     pad = {"pad_token_id": tokenizer.pad} if tokenizer else {}
     return {
-        "config.json": _hf_config(model, text | {"torch_dtype": name}, tokenizer) | {"torch_dtype": name} | pad,
+        "config.json": _hf_config(model, text | {"torch_dtype": name}, tokenizer)
+        | {"torch_dtype": name, "unpadded_vocab_size": vocabulary.kept}
+        | pad,
         "generation_config.json": generation | pad,
         "preprocessor_config.json": _preprocessor(model, image_policy),
         "processor_config.json": {
@@ -142,12 +141,12 @@ def _original_config(
 ) -> dict[str, Any]:
     origin: Origin = model.origin
     of_llava = origin.text if origin.layout == "llava" else {}
-    family = text["model_type"]
+    family = FAMILIES[text["model_type"]]
     return {
         **{k: v for k, v in of_llava.items() if k not in ("dtype", "rope_parameters")},
         **text,
-        "architectures": of_llava.get("architectures") or [f"Llava{family.capitalize()}ForCausalLM"],
-        "model_type": of_llava.get("model_type") or f"llava_{family}",
+        "architectures": [family.architecture],
+        "model_type": family.llava,
         "mm_vision_tower": _tower_name(origin, source, home),
         "mm_hidden_size": origin.clip.hidden_size,
         "mm_vision_select_layer": origin.select_layer,

@@ -1,6 +1,7 @@
 """What a config.json says, in our terms: the decoder, the tower, how pixels are normalised. Refuses what is not supported."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,50 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config).
 _SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-FAMILIES: Mapping[str, Mapping[str, Any]] = {
-    "llama": {**_SHARED, "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
-    "mistral": {**_SHARED, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of decoder, named by the model_type of its config.json."""
+
+    defaults: Mapping[str, Any]
+    """What transformers fills in where a config.json is silent."""
+    llava: str
+    """The model_type of a whole LLaVA of it in the original's layout, as the original and its successors spell it."""
+    architecture: str
+    """Its class there."""
+    also: tuple[str, ...] = ()
+    """Other names of it that files have."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        {**_SHARED, "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
+        "llava_llama",
+        "LlavaLlamaForCausalLM",
+        also=("llava",),
+    ),
+    "mistral": Family(
+        {**_SHARED, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+        "llava_mistral",
+        "LlavaMistralForCausalLM",
+    ),
+    "qwen2": Family(
+        {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
+        "llava_qwen",
+        "LlavaQwenForCausalLM",
+        # Runs of the first versions of this project wrote this.
+        also=("llava_qwen2",),
+    ),
 }
-_ORIGINAL_FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+_FAMILY_OF = {name: family for family, it in FAMILIES.items() for name in (family, it.llava, *it.also)}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
     """The decoder family, "llama", "mistral" or "qwen2", of a config.json's model_type (the original LLaVA's names included)."""
     model_type = str(config.get("model_type", "llama"))
-    family = _ORIGINAL_FAMILIES.get(model_type, model_type)
-    if family not in FAMILIES:
+    family = _FAMILY_OF.get(model_type)
+    if family is None:
         raise UserError(
             f"{where}: model_type {model_type!r} is not supported; give a model of type {', '.join(FAMILIES)}, or a LLaVA checkpoint of one"
         )
@@ -37,7 +69,7 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
 def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
     """The decoder that `config` describes. `where` begins every error."""
     family = family_of(config, where)
-    given = {**FAMILIES[family], **{name: value for name, value in config.items() if value is not None}}
+    given = {**FAMILIES[family].defaults, **{name: value for name, value in config.items() if value is not None}}
     whole = lambda name: _positive(given, name, where, int)  # noqa: E731
     if given.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act {given['hidden_act']!r} is not supported; the decoder needs silu")
@@ -72,6 +104,24 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
         tied=bool(given.get("tie_word_embeddings")),
         window=window,
     )
+
+
+def text_rows(config: Mapping[str, Any], rows: int) -> int:
+    """How many of the `rows` of embedding and head hold text, by the config.json of a llava-hf checkpoint.
+
+    The others are the image's, the pad token's and padding to a multiple of 64: no text gets their ids, and a loss over them
+    would be another one than the LLM's own. This project's exports say the number; in others, what begins with the image is padding.
+    """
+    said, image = config.get("unpadded_vocab_size"), image_token(config)
+    if isinstance(said, int) and 0 < said <= rows:
+        return said
+    return image if rows % 64 == 0 and 0 < rows - image <= 64 else rows
+
+
+def image_token(config: Mapping[str, Any]) -> int:
+    """The image's id, by the config.json of a llava-hf checkpoint."""
+    found = config.get("image_token_index", config.get("image_token_id"))
+    return found if isinstance(found, int) else 32000
 
 
 def _rope(given: Mapping[str, Any], where: str) -> tuple[float, float | Llama3Rope | None]:

@@ -21,6 +21,9 @@ SINGLE_AND_INDEX = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 
+# transformers would fetch and run what these name, with trust_remote_code.
+_CODE = frozenset({"auto_map", "custom_pipelines"})
+
 
 class TensorFiles:
     """The tensors of one file, or of a Hugging Face folder (single or sharded, safetensors before .bin), by name.
@@ -136,6 +139,13 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
 def read_optional_json(path: Path, key: str) -> dict[str, Any]:
     """The JSON object in `path`, or an empty one when there is no such file."""
     return read_json(path, key) if path.is_file() else {}
+
+
+def without_code(value: Any) -> Any:
+    """`value`, of JSON, without the fields that name code of a checkpoint's own (`auto_map`), at any depth."""
+    if isinstance(value, Mapping):
+        return {name: without_code(inner) for name, inner in value.items() if name not in _CODE}
+    return [without_code(inner) for inner in value] if isinstance(value, list) else value
 
 
 def dump_json(value: Mapping[str, Any], path: Path) -> None:

@@ -10,50 +10,52 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Layout = Literal["llm", "llava", "hf"]
 
-# First match wins. transformers 4.52 and later put `model.` before llava-hf's parts and take it from the decoder, 5.6 and
-# later drop CLIP's `vision_model.`, and files saved by any of them are about.
-_READ: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "llm": ((r"lm_head\.", "llm.lm_head."), (r"model\.", "llm.model.")),
+
+class _Part(NamedTuple):
+    """One part of a checkpoint."""
+
+    ours: str
+    """How our names of its tensors begin."""
+    written: str
+    """How the names on disk begin."""
+    read: str
+    """A pattern of every beginning that files are known to have; the first part that matches wins."""
+
+
+# transformers 4.52 and later put `model.` before llava-hf's parts and take it from the decoder, 5.3 to 5.8 leave it in both
+# places, 5.6 and later drop CLIP's `vision_model.`; files saved by any of them are about. Of a whole CLIP the text half is of
+# no use here. Whatever a trainer wrapped around a projector, base_model.model.model.mm_projector.0.weight is the same tensor.
+_TABLES: Mapping[str, tuple[_Part, ...]] = {
+    "llm": (
+        _Part("llm.lm_head.", "lm_head.", r"lm_head\."),
+        _Part("llm.", "", r"(?=model\.)"),
+    ),
     "llava": (
-        (r"lm_head\.", "llm.lm_head."),
-        (r"model\.mm_projector\.", "projector."),
-        (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "tower.vision_model."),
-        (r"model\.", "llm.model."),
+        _Part("llm.lm_head.", "lm_head.", r"lm_head\."),
+        _Part("projector.", "model.mm_projector.", r"model\.mm_projector\."),
+        _Part(
+            "tower.vision_model.",
+            "model.vision_tower.vision_tower.vision_model.",
+            r"model\.vision_tower\.vision_tower\.(vision_model\.)?",
+        ),
+        _Part("llm.model.", "model.", r"model\."),
     ),
     "hf": (
-        (r"(language_model\.)?lm_head\.", "llm.lm_head."),
-        (r"(model\.language_model|language_model\.model|language_model)\.", "llm.model."),
-        (r"(model\.)?multi_modal_projector\.linear_1\.", "projector.0."),
-        (r"(model\.)?multi_modal_projector\.linear_2\.", "projector.2."),
-        (r"(model\.)?vision_tower\.(vision_model\.)?", "tower.vision_model."),
+        _Part("llm.lm_head.", "language_model.lm_head.", r"(model\.)?(language_model\.)?lm_head\."),
+        _Part("llm.model.", "language_model.model.", r"(model\.language_model|language_model)\.(model\.)?"),
+        _Part("projector.0.", "multi_modal_projector.linear_1.", r"(model\.)?multi_modal_projector\.linear_1\."),
+        _Part("projector.2.", "multi_modal_projector.linear_2.", r"(model\.)?multi_modal_projector\.linear_2\."),
+        _Part("tower.vision_model.", "vision_tower.vision_model.", r"(model\.)?vision_tower\.(vision_model\.)?"),
     ),
-    # A whole CLIP has a text half besides, of no use here.
-    "clip": (
-        (r"vision_model\.", "tower.vision_model."),
-        (r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "tower.vision_model."),
-    ),
-    # Whatever a trainer wrapped around it: base_model.model.model.mm_projector.0.weight is the same tensor.
+    "clip": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
     "projector": (
-        (r"(.*\.)?mm_projector\.", "projector."),
-        (r"(.*\.)?multi_modal_projector\.linear_1\.", "projector.0."),
-        (r"(.*\.)?multi_modal_projector\.linear_2\.", "projector.2."),
-    ),
-}
-_WRITE: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "llava": (
-        ("llm.", ""),
-        ("projector.", "model.mm_projector."),
-        ("tower.", "model.vision_tower.vision_tower."),
-    ),
-    "hf": (
-        ("llm.", "language_model."),
-        ("projector.0.", "multi_modal_projector.linear_1."),
-        ("projector.2.", "multi_modal_projector.linear_2."),
-        ("tower.", "vision_tower."),
+        _Part("projector.0.", "multi_modal_projector.linear_1.", r"(.*\.)?multi_modal_projector\.linear_1\."),
+        _Part("projector.2.", "multi_modal_projector.linear_2.", r"(.*\.)?multi_modal_projector\.linear_2\."),
+        _Part("projector.", "model.mm_projector.", r"(.*\.)?mm_projector\."),
     ),
 }
 # Buffers that old files hold and that are computed, and the text half of a whole CLIP.
@@ -78,16 +80,16 @@ def ignored(name: str) -> bool:
 
 def to_ours(name: str, layout: str) -> str | None:
     """Our name of an on-disk name; None for one that this layout does not have. Layouts also: "clip", "projector"."""
-    for pattern, prefix in _READ[layout]:
-        match = re.match(pattern, name)
+    for part in _TABLES[layout]:
+        match = re.match(part.read, name)
         if match:
-            return prefix + name[match.end() :]
+            return part.ours + name[match.end() :]
     return None
 
 
 def to_disk(name: str, layout: str) -> str:
     """The on-disk name of our name; every one of ours has one in both layouts that are written."""
-    for ours, theirs in _WRITE[layout]:
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    for part in _TABLES[layout]:
+        if name.startswith(part.ours):
+            return part.written + name.removeprefix(part.ours)
     raise KeyError(f"{name} has no name in layout {layout}")

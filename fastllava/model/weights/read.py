@@ -16,9 +16,12 @@ from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
-from fastllava.model.weights.configs import clip_config, image_spec, llama_config, read_preprocessor, vision_part
-from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
+from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
+from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
+
+TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+"""The tensors with a row for each token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Origin:
     llama: LlamaConfig
     clip: ClipConfig
     spec: ImageSpec
+    rows: int = 0
+    """Rows of embedding and head on disk, where they are more than the decoder has: those beyond hold no text."""
+    notes: tuple[str, ...] = ()
+    """What was set aside in reading, a line each."""
 
 
 def read_origin(config: ModelConfig) -> Origin:
@@ -59,6 +66,9 @@ def read_origin(config: ModelConfig) -> Origin:
         text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     if layout != "llm":
         _check_recipe(config, given, layout, where)
+    rows = text.get("vocab_size")
+    if layout == "hf" and isinstance(rows, int):
+        text["vocab_size"] = text_rows(given, rows)
     llama = llama_config(text, where)
     tower_folder = find_tower(config, given, layout)
     if tower_folder is None:
@@ -70,19 +80,28 @@ def read_origin(config: ModelConfig) -> Origin:
     preprocessor = read_preprocessor(tower_folder, "model.vision_tower") if tower_folder else {}
     if not preprocessor and layout == "hf":
         preprocessor = read_preprocessor(folder, key)
+    notes = [
+        f"{place}: it names code of its own (auto_map), which is not run and not passed on"
+        for place, it in ((where, text), (place, vision))
+        if without_code(it) != it
+    ]
+    if isinstance(rows, int) and rows > llama.vocab_size:
+        notes.append(f"{where}: rows {llama.vocab_size} to {rows - 1} of embedding and head are the image's and padding; they are left out")
     return Origin(
         layout=layout,
-        text=text,
-        vision=vision_part(vision),
-        generation=read_optional_json(folder / "generation_config.json", key),
+        text=without_code(text),
+        vision=without_code(vision_part(vision)),
+        generation=without_code(read_optional_json(folder / "generation_config.json", key)),
         preprocessor=preprocessor,
         tower_folder=tower_folder,
         mm_vision_tower=given.get("mm_vision_tower"),
-        image_token=given.get("image_token_index", 32000) if layout == "hf" else None,
+        image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
         llama=llama,
         clip=clip,
         spec=image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}"),
+        rows=rows if isinstance(rows, int) else llama.vocab_size,
+        notes=tuple(notes),
     )
 
 
@@ -116,7 +135,7 @@ def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> 
         found = {name: ours for name, ours in found.items() if not str(ours).startswith("projector.")}
     _fill(model, parts, files, found, dtype)
     for name in heads:
-        if not torch.equal(files.one(name).to(dtype), llm.head_weight):
+        if not torch.equal(files.one(name)[: origin.llama.vocab_size].to(dtype), llm.head_weight):
             raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
     if "tower" not in parts:
         if origin.tower_folder is None:
@@ -212,6 +231,8 @@ def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str,
             ours = found.get(name)
             if ours is None:
                 continue
+            if ours in TABLES and len(tensor) == model.origin.rows:
+                tensor = tensor[: model.llm.config.vocab_size]
             if tensor.shape != wanted[ours].shape:
                 problems.append(f"has {name}{_shape(tensor)}, where{_shape(wanted[ours])} is needed")
             elif not tensor.is_floating_point():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fastllava.config import ModelConfig
 from fastllava.errors import UserError
-from fastllava.model.weights.files import dump_json, read_optional_json
+from fastllava.model.weights.files import dump_json, read_optional_json, without_code
 from fastllava.model.weights.tokenizer_json import IMAGE, PAD, add_image, add_pad, controls_of, from_sentencepiece, load_sentencepiece
 
 _KEY = "model.tokenizer"
@@ -28,6 +28,8 @@ class SourceTokenizer:
     """tokenizer_config.json beside it."""
     added: dict[int, str]
     """Tokens by id that the files beside it add."""
+    names_code: bool
+    """Whether those files name code of their own, which is left out of `settings`."""
     legacy: bool
     """Whether text after a control token gets sentencepiece's leading space, as at the start of a text."""
 
@@ -52,13 +54,14 @@ def find_tokenizer(source: ModelConfig, legacy: bool | None) -> SourceTokenizer 
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None
-    settings = read_optional_json(folder / "tokenizer_config.json", _KEY)
+    given = read_optional_json(folder / "tokenizer_config.json", _KEY)
+    settings = without_code(given)
     added = {int(index): token for token, index in read_optional_json(folder / "added_tokens.json", _KEY).items()}
     added |= {int(index): _content(token) for index, token in (settings.get("added_tokens_decoder") or {}).items()}
     if legacy is None:
         # Where the config is silent, LlamaTokenizer of the transformers that the original pins takes true.
         legacy = settings.get("legacy") is not False
-    return SourceTokenizer(file, settings, added, legacy)
+    return SourceTokenizer(file, settings, added, settings != given, legacy)
 
 
 def write_original(source: SourceTokenizer, folder: Path, max_tokens: int) -> None:
@@ -123,6 +126,8 @@ def write_hf(source: SourceTokenizer, folder: Path, image: int | None, max_token
         "added_tokens_decoder": decoder,
         "clean_up_tokenization_spaces": False,
         "legacy": source.legacy,
+        # Without this transformers 4's class gives token_type_ids too, which the model's generate refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_tokens,
         "padding_side": "left",
     }

@@ -21,6 +21,7 @@ from fastllava.model.projector import Projector
 from fastllava.model.weights.config_files import CHAT_TEMPLATE_V1, Vocabulary, config_files, tower_config, vocabulary_of
 from fastllava.model.weights.files import dump_json
 from fastllava.model.weights.layouts import to_disk
+from fastllava.model.weights.read import TABLES
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer, find_tokenizer, write_hf, write_original
 
 SHARD_BYTES = 5 * 10**9
@@ -33,7 +34,7 @@ def write_projector(projector: Projector, folder: Path, dtype: torch.dtype, stat
     `state` stands for the projector's own state where that is sharded.
     """
     state = projector.state_dict() if state is None else state
-    tensors = {f"model.mm_projector.{name}": _on_cpu(tensor, dtype) for name, tensor in state.items()}
+    tensors = {to_disk(f"projector.{name}", "llava"): _on_cpu(tensor, dtype) for name, tensor in state.items()}
     with _beside(folder) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
         torch.save(tensors, beside / "mm_projector.bin")
@@ -90,8 +91,7 @@ def disk_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
     for name, tensor in (model.state_dict() if state is None else state).items():
-        is_table = name in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
-        yield to_disk(name, layout), _on_cpu(vocabulary.fit(tensor) if is_table else tensor, dtype)
+        yield to_disk(name, layout), _on_cpu(vocabulary.fit(tensor) if name in TABLES else tensor, dtype)
 
 
 def _write_tokenizer(
@@ -113,6 +113,8 @@ def _write_tokenizer(
     if found is None:
         report(f"tokenizer: none written, as {source.tokenizer or source.llm} holds none")
         return None
+    if found.names_code:
+        report("tokenizer_config.json: left out auto_map, as code of a checkpoint's own is not passed on")
     if layout == "llava":
         write_original(found, folder, max_tokens)
         return None
