@@ -104,9 +104,7 @@ class Metrics:
         with self._path.with_name(DAMAGED_FILE).open("ab") as file:
             file.writelines(line + b"\n" for line in self._damaged)
         what = "1 line is no row" if len(self._damaged) == 1 else f"{len(self._damaged)} lines are no rows"
-        self._console.print(
-            f"{self._path}: {what}: moved to {DAMAGED_FILE}, the run goes on", highlight=False, soft_wrap=True, markup=False
-        )
+        self._console.print(f"{self._path}: {what}: moved to {DAMAGED_FILE}", highlight=False, soft_wrap=True, markup=False)
 
     def write(self, row: Row) -> None:
         """Record one step."""

@@ -95,6 +95,8 @@ class FiniteGuard:
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, skip_spikes: bool = False) -> None:
         self.tripped = torch.zeros((), device=device)
         """fp32 scalar on the device: 1.0 from the first bad step on."""
+        self.moving = False
+        """On the host, whether the optimizer has begun a step that nobody has counted: what is in memory is then no step's state."""
         self.far = torch.zeros(2, device=device)
         """fp32 [2] on the device: how far loss and norm of this step lie above those before it (`fastllava.spikes`)."""
         self._optimizer, self._skip_spikes = optimizer, skip_spikes

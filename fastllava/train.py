@@ -66,6 +66,7 @@ def train_step(
     tripped = guard.watch(loss, norm)
     if max_norm is not None:
         clip_gradients(params, norm, max_norm)
+    guard.moving = True
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return DeviceScalars(loss, norm, tripped, *guard.far)
@@ -159,7 +160,8 @@ class Trainer:
         self.sharding, self.group = sharding, sharding.processes
         self.first_step = self.next_step = first_step
         self._began = began
-        self._saved_step = first_step or -1
+        self._saved_step = first_step
+        self._guard = FiniteGuard(optimizer, device, config.train.skip_spikes)
         self._saved_at = time.monotonic()
         self._pending: Callable[[], None] = _nothing
         self._in_step = False
@@ -227,7 +229,7 @@ class Trainer:
         Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all agree what to do about
         it, before a step: within one, a process that left would leave the others waiting.
         """
-        guard, on_gpu = FiniteGuard(self.optimizer, self.device, self.config.train.skip_spikes), self.device.type == "cuda"
+        guard, on_gpu = self._guard, self.device.type == "cuda"
         stream = steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu, rank=self.group.rank)
         began, failed = time.perf_counter(), None
         try:
@@ -262,6 +264,7 @@ class Trainer:
             scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding)
         # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
         self.next_step = step.index + 1
+        guard.moving = False
         self._in_step = False
         before, ended = self._pending, time.perf_counter()
         self._pending = self._recorder(metrics, step, scalars, factor, waited, ended - began)
@@ -316,9 +319,10 @@ class Trainer:
         path = self.config.output_dir / f"non_finite_step_{step.index}.json"
         if self.group.first:
             write_json(path, {"step": step.index, "loss": str(loss), "grad_norm": str(norm), "samples": ids})
+        kept = f"checkpoint-{step.index} holds the state before it" if step.index else "it stands where it began"
         error = UserError(
-            f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, checkpoint-{step.index} holds the state "
-            f"before it; look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
+            f"step {step.index}: loss {loss}, gradient norm {norm}; the optimizer did not move, {kept}; "
+            f"look at the step's samples in {path} ({', '.join(ids[:4])}, ...), or lower optim.lr in a new output_dir"
         )
         raise self.group.voiced(error)
 
@@ -343,7 +347,13 @@ class Trainer:
         return (by_step or by_time) and self.next_step < self.plan.n_steps
 
     def _save(self) -> bool:
-        """Write a checkpoint; a disk that fails is reported and never stops the training."""
+        """Write a checkpoint; a disk that fails is reported and never stops the training. False when there is none of this state.
+
+        Before the first step there is nothing to keep, and what an optimizer has begun to move is no state at all.
+        """
+        if self._guard.moving:
+            self.say(f"the optimizer was stopped within step {self.next_step}: that is no state to keep; {self._goes_on()}")
+            return False
         if self.next_step == self._saved_step:
             return True
         self._saved_at = time.monotonic()
@@ -358,6 +368,10 @@ class Trainer:
         self._saved_step = self.next_step
         self.say(f"wrote {folder}")
         return True
+
+    def _goes_on(self) -> str:
+        """Where the same command begins, as far as checkpoints have been written."""
+        return f"the same command goes on from checkpoint-{self._saved_step}" if self._saved_step else "the same command begins at step 0"
 
     def _summarize(self, status: str) -> dict[str, Any]:
         facts = {

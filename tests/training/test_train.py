@@ -355,6 +355,50 @@ def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_
     assert checkpoint.newest(tmp_path / "run").step == 3
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error")])
+def test_a_state_that_has_moved_half_is_never_kept(error, settings, tmp_path, monkeypatch, capsys):
+    import fastllava.train as module
+
+    honest, calls = module.train_step, []
+
+    def moves_half(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            optimizer = args[1]
+
+            def step():
+                with torch.no_grad():
+                    optimizer.param_groups[0]["params"][0].add_(1.0)
+                raise error
+
+            optimizer.step = step
+        return honest(*args)
+
+    values = settings(train={"checkpoint_steps": 2, "max_steps": 6})
+    monkeypatch.setattr(module, "train_step", moves_half)
+    with pytest.raises(UserError):
+        run(check_config(values), Console(width=500))
+    assert "stopped within step 3: that is no state to keep; the same command goes on from checkpoint-2" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(module, "train_step", honest)
+    train(values)
+    train({**values, "output_dir": str(tmp_path / "whole")})
+    ours, theirs = (load_file(tmp_path / name / "mm_projector.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkeypatch):
+    import fastllava.train as module
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "train_step", runs_out)
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens"):
+        train(settings(train={"checkpoint_steps": 1}))
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
 def test_a_disk_that_fills_up_at_the_plot_is_one_line(settings, monkeypatch):
     import fastllava.train as module
 
