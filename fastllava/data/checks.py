@@ -1,7 +1,18 @@
 """What a record must be, and the reasons for which one is quarantined."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from fastllava.data import keys
+from fastllava.printable import quoted
+
+_KEYS = frozenset({"id", "image", "conversations"})
+_TURN_KEYS = frozenset({"from", "value"})
+_ADDRESS = re.compile(r"([\w.+-]{1,20}:){1,3}//|[a-z]:[\\/]", re.IGNORECASE)
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
+"""How JPEG, PNG, GIF, WebP and BMP files begin in base64."""
+_LONGEST_PATH = 4096
 
 REASONS: dict[str, str] = {
     "json_syntax": "the line is not JSON",
@@ -13,11 +24,14 @@ REASONS: dict[str, str] = {
     "not_an_object": "a record is an object with id, image and conversations",
     "id_type": "the id is neither text nor a whole number",
     "image_type": "one image per record, its path as text; leave the key out when there is none",
-    "image_key": "the image is looked for under 'image' alone",
+    "image_key": "one picture a record, looked for under 'image' alone",
     "conversations": "conversations is a list of {from, value}",
     "turn": "a turn is {from: human or gpt, value: text}",
     "role": "a turn is from human or gpt",
     "role_order": "human and gpt take turns, human first",
+    "system_text": "a system text of its own, where the template brings one",
+    "loss_flag": "a mark that says what to learn in a way that is not done here",
+    "unsupported_key": "a key asks for what is not done here",
     "no_answer": "nothing to learn: no answer of gpt",
     "unanswered": "the conversation ends with a question",
     "empty_turn": "a turn without text",
@@ -62,6 +76,12 @@ class Record:
     """Path below the image folder, as the record has it."""
     turns: list[tuple[str, str]]
     """(human or gpt, text) in order."""
+    left_out: frozenset[int] = frozenset()
+    """Numbers of the answers that are read and not learned, as flags of their turns say."""
+    system: str = ""
+    """The record's own system text."""
+    other_keys: tuple[str, ...] = ()
+    """Keys that mean nothing here, in quotes; those of turns after the word turn."""
 
     @property
     def length_key(self) -> int:
@@ -73,7 +93,8 @@ class Record:
 def check_record(value: Any, index: int) -> Record:
     """The record in the JSON value `value`, number `index` of its file. Raises BadRecord.
 
-    A record without an id is called '#index'. Other keys than id, image and conversations mean nothing here.
+    A record without an id is called '#index'. Of other keys than id, image and conversations those that would change what
+    is learned are honoured or refused (`keys`).
     """
     if not isinstance(value, dict):
         raise BadRecord("not_an_object", f"is {_kind(value)}; write an object with id, image and conversations")
@@ -82,18 +103,56 @@ def check_record(value: Any, index: int) -> Record:
         name = f"#{index}"
     elif isinstance(name, bool) or not isinstance(name, (str, int)):
         raise BadRecord("id_type", f"id is {_kind(name)}; write a text or a whole number")
-    image = None
-    if "image" in value:
-        image = value["image"]
-        if not isinstance(image, str):
-            raise BadRecord("image_type", f"image is {_kind(image)}; write one path as text, or leave the key out")
-    elif "images" in value:
-        raise BadRecord("image_key", "has the key 'images' and no 'image'; write one path under 'image', or leave the key out")
-    turns = value.get("conversations")
-    if not isinstance(turns, list):
-        given = f"is {_kind(turns)}" if "conversations" in value else "is missing"
-        raise BadRecord("conversations", f"conversations {given}; write a list of {{from, value}}")
-    return Record(name, image, [_turn(turn, number) for number, turn in enumerate(turns)])
+    image = _image(value["image"]) if "image" in value else None
+    given = value.get("conversations")
+    if not isinstance(given, list):
+        found = f"is {_kind(given)}" if "conversations" in value else f"is missing{keys.another_form(value)}"
+        raise BadRecord("conversations", f"conversations {found}; write a list of {{from, value}}")
+    turns = [_turn(turn, number) for number, turn in enumerate(given)]
+    others = [key for key in value if key not in _KEYS]
+    if not others and all(len(turn) == 2 for turn in given):
+        return Record(name, image, turns)
+    _check(keys.record_problem(value, others, (text for _, text in turns)))
+    left_out, of_turns = _read_flags(given, image)
+    unused = [keys.name_of(key) for key in others if keys.means_nothing(key)]
+    system = next((value[key] for key in others if keys.kind_of(key) == "system" and value[key]), "")
+    return Record(name, image, turns, frozenset(left_out), system, tuple(dict.fromkeys(unused + of_turns)))
+
+
+def _read_flags(turns: list[dict[str, Any]], image: str | None) -> tuple[list[int], list[str]]:
+    """Numbers of the answers that are not to be learned, and the turns' keys that mean nothing here. Raises BadRecord."""
+    left_out, unused = [], []
+    for number, turn in enumerate(turns):
+        others = [key for key in turn if key not in _TURN_KEYS]
+        if not others:
+            continue
+        _check(keys.turn_problem(turn, others, number, image))
+        learned, problem = keys.learned(turn, others, number)
+        _check(problem)
+        if learned is False and turn["from"] == "gpt":
+            left_out.append(number)
+        unused += [f"turn {keys.name_of(key)}" for key in others if keys.means_nothing(key)]
+    return left_out, unused
+
+
+def _check(problem: keys.Problem | None) -> None:
+    if problem is not None:
+        raise BadRecord(*problem)
+
+
+def _image(image: Any) -> str:
+    """The path; that it is one is all that is seen here. Raises BadRecord."""
+    if not isinstance(image, str):
+        raise BadRecord("image_type", f"image is {_kind(image)}; write one path as text, or leave the key out")
+    if not image.strip():
+        raise BadRecord("image_type", "image is an empty text; leave the key out where there is no image")
+    if image.startswith("data:") or (len(image) > 100 and image.startswith(_BASE64)):
+        raise BadRecord("image_type", f"image is {quoted(image, 24)}, the picture itself; save it to a file and write that file's path")
+    if _ADDRESS.match(image):
+        raise BadRecord("image_type", f"image is an address, {quoted(image)}; put the file below data.images and write its path from there")
+    if len(image) > _LONGEST_PATH:
+        raise BadRecord("image_type", f"image is {quoted(image, 24)}, too long for a path; write the path of a file")
+    return image
 
 
 def _turn(turn: Any, number: int) -> tuple[str, str]:
@@ -102,15 +161,26 @@ def _turn(turn: Any, number: int) -> tuple[str, str]:
     role, text = turn.get("from"), turn.get("value")
     if not isinstance(role, str) or not isinstance(text, str):
         key = "value" if isinstance(role, str) else "from"
-        given = f"is {_kind(turn[key])}" if key in turn else "is missing"
+        given = f"is {_kind(turn[key])}" if key in turn else f"is missing{keys.another_turn(turn)}"
         raise BadRecord("turn", f"turn {number}: {key} {given}; write {{from: human or gpt, value: text}}")
     if role not in ("human", "gpt"):
-        raise BadRecord("role", f"turn {number} is from {role[:40]!r}; write human or gpt")
+        raise BadRecord("role", f"turn {number} is from {quoted(role, 40)}; {_role_remedy(role)}")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise BadRecord("json_encoding", f"turn {number} holds half a character (such as \\ud83d alone); repair the encoding") from None
     return role, text
+
+
+def _role_remedy(role: str) -> str:
+    match role.lower():
+        case "system" | "developer":
+            return "the template brings its own system text: take the turn out"
+        case "tool" | "function" | "observation" | "ipython" | "function_call" | "tool_call":
+            return "tools are not taught: take the record out"
+        case "user" | "assistant":
+            return "write human or gpt (user is human, assistant is gpt)"
+    return "write human or gpt"
 
 
 def _kind(value: Any) -> str:

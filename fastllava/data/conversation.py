@@ -13,6 +13,7 @@ from fastllava.batch import IMAGE_ID
 from fastllava.data.checks import BadRecord, Record
 from fastllava.data.templates import TEMPLATES, Template, template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.printable import quoted
 
 __all__ = ["TEMPLATES", "Encoded", "Segment", "Template", "encode_record", "encode_segments", "prompt", "segments", "template"]
 
@@ -85,9 +86,12 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
     if form.style in ("v1", "llama_2", "mpt") and turns and turns[0][0] == "gpt":
         # The original leaves out an answer that comes before the first question.
         turns = turns[1:]
+    first = len(record.turns) - len(turns)
     _check_turns(turns, form)
+    _check_learned(record, turns, form)
     _check_images(record, turns, form)
-    spelled = _spelled(literals | form.separators)
+    # Where the record shows an image, the placeholder is no text, whether or not the tokenizer has a token of that name.
+    spelled = _spelled((literals | form.separators) - ({IMAGE} if record.image is not None else set()))
     for _, text in turns:
         if found := spelled.search(text):
             raise BadRecord("control_literal", f"the text spells the control token {found[0]}; take it out or spell it otherwise")
@@ -96,13 +100,15 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
     written = [(role, _pieces(text, form, record, role == "gpt")) for role, text in turns]
     parts = _opening(form)
     if form.style == "v0":
-        for role, pieces in written:
-            parts += _turn_v0(form, role, pieces)
+        for number, (role, pieces) in enumerate(written):
+            mark, *rest = _turn_v0(form, role, pieces)
+            parts += [mark, *(_unlearned(rest) if number + first in record.left_out else rest)]
         # The original closes with an open turn and supervises it.
         return [*parts, Segment("### ", True)]
     for number in range(0, len(turns), 2):
         _check_separator(form, turns[number][1], turns[number + 1][1])
-        parts += _round(form, number // 2, written[number][1], written[number + 1][1])
+        both = _round(form, number // 2, written[number][1], written[number + 1][1])
+        parts += _unlearned(both) if number + 1 + first in record.left_out else both
     return parts
 
 
@@ -190,6 +196,10 @@ def _round(form: Template, number: int, question: list[Segment], answer: list[Se
     return ask if answer is None else [*ask, *answer, *close]
 
 
+def _unlearned(parts: list[Segment]) -> list[Segment]:
+    return [part._replace(supervised=False) for part in parts]
+
+
 def _turn_v0(form: Template, role: str, pieces: list[Segment]) -> list[Segment]:
     """Of a question the original masks all but its first two tokens, which are the ### it begins with."""
     gpt = role == "gpt"
@@ -228,6 +238,16 @@ def _check_turns(turns: list[tuple[str, str]], form: Template) -> None:
     for role, text in turns:
         if not text:
             raise BadRecord("empty_turn", f"a {role} turn is empty; write its text or take the round out")
+
+
+def _check_learned(record: Record, turns: list[tuple[str, str]], form: Template) -> None:
+    """Something is learned, and the system text is the template's."""
+    first = len(record.turns) - len(turns)
+    if record.left_out and all(role == "human" or number + first in record.left_out for number, (role, _) in enumerate(turns)):
+        raise BadRecord("nothing_supervised", "every answer says that it is not to be learned; take the record out")
+    if record.system and record.system != form.system:
+        given = f"has a system text of its own, {quoted(record.system, 40)}, and template {form.name} brings one"
+        raise BadRecord("system_text", f"{given}; take the key out, or choose another data.template")
 
 
 def _check_images(record: Record, turns: list[tuple[str, str]], form: Template) -> None:

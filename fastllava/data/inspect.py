@@ -47,8 +47,10 @@ def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tok
             yield shown.line(f"quarantined: {problem.reason}: {problem.detail}", "bold red").text
             continue
         shown.line(f"image: {record.image}" if record.image is not None else "text-only")
-        for role, words in record.turns:
-            shown.line(f"{role}: {words!r}")
+        for number, (role, words) in enumerate(record.turns):
+            shown.line(f"{role}{' (left out of the loss)' if number in record.left_out else ''}: {words!r}")
+        if record.other_keys:
+            shown.line(f"keys that mean nothing here: {', '.join(record.other_keys)}")
         shown.line("becomes: ", "dim not bold", end="")
         for part in segments(record, form):
             shown.add(repr(part.text)[1:-1], _SUPERVISED if part.supervised else "not bold")

@@ -27,7 +27,7 @@ from fastllava.config import DataConfig
 from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet, checksum_of, file_sha256
 from fastllava.data.quarantine import refuse, summary
 from fastllava.data.records import open_records, read_records
-from fastllava.data.rows import SCHEMA, Preparer, prepare_batches
+from fastllava.data.rows import SCHEMA, Preparer, count_keys, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.disk import sync
@@ -35,7 +35,7 @@ from fastllava.errors import UserError
 
 __all__ = ["PreparedRow", "PreparedSet", "prepare"]
 
-FORMAT = 1
+FORMAT = 2
 """Goes up when the same source would give other rows, so that old sets are not taken for new ones."""
 _SMALL_SOURCE = 8 * 2**20
 """Below this, starting worker processes takes longer than they save."""
@@ -157,7 +157,8 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
     before = data.records.stat()
     workers = data.workers if before.st_size > _SMALL_SOURCE else 0
     reasons: Counter[str] = Counter()
-    records = rows = truncated = 0
+    other_keys: Counter[str] = Counter()
+    records = rows = truncated = left_out = 0
     said = started = time.monotonic()
     with (
         pa.OSFile(str(partial / ROWS), "wb") as sink,
@@ -175,6 +176,8 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
             records += batch.records
             rows += table.num_rows
             truncated += batch.truncated
+            left_out += batch.left_out
+            count_keys(other_keys, batch.other_keys)
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 report(f"  {records:,} records, {records / (said - started):,.0f} a second")
@@ -187,6 +190,8 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
         "quarantined": records - rows,
         "reasons": dict(sorted(reasons.items())),
         "truncated": truncated,
+        "answers_left_out": left_out,
+        "other_keys": dict(sorted(other_keys.items())),
     }
 
 

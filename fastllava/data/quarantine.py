@@ -11,6 +11,8 @@ from fastllava.data.prepared_set import QUARANTINE, PreparedSet
 from fastllava.errors import UserError
 from fastllava.printable import printable
 
+_MOST_KEYS = 12
+
 
 def summary(prepared: PreparedSet) -> str:
     """Counts of the set, and a table of the reasons for which records were quarantined, with an example each."""
@@ -20,6 +22,10 @@ def summary(prepared: PreparedSet) -> str:
         f"{len(prepared):,} of {manifest['records']:,} records usable ({text_only:,} text-only): {int(prepared.n_tokens.sum()):,} tokens, "
         f"{int(prepared.n_supervised.sum()):,} supervised; {manifest['truncated']:,} cut at {manifest['max_tokens']} tokens"
     ]
+    if manifest["answers_left_out"]:
+        lines.append(f"{manifest['answers_left_out']:,} answers are left out of the loss, as their turns say")
+    if manifest["other_keys"]:
+        lines.append(f"keys that mean nothing here: {_keys(manifest['other_keys'])}")
     if manifest["quarantined"]:
         lines += [_table(prepared), *_examples(prepared), f"every one of them: {prepared.folder / QUARANTINE}"]
     return "\n".join(lines)
@@ -66,6 +72,13 @@ def _examples(prepared: PreparedSet) -> list[str]:
             if len(examples) == len(reasons):
                 break
     return [examples[reason] for reason, _ in _by_number(reasons)]
+
+
+def _keys(counts: dict[str, int]) -> str:
+    """The most frequent, with their numbers, and how many there are besides."""
+    listed = [f"{key} ({count:,})" for key, count in _by_number(counts)[:_MOST_KEYS]]
+    rest = f" and {len(counts) - _MOST_KEYS:,} more" if len(counts) > _MOST_KEYS else ""
+    return ", ".join(listed) + rest
 
 
 def _by_number(reasons: dict[str, int]) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,8 @@ MAX_RECORD_BYTES = 16 * 2**20
 """A larger record is an accident, such as a file without line ends."""
 _CHUNK = 2**20
 _REMEDY = "write a JSON array of records, or one record a line"
+_MOST_DEPTH = 50
+_TOO_DEEP = ("json_too_deep", f"objects or lists are nested more than {_MOST_DEPTH} deep; flatten them")
 _SPACE = " \t\r\n"
 _GIVE = "give the path of a LLaVA JSON file"
 _UNPACK = "unpack it first"
@@ -85,7 +88,7 @@ def read_records(path: Path) -> Iterator[Raw]:
         raise UserError(f"{path} cannot be read ({error.strerror}); {_GIVE}") from None
 
 
-def open_records(path: Path) -> BinaryIO:
+def open_records(path: Path) -> BufferedReader:
     """The file, open for reading. Raises UserError where there is none, or what is there has no end or can be read only once."""
     try:
         mode = path.stat().st_mode
@@ -120,9 +123,14 @@ class _Decoder:
         """The value at `at` and where it ends. Raises json.JSONDecodeError, or BadRecord where no reading on would help."""
         self.problem = None
         try:
-            return self._json.raw_decode(text, at)
+            value, end = self._json.raw_decode(text, at)
         except RecursionError:
-            raise BadRecord("json_too_deep", "objects are nested too deep; flatten them") from None
+            raise BadRecord(*_TOO_DEEP) from None
+        # What the decoder lets through may still be too deep for what comes after it, such as the way to a worker process.
+        if text.count("[", at, end) + text.count("{", at, end) > _MOST_DEPTH and _is_deep(value):
+            self.problem = BadRecord(*_TOO_DEEP)
+            return None, end
+        return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -133,7 +141,35 @@ class _Decoder:
         return value
 
     def _constant(self, name: str) -> None:
-        self.problem = BadRecord("json_constant", f"{name} is no JSON; write a number or null")
+        where_from = " (pandas writes it where a value is missing)" if name == "NaN" else ""
+        self.problem = BadRecord("json_constant", f"{name} is no JSON{where_from}; leave the key out, or write a number or null")
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether objects and lists are nested beyond the bound."""
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, (dict, list))]
+        level = [item for part in inner for item in part]
+        if not level:
+            return False
+    return True
+
+
+def _syntax(error: json.JSONDecodeError) -> str:
+    """What is wrong there and what to do, where a slip of the pen is known by its looks."""
+    here, before = error.doc[error.pos : error.pos + 8], error.doc[max(0, error.pos - 80) : error.pos].rstrip()
+    if here[:1] in ("}", "]") and before.endswith(","):
+        return f"',' before '{here[0]}'; take it out"
+    if here[:1] == "," and (after := error.doc[error.pos + 1 : error.pos + 80].lstrip()[:1]) in ("}", "]") and after:
+        return f"',' before '{after}'; take it out"
+    if here[:1] == "'":
+        return "a single quote; JSON has double ones: write the file with json.dump"
+    if here.startswith(("True", "False", "None")):
+        return f"{here.split(',')[0].strip('}] ')} is Python; JSON writes true, false, null: write the file with json.dump"
+    if here.startswith(("//", "/*", "#")):
+        return "a comment, which JSON does not have; take it out"
+    return f"{error.msg}; repair it"
 
 
 class _Text:
@@ -215,7 +251,7 @@ def _element(window: _Text, decoder: _Decoder, index: int) -> tuple[Any, int, Ba
             inside = error.pos < len(window.text) - 16 and not error.msg.startswith("Unterminated string")
             if window.ended or inside:
                 window.advance(min(error.pos, len(window.text)))
-                raise UserError(f"{window.path}: line {window.line}: record {index} is broken JSON ({error.msg}); repair it") from None
+                raise UserError(f"{window.path}: line {window.line}: record {index} is broken JSON: {_syntax(error)}") from None
         except (BadRecord, ValueError) as error:
             raise UserError(f"{window.path}: line {window.line}: record {index}: {_detail(error)}") from None
         if len(window.text) - window.at > MAX_RECORD_BYTES:
@@ -240,6 +276,9 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[Raw]:
             yield Raw(index, line, MAX_RECORD_BYTES, None, problem)
         elif stripped := data.strip():
             value, problem = _line(decoder, stripped)
+            if index == 0 and problem is not None and stripped.endswith(b"},"):
+                remedy = "take the commas after the records out, or put [ and ] around them all and no comma after the last"
+                raise UserError(f"{path}: line {line}: ',' after the record; {remedy}")
             if index == 0 and problem is not None and problem.reason == "json_syntax" and not stripped.endswith(b"}"):
                 raise UserError(f"{path}: line {line}: an object over several lines is neither; {_REMEDY}")
             yield Raw(index, line, len(data), value, problem)
@@ -255,11 +294,13 @@ def _line(decoder: _Decoder, data: bytes) -> tuple[Any, BadRecord | None]:
     except UnicodeDecodeError as error:
         return None, BadRecord("json_encoding", f"byte {error.start} of the line is not UTF-8; save the file in UTF-8")
     except json.JSONDecodeError as error:
-        return None, BadRecord("json_syntax", f"column {error.colno}: {error.msg}; repair the line")
+        return None, BadRecord("json_syntax", f"column {error.colno}: {_syntax(error)}")
     except BadRecord as problem:
         return None, problem
     except ValueError as error:
         return None, BadRecord("json_syntax", _detail(error))
+    if text[end:].strip() == ",":
+        return None, BadRecord("json_syntax", f"column {end + 1}: ',' after the record; take it out, as lines need none")
     if text[end:].strip():
         return None, BadRecord("json_syntax", f"column {end + 1}: more after the record; write one record a line")
     return value, decoder.problem

@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import signal
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +26,7 @@ from fastllava.data.records import Raw
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
+from fastllava.printable import shortened
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +46,8 @@ SCHEMA = pa.schema(
 _LISTS = ("ids", "supervised")
 _BATCH_RECORDS = 1024
 _BATCH_SIZE = 8 * 2**20
+_MOST_KEYS = 1000
+_OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class Batch:
     records: int = 0
     truncated: int = 0
     """Rows that lost tokens to `data.max_tokens`."""
+    left_out: int = 0
+    """Answers of rows that are not learned, as their turns say."""
+    other_keys: Counter[str] = field(default_factory=Counter)
+    """Rows with each key that means nothing here."""
 
 
 class _Columns:
@@ -129,9 +136,13 @@ class Preparer:
         result = Batch(b"", records=len(raws))
         for raw in raws:
             try:
-                result.truncated += self._add(columns, raw)
+                record, truncated = self._add(columns, raw)
             except BadRecord as problem:
                 result.quarantined.append(_quarantined(raw, problem))
+                continue
+            result.truncated += truncated
+            result.left_out += len(record.left_out)
+            count_keys(result.other_keys, dict.fromkeys(record.other_keys, 1))
         result.rows = columns.serialize()
         return result
 
@@ -153,8 +164,8 @@ class Preparer:
     def _check(self, path: str, *_: int) -> BadRecord | None:
         return check_image(Path(path), self.data)
 
-    def _add(self, columns: _Columns, raw: Raw) -> bool:
-        """Appends the record's row; whether it was cut. Raises BadRecord."""
+    def _add(self, columns: _Columns, raw: Raw) -> tuple[Record, bool]:
+        """Appends the record's row; the record, and whether it was cut. Raises BadRecord."""
         if raw.problem is not None:
             raise raw.problem
         record: Record = check_record(raw.value, raw.index)
@@ -165,12 +176,12 @@ class Preparer:
             raise BadRecord("nothing_supervised", f"no supervised token {cut}; shorten the question")
         if record.image is not None and (problem := self.image_problem(record.image, record.id)):
             raise problem
-        name = str(record.id).encode(errors="replace").decode()
+        name = shortened(str(record.id).encode(errors="replace").decode())
         image = record.image if fitted.n_images else None
         counts = (fitted.n_tokens, fitted.n_supervised, fitted.n_images, record.length_key)
         encoded = fitted.encoded
         columns.add((raw.index, name, image, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
-        return fitted.truncated
+        return record, fitted.truncated
 
 
 def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> Iterator[Batch]:
@@ -196,6 +207,12 @@ def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def count_keys(total: Counter[str], more: dict[str, int]) -> None:
+    """Adds counts of keys; where their names know no end, the rest goes under one."""
+    for key, count in more.items():
+        total[key if key in total or len(total) < _MOST_KEYS else _OTHERS] += count
+
+
 def _cut_batches(raws: Iterable[Raw]) -> Iterator[list[Raw]]:
     batch: list[Raw] = []
     size = 0
@@ -212,6 +229,8 @@ def _cut_batches(raws: Iterable[Raw]) -> Iterator[list[Raw]]:
 def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
     value = raw.value if isinstance(raw.value, dict) else {}
     name, image = value.get("id"), value.get("image")
+    if isinstance(name, str) or (isinstance(name, int) and abs(name) >= 2**63):
+        name = shortened(str(name))
     entry = {
         "index": raw.index,
         "line": raw.line,
@@ -219,7 +238,8 @@ def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
         "reason": problem.reason,
         "detail": problem.detail,
     }
-    return {**entry, "image": image} if isinstance(image, str) else entry
+    # A path is shorter than this; longer is a picture in the record, which is not copied.
+    return {**entry, "image": shortened(image, 4096)} if isinstance(image, str) else entry
 
 
 _worker: list[Preparer] = []
