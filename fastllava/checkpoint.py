@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllava import __version__
-from fastllava.config import Config, check_config
+from fastllava.config import Config, as_written, check_config
 from fastllava.disk import described, read_json_object, sync, write_json
 from fastllava.errors import UserError
 from fastllava.parallel import ALONE, Processes
@@ -92,7 +92,7 @@ def _complete(
     versions = {"fastllava": __version__, "torch": torch.__version__}
     state = {"step": step, "prepared_digest": prepared_digest, "processes": len(hashed), "recent": rows}
     write_json(beside / _STATE, {**state, **versions})
-    write_json(beside / RUN_CONFIG, config.model_dump(mode="json"))
+    write_json(beside / RUN_CONFIG, as_written(config))
     shards = {name: entry for part in hashed for name, entry in part.items()}
     write_json(beside / _MANIFEST, {**_contents(beside, but=shards), **shards})
     sync(beside)

@@ -15,6 +15,7 @@ from fastllava import __version__
 from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
 from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
+from fastllava.masking import masked
 from fastllava.printable import printable
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
@@ -214,7 +215,7 @@ def main() -> None:
     except ToldElsewhere:
         raise SystemExit(2) from None
     except UserError as error:
-        for line in printable(str(error)).splitlines():
+        for line in printable(masked(str(error))).splitlines():
             sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
     except BrokenPipeError:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from fastllava.errors import UserError
+from fastllava.masking import masked_values
 from fastllava.problems import did_you_mean, in_words
 from fastllava.strict_yaml import in_yaml, parse_yaml
 from fastllava_kernels import rooms
@@ -285,6 +286,11 @@ def check_config(given: Mapping[str, Any]) -> Config:
         # Without a stage there are no defaults, and complaints about missing keys would hide the one that matters.
         problems = [p for p in error.errors() if defaults or p["type"] != "missing" or p["loc"] == ("stage",)]
         raise UserError(in_words(problems, list(keys()))) from None
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """`config` as plain values for what a run writes, says or sends: without secrets."""
+    return masked_values(config.model_dump(mode="json"))
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,5 @@
 """What a run says while it goes: metrics.jsonl, optional backends, the progress display."""
 
-import importlib
 import json
 import math
 import time
@@ -14,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastllava.config import Config, LogConfig
-from fastllava.errors import UserError
+from fastllava.backends import Backend
+from fastllava.config import Config
+from fastllava.lines import Lines
+from fastllava.masking import masked
 from fastllava.printable import printable
 
 METRICS_FILE = "metrics.jsonl"
@@ -67,7 +68,7 @@ class Metrics:
         self._config = config
         rows, self._damaged = _sorted_out(config.output_dir)
         self._kept = [row for row in rows if row["step"] < first_step]
-        self._backends = [_open_backend(name, config) for name in config.log.backends]
+        self._backends = [Backend(name, config, first_step) for name in config.log.backends]
         self._last_line = -math.inf
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -88,15 +89,15 @@ class Metrics:
         beside = self._path.with_name(f".{self._path.name}.partial")
         beside.write_text("".join(json.dumps(row) + "\n" for row in self._kept), encoding="utf-8")
         beside.rename(self._path)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._lines = Lines(self._path, self._say)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
-        self._file.close()
+        self._lines.close()
         for backend in self._backends:
-            backend.close()
+            backend.close(after_failure=kind is not None)
 
     def _set_damaged_lines_aside(self) -> None:
         if not self._damaged:
@@ -104,11 +105,14 @@ class Metrics:
         with self._path.with_name(DAMAGED_FILE).open("ab") as file:
             file.writelines(line + b"\n" for line in self._damaged)
         what = "1 line is no row" if len(self._damaged) == 1 else f"{len(self._damaged)} lines are no rows"
-        self._console.print(f"{self._path}: {what}: moved to {DAMAGED_FILE}", highlight=False, soft_wrap=True, markup=False)
+        self._say(f"{self._path}: {what}: moved to {DAMAGED_FILE}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(printable(masked(line)), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def write(self, row: Row) -> None:
         """Record one step."""
-        self._file.write(json.dumps(row) + "\n")
+        self._lines.write(json.dumps(row))
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         for backend in self._backends:
             backend.write(numbers)
@@ -124,7 +128,7 @@ class Metrics:
             self._last_line = time.monotonic()
             left = (self._last_line - self._started) / (done - self._first_step) * (self._n_steps - done)
             line = f"{self._config.stage} step {done}/{self._n_steps}  {figures}  {left / 60:.1f} min left"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._say(line)
 
 
 class DeviceScalars:
@@ -144,47 +148,3 @@ class DeviceScalars:
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()
-
-
-class _Backend:
-    """One of the optional loggers. A failure is said once and never stops the training."""
-
-    def __init__(self, name: str, log: Any, close: Any) -> None:
-        self.name, self._log, self._close, self._failed = name, log, close, False
-
-    def write(self, row: Row) -> None:
-        self._guarded(self._log, row)
-
-    def close(self) -> None:
-        self._guarded(self._close)
-
-    def _guarded(self, call: Any, *args: Any) -> None:
-        if self._failed:
-            return
-        try:
-            call(*args)
-        except Exception as error:  # whatever a network logger raises is not worth a training run
-            self._failed = True
-            line = f"log.backends: {self.name} failed and is off from here on ({error}); metrics.jsonl goes on"
-            Console(stderr=True).print(printable(line), highlight=False, soft_wrap=True, markup=False, emoji=False)
-
-
-def check_backends(log: LogConfig) -> None:
-    """Raises UserError for a backend that is not installed."""
-    modules = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-    for name in log.backends:
-        try:
-            importlib.import_module(modules[name])
-        except ImportError:
-            raise UserError(f"log.backends: {name} is not installed; run pip install 'fastllava[{name}]' or take it off the list") from None
-
-
-def _open_backend(name: str, config: Config) -> _Backend:
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(config.output_dir / "tensorboard"))
-        return _Backend(name, lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()], writer.close)
-    module: Any = importlib.import_module(name)
-    module.init(project=config.log.project, name=config.output_dir.name, config=config.model_dump(mode="json"))
-    return _Backend(name, lambda row: module.log(dict(row)), module.finish)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastllava import checkpoint
-from fastllava.config import Config, same_training
+from fastllava.config import Config, as_written, same_training
 from fastllava.errors import UserError
+from fastllava.masking import masked_values
 from fastllava.summary import SUMMARY_FILE
 
 # A change here leaves every bit of the result as it was, or is covered by the prepared set's digest.
@@ -65,12 +66,12 @@ def find_checkpoint(config: Config, prepared_digest: str, report: Any) -> checkp
     """The checkpoint to go on from, or None to begin at step 0. Raises UserError when it belongs to another training."""
     found = checkpoint.newest(config.output_dir, report)
     if found is not None:
-        _check_same(config, found.config.model_dump(mode="json"), prepared_digest, found.prepared_digest, report)
+        _check_same(config, as_written(found.config), prepared_digest, found.prepared_digest, report)
     return found
 
 
 def _check_same(config: Config, then: dict[str, Any], prepared_digest: str, digest_then: str, report: Any) -> None:
-    now_flat, then_flat = _flat(config.model_dump(mode="json")), _flat(then)
+    now_flat, then_flat = _flat(as_written(config)), _flat(masked_values(then))
     changed = [k for k in sorted(now_flat.keys() | then_flat.keys()) if now_flat.get(k) != then_flat.get(k) and not _in(k, _FREE)]
     described = {k: f"{k} was {then_flat.get(k)} and is now {now_flat.get(k)}" for k in changed}
     refused = [text for key, text in described.items() if not _in(key, _ROUNDING)]

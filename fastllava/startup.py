@@ -14,6 +14,7 @@ from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet, prepare
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
+from fastllava.masking import masked
 from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
@@ -27,8 +28,8 @@ _STEPS_LOOKED_AT = 50
 
 
 def speaker(console: Console) -> Say:
-    """Prints a line as it is: no markup, no wrapping, and nothing in it that a terminal would act on."""
-    return lambda text: console.print(printable(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
+    """Prints a line as it is: no markup, no wrapping, no secret, and nothing in it that a terminal would act on."""
+    return lambda text: console.print(printable(masked(text)), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def choose_device(config: Config, local_rank: int = 0) -> torch.device:

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from fastllava.errors import UserError
+from fastllava.masking import masked_values
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +58,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def in_yaml(value: Any) -> str:
-    """`value` on one line as a user would write it, cut at 80 characters."""
+    """`value` on one line as a user would write it, without secrets, cut at 80 characters."""
+    value = masked_values(value)
     if isinstance(value, str):
         text = f"'{value}'" if value.isprintable() else repr(value)
     elif value is None or isinstance(value, bool | int | float | list | dict):

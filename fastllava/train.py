@@ -14,16 +14,17 @@ from torch import nn
 
 from fastllava import checkpoint, resume
 from fastllava.accounting import Accounting
+from fastllava.backends import check_backends
 from fastllava.batch import Batch, ImageSpec
 from fastllava.checkpoint import RUN_CONFIG
-from fastllava.config import Config
+from fastllava.config import Config, as_written
 from fastllava.data.loader import steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import write_json
 from fastllava.errors import PeerLost, UserError
 from fastllava.low_bit import check_low_bit
-from fastllava.metrics import DeviceScalars, Metrics, check_backends
+from fastllava.metrics import DeviceScalars, Metrics
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
@@ -115,7 +116,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
             with group.alike():
                 checkpoint.restore(found, trained, optimizer, group)
             say(f"resuming before step {found.step} from {found.folder}")
-        group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, config.model_dump(mode="json")))
+        group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, as_written(config)))
         throughput = Throughput.of(plan, accounting, device)
         first_step = found.step if found else 0
         return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console, sharding).train()
@@ -375,7 +376,7 @@ class Trainer:
 
     def _summarize(self, status: str) -> dict[str, Any]:
         facts = {
-            "config": self.config.model_dump(mode="json"),
+            "config": as_written(self.config),
             "prepared_digest": self.prepared.digest,
             "prepared": str(self.prepared.folder),
             "records": self.plan.n_samples,

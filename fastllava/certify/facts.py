@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastllava.certify.selection import Part
-from fastllava.config import LEVER, Config, marked, value_of
+from fastllava.config import LEVER, Config, as_written, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
@@ -64,8 +64,8 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
             "samples": len(prepared),
             "quarantined": prepared.manifest["quarantined"],
         },
-        "config": config.model_dump(mode="json"),
-        "config_sha256": hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest(),
+        "config": as_written(config),
+        "config_sha256": hashlib.sha256(json.dumps(as_written(config), sort_keys=True).encode()).hexdigest(),
         "versions": versions(),
         "commit": _commit(),
     }
