@@ -50,7 +50,7 @@ def test_a_value_is_masked_by_its_key_and_by_the_environment(monkeypatch):
         "wandb_token": "",
         "max_tokens": 5,
         "tokenizer": "/home/me/token-file",
-        "project": "my-s3krit-of-wandb-short",
+        "project": "my-s3krit-of-wandb",
     }
     assert masked_values(given) == {**given, "api_key": "***", "project": "my-***"}
     assert masked("user:pass@host") == "user:pass@host", "may be an id; in a config it is none"
