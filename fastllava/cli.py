@@ -2,10 +2,11 @@
 
 import json
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -14,9 +15,11 @@ from rich.padding import Padding
 from fastllava import __version__
 from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
+from fastllava.ending import end_soon, talk_to_whoever_listens
 from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
 from fastllava.masking import masked
 from fastllava.printable import printable
+from fastllava.stopping import second_signal_ends
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
 
@@ -52,6 +55,7 @@ class Truth(StrEnum):
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
     """Train both stages on pictures drawn here, then answer questions about pictures the model has not seen."""
+    talk_to_whoever_listens()
     from fastllava.demo.run import demo as run_demo
 
     run_demo(out)
@@ -60,6 +64,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check and tokenise the records once; bad ones go to quarantine.jsonl with a reason."""
+    talk_to_whoever_listens()
     from fastllava.startup import prepare_data, speaker
 
     say = speaker(Console())
@@ -70,6 +75,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train one stage. Prepares the data when needed; goes on where it stopped when output_dir holds the run."""
+    talk_to_whoever_listens()
     with first_of_machine_speaks():
         checked = load_config(config, overrides or ())
     from fastllava.train import run
@@ -136,6 +142,7 @@ def certify(
     out: Annotated[Optional[Path], typer.Option(help="folder for certificate.txt and .json; output_dir when left out")] = None,  # noqa: UP045
 ) -> None:
     """Hold this run's loss and gradients to plain PyTorch's, on its own data and weights. Exits with 1 when they differ."""
+    talk_to_whoever_listens()
     with first_of_machine_speaks():
         checked = load_config(config, overrides or ())
         from fastllava.certify.run import certify as run_certify
@@ -183,6 +190,7 @@ def export(
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
 ) -> None:
     """Write a checkpoint that other tools load, read it back and compare."""
+    talk_to_whoever_listens()
     from fastllava.export import export as run_export
     from fastllava.startup import speaker
 
@@ -209,18 +217,25 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 def main() -> None:
-    """Entry point. A user's mistake is one line on stderr and exit code 2, never a traceback."""
-    try:
-        app()
-    except ToldElsewhere:
-        raise SystemExit(2) from None
-    except UserError as error:
-        for line in printable(masked(str(error))).splitlines():
-            sys.stderr.write(f"error: {line}\n")
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        # The reader of our output, such as head, has gone.
-        raise SystemExit(0) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+    """Entry point. A user's mistake is one line on stderr and exit code 2, never a traceback; README lists the codes."""
+    with second_signal_ends():
+        try:
+            app()
+        except SystemExit as error:
+            _leave(error.code if isinstance(error.code, int) else int(bool(error.code)))
+        except ToldElsewhere:
+            _leave(2)
+        except UserError as error:
+            _leave(2, *(f"error: {line}" for line in printable(masked(str(error))).splitlines()))
+        except KeyboardInterrupt:
+            _leave(130, "interrupted")
+        except Exception:
+            _leave(1, traceback.format_exc().rstrip())
+
+
+def _leave(code: int, *lines: str) -> NoReturn:
+    if code:
+        end_soon(code)
+    for line in lines:
+        sys.stderr.write(f"{line}\n")
+    raise SystemExit(code)

@@ -40,15 +40,18 @@ class Processes:
         return self.rank == 0
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the first process, which alone runs it; its UserError or OSError on every process."""
+        """What `action` returns on the first process, which alone runs it; when it fails, its error on every process."""
         if self.world == 1:
             return action()
-        outcome: list[Any] = list(attempt(action)) if self.first else [None, None]
+        value, error = attempt(action) if self.first else (None, None)
+        outcome = [value, _for_others(error)]
         with peers():
             dist.broadcast_object_list(outcome, src=0, group=self.host)
+        if error is not None:
+            raise error
         value, error = outcome
         if error is not None:
-            _raise(error, mine=self.first)
+            _raise_anothers(error)
         return value
 
     def together(self, action: Callable[[], T]) -> T:
@@ -62,10 +65,13 @@ class Processes:
         if self.world == 1:
             return [action()]
         outcomes: list[Any] = [None] * self.world
-        outcome = attempt(action)
+        value, mine = attempt(action)
         with peers():
-            dist.all_gather_object(outcomes, outcome, group=self.host)
-        self._raise_first([error for _, error in outcomes])
+            dist.all_gather_object(outcomes, (value, _for_others(mine)), group=self.host)
+        for rank, (_, error) in enumerate(outcomes):
+            if error is not None:
+                _reraise(mine if rank == self.rank else None)
+                _raise_anothers(error)
         return [value for value, _ in outcomes]
 
     def agree(self, failed: Exception | None = None, *numbers: int) -> list[int]:
@@ -101,11 +107,6 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(value)
         return value
-
-    def _raise_first(self, errors: list[Any]) -> None:
-        for rank, error in enumerate(errors):
-            if error is not None:
-                _raise(error, mine=rank == self.rank)
 
 
 ALONE = Processes()
@@ -148,11 +149,18 @@ def peers() -> Iterator[None]:
 
 
 def attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
-    """What `action` returns, and None; or None, and the UserError or OSError that it raised."""
+    """What `action` returns, and None; or None, and what it raised."""
     try:
         return action(), None
-    except (UserError, OSError) as error:
+    except Exception as error:
         return None, error
+
+
+def _for_others(error: Exception | None) -> Exception | None:
+    """`error` as it can be sent: one of a class of a library's own may not survive the journey, and only its process can tell more."""
+    if error is None or isinstance(error, UserError) or type(error) in (OSError, FileNotFoundError, PermissionError):
+        return error
+    return ToldElsewhere(f"{type(error).__name__}: {error}")
 
 
 def _reraise(error: Exception | None) -> None:
@@ -160,10 +168,8 @@ def _reraise(error: Exception | None) -> None:
         raise error
 
 
-def _raise(error: Exception, *, mine: bool) -> NoReturn:
-    if isinstance(error, UserError) and not mine:
-        raise ToldElsewhere(str(error))
-    raise error
+def _raise_anothers(error: Exception) -> NoReturn:
+    raise ToldElsewhere(str(error)) if isinstance(error, UserError) else error
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from fastllava.spikes import is_spike
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
 from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
-from fastllava.summary import plot_loss, write_summary
+from fastllava.summary import LOSS_PLOT, plot_loss, write_summary
 from fastllava.throughput import Throughput
 
 
@@ -169,12 +169,10 @@ class Trainer:
 
     def train(self) -> RunResult:
         """Run every step that is left and write the result."""
-        out = self.config.output_dir
         try:
             with stop_requests() as stopped, ExitStack() as stack:
                 metrics = self.group.together(lambda: stack.enter_context(self._metrics()))
                 stop = self._steps(metrics, stopped)
-            self.group.on_first(lambda: plot_loss(out, f"{self.config.stage}: {out}"))
         except PeerLost:
             raise
         except (UserError, OSError, torch.OutOfMemoryError) as error:
@@ -184,13 +182,11 @@ class Trainer:
             if self.group.world == 1 or not self._in_step:
                 self._save()
             raise self._in_words(error) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            # PyTorch raises this from a signal handler, perhaps within the optimizer's step: what is in memory is not kept.
-            raise UserError(
-                f"data.workers: {' '.join(str(error).split())}; free memory or write fewer data.workers, and start the same command again"
-            ) from None
+        except Exception:
+            # Between steps the others raise at the same place, so that all can keep what was trained.
+            if not self._in_step:
+                self._save()
+            raise
         if stop is not None:
             return self._stopped(stop)
         return self._completed()
@@ -201,7 +197,9 @@ class Trainer:
             error = UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
             raise self.group.voiced(error)
         self.say(f"stopped by {stop.name} before step {self.next_step} of {self.plan.n_steps}; {again}")
-        return RunResult(out, stop, self.group.on_first(lambda: self._summarize("interrupted")))
+        summary = self.group.on_first(lambda: self._summarize("interrupted"))
+        self.group.on_first(self._plot)
+        return RunResult(out, stop, summary)
 
     def _completed(self) -> RunResult:
         out = self.config.output_dir
@@ -219,7 +217,15 @@ class Trainer:
         )
         for path in left:
             self.say(f"left {path}")
+        self.group.on_first(self._plot)
         return RunResult(out, None, summary)
+
+    def _plot(self) -> None:
+        """The last thing of all, as the least: what a plotting library raises is said."""
+        try:
+            plot_loss(self.config.output_dir, f"{self.config.stage}: {self.config.output_dir}")
+        except Exception as error:
+            self.say(f"{LOSS_PLOT} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); all else is there")
 
     def _metrics(self) -> AbstractContextManager[Metrics | None]:
         return Metrics(self.config, self.next_step, self.plan.n_steps, self.console) if self.group.first else nullcontext()
@@ -230,42 +236,58 @@ class Trainer:
         Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all agree what to do about
         it, before a step: within one, a process that left would leave the others waiting.
         """
-        guard, on_gpu = self._guard, self.device.type == "cuda"
-        stream = steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=on_gpu, rank=self.group.rank)
+        with closing(self._stream()) as stream:
+            try:
+                stop = self._run(metrics, stream, stopped)
+            except PeerLost:
+                raise
+            except Exception:
+                # Of the steps before. Should that fail too, it was the first error that the others heard of.
+                attempt(self._record_pending)
+                raise
+        return stop
+
+    def _stream(self) -> Generator[tuple[Step, list[Batch]], None, None]:
+        report = self.say if self.group.first else speaker(Console(stderr=True))
+        pin, rank = self.device.type == "cuda", self.group.rank
+        return steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=pin, rank=rank, report=report)
+
+    def _run(
+        self, metrics: Metrics | None, stream: Iterator[tuple[Step, list[Batch]]], stopped: Sequence[signal.Signals]
+    ) -> signal.Signals | None:
         began, failed = time.perf_counter(), None
-        try:
-            while self.next_step < self.plan.n_steps:
-                fetching = time.perf_counter()
-                fetched, failed = attempt(lambda: next(stream)) if failed is None else (None, failed)
-                waited = time.perf_counter() - fetching
-                stop, save = self.group.agree(failed, int(stopped[0]) if stopped else 0, int(self._save_due()))
-                if stop:
-                    self.group.together(self._record_pending)
-                    return signal.Signals(stop)
-                if save:
-                    saving = time.perf_counter()
-                    self.group.together(self._record_pending)
-                    self._save()
-                    began += time.perf_counter() - saving
-                began, failed = self._step(metrics, guard, *fetched, began, waited)
-            self.group.agree(failed)
-            self.group.together(self._record_pending)
-            return None
-        finally:
-            self._record_pending()
+        while self.next_step < self.plan.n_steps:
+            fetching = time.perf_counter()
+            fetched, failed = attempt(lambda: next(stream)) if failed is None else (None, failed)
+            waited = time.perf_counter() - fetching
+            stop, save = self.group.agree(failed, int(stopped[0]) if stopped else 0, int(self._save_due()))
+            if stop:
+                self.group.together(self._record_pending)
+                return signal.Signals(stop)
+            if save:
+                saving = time.perf_counter()
+                self.group.together(self._record_pending)
+                self._save()
+                began += time.perf_counter() - saving
+            began, failed = self._step(metrics, *fetched, began, waited)
+        self.group.agree(failed)
+        self.group.together(self._record_pending)
+        return None
 
     def _step(
-        self, metrics: Metrics | None, guard: FiniteGuard, step: Step, batches: list[Batch], began: float, waited: float
+        self, metrics: Metrics | None, step: Step, batches: list[Batch], began: float, waited: float
     ) -> tuple[float, Exception | None]:
         """Run `step`; when it had been launched, and what went wrong with recording the one before."""
         factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
         set_lr(self.optimizer, factor)
         self._in_step = True
         with peers():
-            scalars = train_step(self.model, self.optimizer, guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding)
+            scalars = train_step(
+                self.model, self.optimizer, self._guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding
+            )
         # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
         self.next_step = step.index + 1
-        guard.moving = False
+        self._guard.moving = False
         self._in_step = False
         before, ended = self._pending, time.perf_counter()
         self._pending = self._recorder(metrics, step, scalars, factor, waited, ended - began)

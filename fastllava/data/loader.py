@@ -3,25 +3,25 @@
 Shape letters: T packed rows, S samples, I images, P patches per image, M supervised rows.
 """
 
-import signal
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastllava.batch import IMAGE_ID, Batch, ImageSpec
 from fastllava.config import DataConfig
+from fastllava.data.feed import Feed, Report
 from fastllava.data.images import load_image
 from fastllava.data.plan import Step
 from fastllava.data.prepared import PreparedSet
+from fastllava.data.workers import Board
 from fastllava.errors import UserError
-
-_DEATH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class _Job:
 class _MicroBatches(Dataset):
     """Builds the micro-batch of a job. Holds no state, so a worker that dies loses nothing."""
 
-    def __init__(self, prepared: PreparedSet, spec: ImageSpec, data: DataConfig) -> None:
-        self.prepared, self.spec, self.data = prepared, spec, data
+    def __init__(self, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, board: Board) -> None:
+        self.prepared, self.spec, self.data, self.board = prepared, spec, data, board
 
     def __getitem__(self, job: _Job) -> Batch | UserError:
         try:
@@ -124,7 +124,10 @@ class _MicroBatches(Dataset):
             return error
 
     def _build(self, job: _Job) -> Batch:
-        samples = [read_sample(self.prepared, self.spec, self.data, i, w) for i, w in zip(job.samples, job.weights, strict=True)]
+        samples = []
+        for index, weight in zip(job.samples, job.weights, strict=True):
+            with self.board.at(index):
+                samples.append(read_sample(self.prepared, self.spec, self.data, index, weight))
         return pack(samples, self.spec, self.data.max_tokens)
 
 
@@ -152,53 +155,48 @@ class Steps(Protocol):
 
 
 def steps(
-    plan: Steps, first: int, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, *, pin: bool, rank: int = 0
-) -> Iterator[tuple[Step, list[Batch]]]:
+    plan: Steps,
+    first: int,
+    prepared: PreparedSet,
+    spec: ImageSpec,
+    data: DataConfig,
+    *,
+    pin: bool,
+    rank: int = 0,
+    board: Board | None = None,
+    report: Report = print,
+) -> Generator[tuple[Step, list[Batch]], None, None]:
     """Every step from number `first` to the plan's last, with the rank's micro-batches on the host (page-locked when `pin`).
 
-    Workers build ahead of the consumer. Raises UserError that names the record when an image has become unreadable.
+    Workers build ahead of the consumer, and end when the generator is closed; what they read stands on `board`. One that dies is
+    told to `report`, and started again. Raises UserError that names the record when an image has become unreadable.
     """
-    loader = DataLoader(
-        _MicroBatches(prepared, spec, data),
-        batch_size=None,
-        sampler=_jobs(plan, first, rank),  # pyright: ignore[reportArgumentType] (any iterable will do)
-        num_workers=data.workers,
-        prefetch_factor=4 if data.workers else None,
-        pin_memory=pin,
-        worker_init_fn=_in_worker,
-    )
-    built = iter(loader)
-    for index in range(first, plan.n_steps):
-        step = plan.step(index)
-        batches = []
-        for _ in step.micro_batches:
-            batch = _take(built)
-            if isinstance(batch, UserError):
-                raise batch
-            batches.append(batch)
-        yield step, batches
+    board = board or Board(data.workers)
+
+    def jobs_from(place: tuple[int, int]) -> Iterator[_Job]:
+        index, number = place
+        return islice(_jobs(plan, index, rank), number, None)
+
+    def said_of(sample: int) -> str:
+        return f"record {prepared.row(sample).id}"
+
+    micro_batches = _MicroBatches(prepared, spec, data, board)
+    feed = Feed[tuple[int, int]](micro_batches, jobs_from, (first, 0), data.workers, board, said_of, pin=pin, report=report)
+    with closing(feed):
+        for index in range(first, plan.n_steps):
+            step = plan.step(index)
+            batches = []
+            for number in range(len(step.micro_batches)):
+                batch = feed.take((index, number))
+                if isinstance(batch, UserError):
+                    raise batch
+                batches.append(batch)
+            yield step, batches
 
 
-def _take(built: Iterator[Batch | UserError]) -> Batch | UserError:
-    """The next micro-batch. Raises RuntimeError, as PyTorch does, when the worker died while it was handing one over."""
-    try:
-        return next(built)
-    except (ConnectionError, EOFError) as error:
-        # The signal of its death, which PyTorch turns into an error that says how it died, comes within moments.
-        time.sleep(_DEATH_SECONDS)
-        raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
-
-
-def _jobs(plan: Steps, first: int, rank: int) -> Iterable[_Job]:
+def _jobs(plan: Steps, first: int, rank: int) -> Iterator[_Job]:
     for index in range(first, plan.n_steps):
         step = plan.step(index)
         for ranks in step.micro_batches:
             positions = ranks[rank]
             yield _Job(tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))
-
-
-def _in_worker(_: int) -> None:
-    """Ctrl-C is the main process's to answer, and so is a first SIGTERM: torchrun and schedulers send it to the whole group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 import gc
 import multiprocessing
-import signal
+import os
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastllava.data.images import check_image, resolve_image
 from fastllava.data.records import Raw
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.data.workers import begin_worker, children, kill, stops_held
 from fastllava.errors import UserError
 from fastllava.printable import shortened
 
@@ -192,18 +194,25 @@ def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> It
         return
     # Spawned, not forked: by now threads may run here, and a fork would inherit their locks.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(preparer,))
+    resource_tracker.ensure_running()  # or it would be started within `stops_held`, which it undoes
+    others, done = children(), False
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(preparer, os.getpid()))
     pending: deque[Future[Batch]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_work, batch))
+            with stops_held():
+                pending.append(pool.submit(_work, batch))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+        done = True
     except BrokenProcessPool:
         raise UserError("data.workers: a worker process died, perhaps for want of memory; write fewer, or 0") from None
     finally:
+        if not done:
+            # What they are at, which may hang, is of no use any more.
+            kill(children() - others)
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -245,9 +254,8 @@ def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
 _worker: list[Preparer] = []
 
 
-def _start_worker(preparer: Preparer) -> None:
-    # Ctrl-C reaches the whole group; the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(preparer: Preparer, parent: int) -> None:
+    begin_worker(parent)
     _worker[:] = [preparer]
     # What has been loaded by now stays; the garbage collector need not look at it again and again.
     gc.freeze()

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fastllava.batch import IMAGE_ID, ImageSpec
-from fastllava.data import loader
 from fastllava.data.loader import Sample, pack
 
 SPEC = ImageSpec(size=4, patches=3, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -60,15 +59,3 @@ def test_no_images_and_nothing_supervised_keep_their_shapes():
 def test_an_image_too_few_is_refused():
     with pytest.raises(ValueError, match="0 images for 1 image markers"):
         pack([sample([1, IMAGE_ID, 2], [[2, 3]], n_images=0)], SPEC, 100)
-
-
-@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), ConnectionResetError(), EOFError()])
-def test_a_worker_that_dies_while_it_hands_over_a_batch_is_reported_as_one_that_died(error, monkeypatch) -> None:
-    monkeypatch.setattr(loader, "_DEATH_SECONDS", 0.0)
-
-    def dying():
-        raise error
-        yield
-
-    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
-        loader._take(dying())

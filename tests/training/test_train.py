@@ -1,6 +1,7 @@
 """What a run writes, says and refuses."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -319,21 +320,41 @@ def test_damaged_metrics_never_block_a_resume_and_are_set_aside(settings, tmp_pa
     assert summary["status"] == "complete"
 
 
-def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(settings, tmp_path, monkeypatch):
-    import fastllava.data.loader as module
+def killing_itself(times, tmp_path, honest):
+    """A load_image that kills its process at 9.png, so many times."""
+    deaths = tmp_path / "deaths"
 
-    honest = module.load_image
-
-    def dies(path, *args):
-        if path.name == "9.png":
+    def load_image(path, *args):
+        if path.name == "9.png" and (before := deaths.read_text() if deaths.exists() else "") != times * "x":
+            deaths.write_text(before + "x")
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(path, *args)
 
-    values = settings(data={"workers": 1, "shuffle": False}, train={"checkpoint_steps": 1})
-    monkeypatch.setattr(module, "load_image", dies)
-    with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*(killed|exited).*same command again"):
+    return load_image
+
+
+def test_a_data_worker_that_is_killed_is_started_again_and_nothing_changes(settings, tmp_path, monkeypatch, capsys):
+    import fastllava.data.loader as module
+
+    values = settings(data={"workers": 2})
+    train({**values, "output_dir": str(tmp_path / "whole")})
+    monkeypatch.setattr(module, "load_image", killing_itself(1, tmp_path, module.load_image))
+    assert run(check_config(values), Console(width=200)).summary["status"] == "complete"
+    assert "data.workers: a worker was killed by SIGKILL while it read record cap9; started again" in capsys.readouterr().out
+    kept = ("step", "loss", "grad_norm")
+    rows = [[[row[key] for key in kept] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert rows[0] == rows[1] != []
+
+
+def test_a_picture_that_kills_every_worker_is_named_and_nothing_is_lost(settings, tmp_path, monkeypatch):
+    import fastllava.data.loader as module
+
+    honest = module.load_image
+    values = settings(data={"workers": 1, "shuffle": False})
+    monkeypatch.setattr(module, "load_image", killing_itself(3, tmp_path, honest))
+    with pytest.raises(UserError, match=r"data\.workers: a worker was killed by SIGKILL while it read record cap9, for the third time"):
         train(values)
-    monkeypatch.setattr(module, "load_image", honest)
+    assert multiprocessing.active_children() == []
     assert train(values).summary["status"] == "complete"
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(6))
 
@@ -399,15 +420,18 @@ def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkey
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
-def test_a_disk_that_fills_up_at_the_plot_is_one_line(settings, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("no Qt"), ValueError("'Qt4Agg' is no\nbackend")])
+def test_a_plot_that_cannot_be_drawn_is_one_line_after_the_result(error, settings, tmp_path, monkeypatch, capsys):
     import fastllava.train as module
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fails(*_):
+        assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "complete"
+        raise error
 
-    monkeypatch.setattr(module, "plot_loss", full)
-    with pytest.raises(UserError, match=r"output_dir: .*No space left.*same command again"):
-        train(settings())
+    monkeypatch.setattr(module, "plot_loss", fails)
+    assert run(check_config(settings(train={"max_steps": 2})), Console(width=200)).summary["status"] == "complete"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"loss.png could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); all else is there"
 
 
 def test_a_single_step_of_warm_up_is_said(settings, capsys):
