@@ -92,7 +92,6 @@ def write_result(
         config.output_dir,
         dtype,
         source=config.model,
-        template=config.data.template,
         image_policy=config.data.image_policy,
         max_tokens=config.data.max_tokens,
         legacy=config.data.legacy,

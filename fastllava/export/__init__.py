@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastllava.config import Config, ModelConfig, check_config
+from fastllava.data.templates import template
 from fastllava.errors import UserError
+from fastllava.export.chat_template import chat_template
 from fastllava.export.check import Check
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
@@ -58,9 +60,9 @@ def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], obj
             out,
             subject.dtype,
             source=subject.model,
-            template=subject.template,
             image_policy=subject.image_policy,
             max_tokens=subject.max_tokens,
+            chat_template=_chat_template(subject, layout, report),
             legacy=subject.legacy,
             report=report,
         )
@@ -149,6 +151,13 @@ def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
         report(f"note: {note}")
     report(f"read {sum(p.numel() for p in parameters.values()):,} parameters; the vision tower's config.json is {tower}'s")
     return model
+
+
+def _chat_template(subject: _Subject, layout: str, report: Callable[[str], object]) -> str | None:
+    found = chat_template(template(subject.template)) if layout == "hf" else None
+    if layout == "hf" and found is None:
+        report(f"chat_template.jinja: not written, as template {subject.template} has none")
+    return found
 
 
 def _empty(out: Path, existed: bool) -> None:

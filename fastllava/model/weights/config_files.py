@@ -15,19 +15,6 @@ from fastllava.model.weights.configs import FAMILIES, family_of
 from fastllava.model.weights.read import Origin
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer
 
-# The conversation of template v1; its system prompt and separators are the original's (llava/conversation.py, vicuna_v1).
-CHAT_TEMPLATE_V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-    "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %} "
-    "{% elif message['role'] == 'assistant' %}ASSISTANT: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}</s>"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of a LLaVA or of a loader, which say nothing about the decoder.
 _NOT_TEXT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "rope_parameters", "image_aspect_ratio", "use_mm_proj")

@@ -18,7 +18,7 @@ from fastllava.disk import sync
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.projector import Projector
-from fastllava.model.weights.config_files import CHAT_TEMPLATE_V1, Vocabulary, config_files, tower_config, vocabulary_of
+from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, vocabulary_of
 from fastllava.model.weights.files import dump_json
 from fastllava.model.weights.layouts import to_disk
 from fastllava.model.weights.read import TABLES
@@ -47,9 +47,9 @@ def write_checkpoint(
     dtype: torch.dtype,
     *,
     source: ModelConfig,
-    template: str,
     image_policy: str,
     max_tokens: int,
+    chat_template: str | None = None,
     legacy: bool | None = None,
     report: Callable[[str], object] = lambda line: None,
     state: Mapping[str, Tensor] | None = None,
@@ -57,15 +57,17 @@ def write_checkpoint(
     """The whole model in `folder`, which may hold other files: weights in `dtype`, configs, tokenizer.
 
     layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
-    processor files). `source` says where the tokenizer is; template, image_policy and max_tokens are those of training,
-    legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed. `state`
+    processor files, and `chat_template` in Jinja where there is one). `source` says where the tokenizer is; image_policy and
+    max_tokens are those of training, legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed. `state`
     stands for the model's own state where that is sharded.
     Raises UserError before any weight is written when the layout cannot hold this model.
     """
     if layout == "hf" and model.projector.kind != "mlp2x_gelu":
         raise UserError(f"--layout: hf holds mlp2x_gelu projectors only, this one is {model.projector.kind}; write --layout llava")
     with _beside(folder) as beside:
-        tokenizer = _write_tokenizer(model, layout, beside, source, template, max_tokens, legacy, report)
+        tokenizer = _write_tokenizer(model, layout, beside, source, max_tokens, legacy, report)
+        if layout == "hf" and chat_template is not None:
+            (beside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         vocabulary = vocabulary_of(model, layout, tokenizer)
         _write_tensors(disk_tensors(model, layout, dtype, vocabulary, state), beside)
         files = config_files(
@@ -99,7 +101,6 @@ def _write_tokenizer(
     layout: str,
     folder: Path,
     source: ModelConfig,
-    template: str,
     max_tokens: int,
     legacy: bool | None,
     report: Callable[[str], object],
@@ -118,10 +119,6 @@ def _write_tokenizer(
     if layout == "llava":
         write_original(found, folder, max_tokens)
         return None
-    if template in ("v1", "vicuna_v1"):
-        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE_V1, encoding="utf-8")
-    else:
-        report(f"chat_template.jinja: not written, as template {template} has none; v1 has one")
     return write_hf(found, folder, model.origin.image_token, max_tokens)
 
 
