@@ -222,9 +222,7 @@ def test_a_stage_2_output_dir_and_a_checkpoint_of_it_are_exported(run, tmp_path)
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     folder = checkpoint.save(tmp_path, 7, config, "digest", trained, optimizer)
-    write_checkpoint(
-        model, "llava", tmp_path, torch.float32, source=config.model, template="v1", image_policy="pad", max_tokens=2048, legacy=False
-    )
+    write_checkpoint(model, "llava", tmp_path, torch.float32, source=config.model, image_policy="pad", max_tokens=2048, legacy=False)
     (tmp_path / "run_config.json").write_text(json.dumps(config.model_dump(mode="json")))
     said = []
     export(folder, "llava", tmp_path / "a-llava", said.append)

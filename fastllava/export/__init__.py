@@ -42,7 +42,8 @@ def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], obj
 
     checkpoint: the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint in either layout. The check reads
     `out` back and compares every tensor bit for bit and the logits of a fixed image and prompt; for hf also those of
-    transformers, its missing and unexpected keys and its tokenization. `report` gets a line for each step.
+    transformers, its missing and unexpected keys, its tokenization, its chat template and its `generate`.
+    `report` gets a line for each step.
     Raises UserError when something does not fit, and when a check fails; `out` is then left empty.
     """
     if layout not in ("llava", "hf"):
@@ -51,7 +52,7 @@ def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], obj
         raise UserError(f"--out: {out} exists and is not an empty folder; give a new one")
     subject = _subject(checkpoint, report)
     model = _load(subject, report)
-    check = Check(model, layout, subject.dtype, subject.model, subject.legacy)
+    check = Check(model, layout, subject.dtype, subject.model, template(subject.template), subject.legacy)
     existed = out.exists()
     try:
         write_checkpoint(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fastllava.errors import UserError
 from fastllava.model.weights import write, write_checkpoint, write_projector
 
-TRAINED = {"template": "v1", "image_policy": "pad", "max_tokens": 2048}
+TRAINED = {"image_policy": "pad", "max_tokens": 2048}
 
 
 def read(folder, name):

@@ -14,7 +14,7 @@ from fastllava.model.weights import write_checkpoint
 from fastllava.model.weights.tokenizer_json import from_sentencepiece
 
 TEXT = ["USER: what is this? ASSISTANT: a red bus", "def f(x):\n    return x", "naïve café 東京"] * 3
-TRAINED = {"template": "v1", "image_policy": "square", "max_tokens": 512}
+TRAINED = {"image_policy": "square", "max_tokens": 512}
 
 
 def byte_level_tokenizer(folder):
@@ -120,17 +120,6 @@ def test_added_tokens_keep_their_ids_and_a_gap_is_refused(tmp_path):
     assert [tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>", "<image>")] == [size, size + 1, size + 2]
     with pytest.raises(UserError, match=rf"the token '<x>' beside .* has the id {size + 1}, which leaves a gap"):
         from_sentencepiece(file, {size + 1: "<x>"}, False, add_bos=True)
-
-
-def test_the_template_decides_about_the_chat_template(tiny, tmp_path):
-    folder = tiny.write_folder(tmp_path / "llm", {**tiny.LLM, "vocab_size": 320}, tiny.llm_tensors({**tiny.LLM, "vocab_size": 320}))
-    byte_level_tokenizer(folder)
-    model, said = tiny.load(llm=folder, projector="fresh"), []
-    for template, there in (("v1", True), ("plain", False)):
-        given = {**TRAINED, "template": template}
-        write_checkpoint(model, "hf", tmp_path / template, torch.float32, source=tiny.config(llm=folder), report=said.append, **given)
-        assert (tmp_path / template / "chat_template.jinja").exists() == there
-    assert said == ["chat_template.jinja: not written, as template plain has none; v1 has one"]
 
 
 @pytest.mark.parametrize("layout", ["llava", "hf"])

@@ -58,8 +58,8 @@ def write_checkpoint(
 
     layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
     processor files, and `chat_template` in Jinja where there is one). `source` says where the tokenizer is; image_policy and
-    max_tokens are those of training, legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out or changed. `state`
-    stands for the model's own state where that is sharded.
+    max_tokens are those of training, legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out
+    or changed. `state` stands for the model's own state where that is sharded.
     Raises UserError before any weight is written when the layout cannot hold this model.
     """
     if layout == "hf" and model.projector.kind != "mlp2x_gelu":

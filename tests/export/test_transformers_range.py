@@ -1,0 +1,65 @@
+"""The tests of exports on the oldest and on the newest transformers that pyproject.toml allows, each fetched beside the one installed."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+pytestmark = pytest.mark.exhaustive
+
+TESTS = (
+    "tests/test_export.py",
+    "tests/export",
+    "tests/model/test_write_hf.py",
+    "tests/model/test_oracle.py",
+    "tests/training/test_families.py",
+)
+
+
+def allowed(repo, which):
+    """What pip is asked for: the first release line of the range, or the whole range, of which it takes the newest."""
+    dependencies = tomllib.loads((repo / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = next(line for line in dependencies if line.startswith("transformers"))
+    if which == "newest":
+        return found
+    first = re.search(r">=([\d.]+)", found)
+    assert first
+    return f"transformers=={first[1]}.*"
+
+
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_exports_are_right_there_too(repo, tmp_path, which):
+    wanted, place, pins = allowed(repo, which), tmp_path / "beside", tmp_path / "pins.txt"
+    # All else as it is here, so that a difference is transformers' own.
+    moves = {"transformers", "tokenizers", "huggingface-hub", "fastllava"}
+    here = [(d.name, d.version.partition("+")[0]) for d in importlib.metadata.distributions()]
+    pins.write_text("".join(f"{name}=={version}\n" for name, version in here if name.lower().replace("_", "-") not in moves))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(place),
+        wanted,
+        "-c",
+        str(pins),
+    ]
+    fetched = subprocess.run(pip, capture_output=True, text=True, timeout=600)
+    if fetched.returncode:
+        pytest.skip(f"no package index gives {wanted}: {fetched.stderr.strip().splitlines()[-1]}")
+    environment = {**os.environ, "PYTHONPATH": str(place)}
+    version = [sys.executable, "-c", "import transformers; print(transformers.__version__, transformers.__file__)"]
+    found = subprocess.run(version, env=environment, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert str(place) in found
+    options = ["-m", "not exhaustive", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *TESTS, *options], cwd=repo, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert ran.returncode == 0, f"on transformers {found}: {ran.stdout[-3000:]}"
