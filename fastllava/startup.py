@@ -10,8 +10,10 @@ from torch import nn
 from fastllava.accounting import peak_of
 from fastllava.batch import ImageSpec
 from fastllava.config import Config
+from fastllava.data.marks import check_marks, mark_ids
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet, prepare
+from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.masking import masked
@@ -19,7 +21,7 @@ from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
 from fastllava.parallel import Processes
-from fastllava.printable import printable
+from fastllava.printable import printable, quoted
 
 Say = Callable[[str], None]
 
@@ -82,10 +84,15 @@ def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, Prepar
     origin = read_origin(config.model)
     path = config.model.tokenizer or config.model.llm
     tokenizer = load_tokenizer(path, config.data.legacy, "model.tokenizer")
-    if tokenizer.vocab_size > max(origin.rows, origin.llama.vocab_size):
+    form = template(config.data.template)
+    check_marks(form, tokenizer)
+    # A whole LLaVA has no use for the rows of its image and pad token: no text and no template becomes those.
+    used = max(tokenizer.text_size, *(index + 1 for index in mark_ids(form, tokenizer).values()), 0)
+    if tokenizer.vocab_size > max(origin.rows, origin.llama.vocab_size) or used > origin.llama.vocab_size:
+        last = quoted(tokenizer.piece(tokenizer.vocab_size - 1), 40)
         raise UserError(
-            f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens, but model.llm has embeddings for {origin.llama.vocab_size}; "
-            "give the tokenizer that belongs to model.llm"
+            f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens (the last is {last}), but model.llm has embeddings for "
+            f"{origin.llama.vocab_size}; give the tokenizer that belongs to model.llm"
         )
     if origin.llama.window is not None and config.data.max_tokens > origin.llama.window:
         window = origin.llama.window

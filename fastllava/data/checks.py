@@ -40,6 +40,7 @@ REASONS: dict[str, str] = {
     "control_literal": "the text spells a control token, which the original would take for one",
     "separator_in_text": "the text holds what the template separates turns with",
     "unknown_token": "the text holds characters that the tokenizer does not know",
+    "tokenizer_failed": "the tokenizer breaks off at the text",
     "nothing_supervised": "no supervised token left after the cut at data.max_tokens",
     "image_path": "the image's path leads out of data.images, or is no path",
     "image_not_found": "no such image file",

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from fastllava.data.checks import BadRecord
 from fastllava.errors import UserError
+from fastllava.printable import quoted
 
 _SPACE = "▁"
 _WORD = re.compile(r"\n| *[^ \n]+| +")
@@ -30,8 +32,12 @@ class Encoder(Protocol):
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
+    prefix_id: int | None
+    """The token of the space that a text begins with, where it may stand by itself."""
     size: int
     """Ids are below this."""
+    text_size: int
+    """Ids that a text becomes are below this."""
 
     def controls(self) -> dict[str, int]:
         """Spelling and id of the tokens that no text becomes, and of those added to the vocabulary."""
@@ -42,8 +48,12 @@ class Encoder(Protocol):
         ...
 
     def encode_parts(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int], continues: bool) -> str: ...
     def piece(self, token: int) -> str: ...
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a piece of the vocabulary, or None."""
+        ...
 
 
 class _Words(dict[str, list[int]]):
@@ -69,7 +79,8 @@ class SentencePieceEncoder:
             self._bare: Any = sentencepiece.SentencePieceProcessor(model_proto=model + _WITHOUT_PREFIX)
         except (RuntimeError, TypeError, ValueError):
             raise UserError(f"{where}: is no sentencepiece model; give a tokenizer.model of sentencepiece, or a tokenizer.json") from None
-        self.size = int(self._model.vocab_size())
+        self.size = self.text_size = int(self._model.vocab_size())
+        self.prefix_id = self.token_id(_SPACE)
         ids = (self._model.bos_id(), self._model.eos_id(), self._model.unk_id())
         self.bos_id, self.eos_id, self.unk_id = (None if i < 0 else int(i) for i in ids)
         kinds = (self._model.is_control, self._model.is_unknown)
@@ -109,11 +120,15 @@ class SentencePieceEncoder:
         ends = list(accumulate([0, *ends, len(ids)], max))
         return ids, [end - begin for begin, end in pairwise(ends)]
 
-    def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+    def decode(self, ids: list[int], continues: bool) -> str:
+        return (self._bare if continues else self._model).decode(ids)
 
     def piece(self, token: int) -> str:
         return self._model.id_to_piece(token) if token < self.size else f"[{token}]"
+
+    def token_id(self, piece: str) -> int | None:
+        found = int(self._model.piece_to_id(piece))
+        return found if self._model.id_to_piece(found) == piece else None
 
     def _encode(self, text: str, bare: bool) -> list[int]:
         if self._words is None or _SPACE in text:
@@ -151,11 +166,15 @@ class JsonEncoder:
         except Exception as error:  # tokenizers raises plain Exception
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{where}: is no tokenizer.json of the tokenizers library ({reason}); give the file or folder of one") from None
-        self.size = self._model.get_vocab_size(with_added_tokens=True)
         added = self._model.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        every = set(self._model.get_vocab(with_added_tokens=True).values())
+        # Ids may leave holes, so that the highest counts and not their number.
+        self.size = max(every, default=-1) + 1
+        self.text_size = max(every - special, default=-1) + 1
+        self.prefix_id: int | None = None
         self._controls = {token.content: i for i, token in added.items()}
-        ids = self._model.encode("", add_special_tokens=True).ids
-        self.bos_id = ids[0] if ids else None
+        self.bos_id = self._first(where)
         self.eos_id = next((self._controls[name] for name in ("</s>", "<|im_end|>", "<|endoftext|>") if name in self._controls), None)
         unk = getattr(self._model.model, "unk_token", None)
         self.unk_id = None if unk is None else self._model.token_to_id(unk)
@@ -169,7 +188,13 @@ class JsonEncoder:
 
     def encode_parts(self, parts: Sequence[str], bare: bool) -> tuple[list[int], list[int]]:
         """Ids of the joined parts and their number in each part."""
-        encoded = (self._bare if bare else self._model).encode("".join(parts), add_special_tokens=False)
+        try:
+            encoded = (self._bare if bare else self._model).encode("".join(parts), add_special_tokens=False)
+        except BaseException as error:
+            # What tokenizers raises when its Rust gives up is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadRecord("tokenizer_failed", f"the tokenizer breaks off ({quoted(str(error), 120)}); shorten the text") from None
         borders, length = [], 0
         for part in parts:
             length += len(part)
@@ -178,11 +203,22 @@ class JsonEncoder:
         ends = [bisect.bisect_left(starts, border) for border in borders[:-1]] + [len(starts)]
         return list(encoded.ids), [end - begin for begin, end in pairwise([0, *ends])]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], continues: bool) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
 
     def piece(self, token: int) -> str:
         return self._model.id_to_token(token) or f"[{token}]"
+
+    def token_id(self, piece: str) -> int | None:
+        return self._model.token_to_id(piece)
+
+    def _first(self, where: str) -> int | None:
+        """The control token that texts begin with; those they end with are the templates' affair."""
+        plain, whole = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+        if before > 1:
+            raise UserError(f"{where}: begins texts with {before} tokens; give a tokenizer that begins them with one, or none")
+        return whole[0] if before else None
 
 
 def legacy_of_json(model: bytes) -> bool:

@@ -9,6 +9,7 @@ from rich.text import Text
 from fastllava.batch import IMAGE_ID
 from fastllava.data.checks import BadRecord, Record, check_record
 from fastllava.data.conversation import Encoded, encode_record, segments, template
+from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw, read_records
 from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ def inspect_records(records: Path, tokenizer: Tokenizer, template_name: str, max
     where one with an image is cut when it has become patches. Raises UserError.
     """
     form = template(template_name)
+    check_marks(form, tokenizer)
     for raw in read_records(records):
         try:
             record, encoded = _encode(raw, form, tokenizer, max_tokens)
@@ -39,6 +41,7 @@ def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tok
     In the token line [brackets] and colour say supervised. Raises UserError.
     """
     form = template(template_name)
+    check_marks(form, tokenizer)
     for raw in read_records(records):
         shown = _Block(f"record {raw.index}, line {raw.line}, id {_name(raw)}")
         try:

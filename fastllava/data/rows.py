@@ -23,6 +23,7 @@ from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord, Record, check_record
 from fastllava.data.conversation import Encoded, cut, encode_record
 from fastllava.data.images import check_image, resolve_image
+from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
@@ -126,6 +127,7 @@ class Preparer:
         self._state = (data, tokenizer, patches)
         self.data, self.tokenizer, self.patches = data, tokenizer, patches
         self.form = template(data.template)
+        check_marks(self.form, tokenizer)
         self.root = None if data.images is None else data.images.resolve()
         self._checked = lru_cache(maxsize=65536)(self._check)
 

@@ -59,6 +59,18 @@ class Template:
     """Write the image as <Image> image </Image>."""
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """The control tokens that it writes. Styles plain and v0 have none: they separate turns with text, as the original does."""
+        match self.style:
+            case "mpt":
+                return "<|im_start|>", "<|im_end|>"
+            case "v1":
+                return ("</s>",)
+            case "llama_2":
+                return (self.begin, "</s>") if self.begin else ("</s>",)
+        return ()
+
+    @property
     def separators(self) -> frozenset[str]:
         """What the original splits the conversation at, so that a text must not hold it."""
         return _SEPARATORS[self.style]

@@ -5,12 +5,17 @@ Control tokens (<s>, </s>, ...) come from the template alone. Text never becomes
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fastllava.data.added_tokens import Added, Found, Settings, Words, read_json, read_settings
 from fastllava.data.encoders import Encoder, JsonEncoder, SentencePieceEncoder, legacy_of_json
+from fastllava.data.patterns import check_patterns
 from fastllava.errors import UserError
+from fastllava.printable import quoted
 
 # Of transformers 4.37.2 (LlamaTokenizer, `legacy=None`), which the original pins; Vicuna v1.5 says false in its config.
 LEGACY_WHEN_UNSAID = True
@@ -19,26 +24,39 @@ LEGACY_WHEN_UNSAID = True
 class Tokenizer:
     """A tokenizer as `LlamaTokenizer` of transformers 4.37.2 uses it in the original. `load` makes one. Picklable.
 
-    `legacy` says what happens to text right after a control token: True puts sentencepiece's leading space before it,
-    as at the start of a text, False does not.
+    `legacy` says what happens to text right after a control token or an added one: True puts sentencepiece's leading
+    space before it, as at the start of a text, False does not.
     """
 
-    def __init__(self, model: bytes, is_json: bool, settings: dict[str, Any], legacy: bool, where: str) -> None:
+    def __init__(self, model: bytes, is_json: bool, settings: Settings, legacy: bool, where: str) -> None:
         self._state = (model, is_json, settings, legacy, where)
-        self.legacy = legacy
-        self._encoder: Encoder = (JsonEncoder if is_json else SentencePieceEncoder)(model, legacy, where)
-        # A tokenizer.json lists its added tokens itself.
-        self._controls = self._encoder.controls() | ({} if is_json else settings["added"])
-        self.literals = frozenset(self._encoder.specials() | (set() if is_json else set(settings["added"])))
+        self.legacy, self.where = legacy, where
+        encoder: Encoder = (JsonEncoder if is_json else SentencePieceEncoder)(model, legacy, where)
+        self._encoder = encoder
+        # A tokenizer.json lists its added tokens itself, and finds in a text those that are words of it.
+        added: dict[str, Added] = {} if is_json else settings.added
+        self._controls = encoder.controls() | {text: token.index for text, token in added.items()}
+        special = encoder.specials() | {text for text, token in added.items() if token.special}
+        self.literals = frozenset(special | (settings.special & self._controls.keys()))
         """How the control tokens are spelled; the original would take these in a user's text for control tokens."""
-        names = settings["names"]
-        self.bos_id = self._encoder.bos_id if settings["add_bos"] is None else None
-        if settings["add_bos"] or (settings["add_bos"] is None and self.bos_id is not None):
-            self.bos_id = self._id(names.get("bos_token"), self._encoder.bos_id)
-        self.eos_id = self._id(names.get("eos_token"), self._encoder.eos_id)
-        self.unk_id = self._id(names.get("unk_token"), self._encoder.unk_id)
-        self.vocab_size = max(self._encoder.size, *(i + 1 for i in self._controls.values()), 0)
-        state = json.dumps([hashlib.sha256(model).hexdigest(), is_json, settings, legacy], sort_keys=True)
+        self._words = Words(added, encoder.specials())
+        self._word_of = self._words.spelling()
+        self._hidden = {self._controls[text] for text in self.literals}
+        names = settings.names
+        self._bos = self._id(names.get("bos_token"), encoder.bos_id)
+        begins = encoder.bos_id is not None if settings.add_bos is None else settings.add_bos
+        self.bos_id = self._bos if begins else None
+        self.eos_id = self._named_eos(names.get("eos_token"), encoder.eos_id)
+        self.unk_id = self._id(names.get("unk_token"), encoder.unk_id)
+        if self.unk_id in (self._bos, self.eos_id):
+            # Byte-level models name a control token there, as they know every text.
+            self.unk_id = None
+        self.vocab_size = max(encoder.size, *(i + 1 for i in self._controls.values()), 0)
+        """Ids are below this."""
+        self.text_size = max(encoder.text_size, *(i + 1 for i in self._word_of), 0)
+        """Ids that a text becomes are below this: all but those of control tokens that were added."""
+        said = {"added": {text: list(token) for text, token in added.items()}, "names": names, "special": sorted(settings.special)}
+        state = json.dumps([hashlib.sha256(model).hexdigest(), is_json, said, settings.add_bos, legacy], sort_keys=True)
         self.digest = hashlib.sha256(state.encode()).hexdigest()
 
     @classmethod
@@ -64,12 +82,14 @@ class Tokenizer:
             model = found.read_bytes()
         except OSError as error:
             raise UserError(f"{found}: cannot be read ({error.strerror}); give the folder or file of a tokenizer") from None
-        config = _read_json(folder / "tokenizer_config.json")
+        is_json = found.suffix == ".json"
+        if is_json:
+            check_patterns(model, str(found))
         if legacy is None:
-            given = config.get("legacy")
-            unsaid = legacy_of_json(model) if found.suffix == ".json" else LEGACY_WHEN_UNSAID
+            given = read_json(folder / "tokenizer_config.json").get("legacy")
+            unsaid = legacy_of_json(model) if is_json else LEGACY_WHEN_UNSAID
             legacy = given if isinstance(given, bool) else unsaid
-        return cls(model, found.suffix == ".json", _settings(folder, config), legacy, str(found))
+        return cls(model, is_json, read_settings(folder), legacy, str(found))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, self._state
@@ -77,7 +97,7 @@ class Tokenizer:
     def control(self, literal: str) -> int | None:
         """The id of the control token that a template writes as `literal`; `<s>` and `</s>` mean this model's own. None: it has none."""
         if literal == "<s>":
-            return self.bos_id
+            return self._controls.get(literal) if self._bos is None else self._bos
         if literal == "</s>":
             return self.eos_id
         return self._controls.get(literal)
@@ -91,51 +111,71 @@ class Tokenizer:
 
         A token over a border belongs to the part in which it starts.
         """
-        return self._encoder.encode_parts(parts, continues and not self.legacy)
+        bare = continues and not self.legacy
+        if self._word_of and (found := self._words.find("".join(parts))):
+            return self._encode_around(parts, found, bare)
+        return self._encoder.encode_parts(parts, bare)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without control tokens and image markers."""
-        controls = set(self._controls.values())
-        return self._encoder.decode([i for i in ids if i >= 0 and i not in controls])
+        texts: list[str] = []
+        run: list[int] = []
+        bare = not self.legacy
+        for i in ids:
+            if i in self._word_of:
+                texts += [self._encoder.decode(run, bare and bool(texts)), self._word_of[i]]
+                run = []
+            elif i >= 0 and i not in self._hidden:
+                run.append(i)
+        return "".join([*texts, self._encoder.decode(run, bare and bool(texts))])
 
     def piece(self, token: int) -> str:
         """The token as the vocabulary spells it."""
         names = {i: name for name, i in self._controls.items()}
         return names.get(token) or self._encoder.piece(token)
 
+    def _encode_around(self, parts: Sequence[str], found: list[Found], bare: bool) -> tuple[list[int], list[int]]:
+        """`encode_parts` where the text spells added tokens: the stretches between them are texts of their own."""
+        borders = list(accumulate(map(len, parts), initial=0))
+        text = "".join(parts)
+        ids: list[int] = []
+        counts = [0] * len(parts)
+
+        def stretch(begin: int, end: int, bare: bool) -> None:
+            first, last = (bisect_right(borders, at, hi=len(parts)) - 1 for at in (begin, max(begin, end - 1)))
+            cut = [text[max(begin, borders[n]) : min(end, borders[n + 1])] for n in range(first, last + 1)]
+            new, numbers = self._encoder.encode_parts(cut, bare)
+            ids.extend(new)
+            for n, number in enumerate(numbers, first):
+                counts[n] += number
+
+        def token(at: int, index: int) -> None:
+            ids.append(index)
+            counts[bisect_right(borders, at, hi=len(parts)) - 1] += 1
+
+        at = 0
+        for begin, end, index in found:
+            if begin > at:
+                stretch(at, begin, bare)
+            elif at == 0 and index is not None and not bare and not self.legacy and (prefix := self._encoder.prefix_id) is not None:
+                # The space that a text begins with stands by itself where an added token comes first.
+                token(begin, prefix)
+            if index is not None:
+                token(begin, index)
+            at, bare = end, not self.legacy
+        if at < len(text):
+            stretch(at, len(text), bare)
+        return ids, counts
+
     def _id(self, name: str | None, default: int | None) -> int | None:
-        return default if name is None else self._controls.get(name, default)
+        if name is None:
+            return default
+        found = self._controls.get(name)
+        return self._encoder.token_id(name) if found is None else found
 
-
-def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What the files beside the model add to it: tokens, and which of them begin and end a text."""
-    added: dict[str, int] = {}
-    for token, index in _read_json(folder / "added_tokens.json").items():
-        added[str(token)] = int(index)
-    for index, token in (config.get("added_tokens_decoder") or {}).items():
-        added[_content(token) or ""] = int(index)
-    names = _read_json(folder / "special_tokens_map.json")
-    names = {key: _content(config.get(key, names.get(key))) for key in ("bos_token", "eos_token", "unk_token")}
-    return {
-        "added": {token: index for token, index in sorted(added.items()) if token},
-        "names": {key: name for key, name in names.items() if name},
-        "add_bos": config.get("add_bos_token") if isinstance(config.get("add_bos_token"), bool) else None,
-    }
-
-
-def _content(token: Any) -> str | None:
-    """A token's spelling; the files write it plainly or as an object."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file or take it away") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where an object is expected; restore the file or take it away")
-    return value
+    def _named_eos(self, name: str | None, default: int | None) -> int | None:
+        """Raises UserError where the files name a token that the vocabulary lacks: answers would end in another."""
+        found = self._id(name, default)
+        if name is not None and found is None:
+            raise UserError(f"{self.where}: has no token {quoted(name, 40)}, which the files beside it name as eos_token; name one it has")
+        return found

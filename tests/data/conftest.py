@@ -43,6 +43,15 @@ def tokenizer(model_file: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def chatml(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The small model with the marks of chatml."""
+    folder = tmp_path_factory.mktemp("chatml")
+    (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 420, "<|im_end|>": 421}')
+    return Tokenizer.load(folder, legacy=False)
+
+
+@pytest.fixture(scope="session")
 def llama(shared: Path) -> Callable[[bool], Tokenizer]:
     """Llama's own tokenizer by its `legacy`."""
     both = {legacy: Tokenizer.load(shared / "tokenizer", legacy) for legacy in (False, True)}

@@ -107,9 +107,11 @@ BAD_IMAGES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refused_with_a_reason_and_alone(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, name: str) -> None:
+def test_refused_with_a_reason_and_alone(make_data: MakeData, tokenizer: Tokenizer, chatml: Tokenizer, spec: ImageSpec, name: str) -> None:
     value, reason, form = BAD[name]
     good = said(SHOW, A, image="good.png") | {"id": "good"}
+    if form == "mpt":
+        tokenizer = chatml
     data = make_data([good, value, good], template=form)
     rows = list(inspect_records(data.records, tokenizer, form))
     assert [row.get("quarantined") for row in rows] == [None, reason, None]
