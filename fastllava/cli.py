@@ -16,7 +16,7 @@ from fastllava import __version__
 from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
 from fastllava.ending import end_soon, talk_to_whoever_listens
-from fastllava.errors import ToldElsewhere, UserError, first_of_machine_speaks
+from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_machine_speaks
 from fastllava.masking import masked
 from fastllava.printable import printable
 from fastllava.stopping import second_signal_ends
@@ -223,14 +223,16 @@ def main() -> None:
             app()
         except SystemExit as error:
             _leave(error.code if isinstance(error.code, int) else int(bool(error.code)))
-        except ToldElsewhere:
+        except (ToldElsewhere, DiskElsewhere):
             _leave(2)
         except UserError as error:
             _leave(2, *(f"error: {line}" for line in printable(masked(str(error))).splitlines()))
+        except OSError as error:
+            _leave(2, f"error: {printable(str(error))}; make room or give access there, and start the same command again")
         except KeyboardInterrupt:
             _leave(130, "interrupted")
         except Exception:
-            _leave(1, traceback.format_exc().rstrip())
+            _leave(1, printable(masked(traceback.format_exc().rstrip())))
 
 
 def _leave(code: int, *lines: str) -> NoReturn:

@@ -172,6 +172,12 @@ class TrainConfig(Section):
     checkpoint_steps: int | None = Field(None, ge=1, description="a checkpoint every so many steps")
     checkpoint_minutes: float | None = Field(30.0, gt=0, description="a checkpoint every so many minutes")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept; older ones go")
+    watchdog_seconds: float | None = Field(
+        60.0,
+        ge=0,
+        description="a run in which nothing moves for so long (a data worker or process that is stopped, a file that is never read) "
+        "writes its stacks and ends with exit code 75; 0 or null: it waits for ever",
+    )
 
 
 class ParallelConfig(Section):

@@ -17,6 +17,10 @@ class PeerLost(ToldElsewhere):
     """Another process of the run has ended, so nothing can be done together any more; torchrun or that process says why."""
 
 
+class DiskElsewhere(OSError):
+    """An OSError that another process of the run has met, and tells the user where that is needed."""
+
+
 @contextmanager
 def first_of_machine_speaks() -> Iterator[None]:
     """For what every process does alike before they are connected: one of each machine tells a UserError, the others do not."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastllava.errors import PeerLost, ToldElsewhere, UserError
+from fastllava.errors import DiskElsewhere, PeerLost, ToldElsewhere, UserError
 
 T = TypeVar("T")
 
@@ -158,8 +158,10 @@ def attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
 
 def _for_others(error: Exception | None) -> Exception | None:
     """`error` as it can be sent: one of a class of a library's own may not survive the journey, and only its process can tell more."""
-    if error is None or isinstance(error, UserError) or type(error) in (OSError, FileNotFoundError, PermissionError):
+    if error is None or isinstance(error, UserError):
         return error
+    if isinstance(error, OSError):
+        return OSError(str(error)) if error.errno is None else OSError(error.errno, error.strerror, error.filename)
     return ToldElsewhere(f"{type(error).__name__}: {error}")
 
 
@@ -169,7 +171,7 @@ def _reraise(error: Exception | None) -> None:
 
 
 def _raise_anothers(error: Exception) -> NoReturn:
-    raise ToldElsewhere(str(error)) if isinstance(error, UserError) else error
+    raise DiskElsewhere(*error.args) if isinstance(error, OSError) else ToldElsewhere(str(error))
 
 
 def _number(name: str, default: int | None = None) -> int:

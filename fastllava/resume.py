@@ -24,6 +24,7 @@ _FREE = {
     "train.checkpoint_steps",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
+    "train.watchdog_seconds",
 }
 # A change here is the same training in another order of additions: allowed, and said.
 _ROUNDING = {"kernels", *(key for key, _ in same_training())}

@@ -35,10 +35,12 @@ from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, shard
 from fastllava.spikes import in_words as spike_in_words
 from fastllava.spikes import is_spike
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
+from fastllava.standstill import Phase
 from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import LOSS_PLOT, plot_loss, write_summary
 from fastllava.throughput import Throughput
+from fastllava.watchdog import Watchdog
 
 
 def train_step(
@@ -91,6 +93,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     began = time.monotonic()
     with processes() as group, ExitStack() as stack:
         console = (console or Console()) if group.first else Console(quiet=True)
+        watch = stack.enter_context(Watchdog(config.train.watchdog_seconds, group, config.data.workers))
         say = speaker(console)
         device, ops = group.together(lambda: check_run(config, group))
         group.together(lambda: stack.enter_context(resume.locked(config.output_dir) if group.first else nullcontext()))
@@ -119,7 +122,8 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, as_written(config)))
         throughput = Throughput.of(plan, accounting, device)
         first_step = found.step if found else 0
-        return Trainer(config, model, trained, optimizer, throughput, prepared, spec, device, first_step, began, console, sharding).train()
+        state = config, model, trained, optimizer, throughput
+        return Trainer(*state, prepared, spec, device, first_step, began, console, watch, sharding).train()
 
 
 def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
@@ -152,6 +156,7 @@ class Trainer:
         first_step: int,
         began: float,
         console: Console,
+        watch: Watchdog,
         sharding: Sharding = UNSHARDED,
     ) -> None:
         self.config, self.model, self.trained, self.optimizer = config, model, trained, optimizer
@@ -166,6 +171,8 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._pending: Callable[[], None] = _nothing
         self._in_step = False
+        self._watch = watch
+        watch.goes_on, watch.sample_in_words = self._goes_on, self._sample_in_words
 
     def train(self) -> RunResult:
         """Run every step that is left and write the result."""
@@ -173,6 +180,7 @@ class Trainer:
             with stop_requests() as stopped, ExitStack() as stack:
                 metrics = self.group.together(lambda: stack.enter_context(self._metrics()))
                 stop = self._steps(metrics, stopped)
+            self._watch.now(Phase.WRITING)
         except PeerLost:
             raise
         except (UserError, OSError, torch.OutOfMemoryError) as error:
@@ -203,8 +211,9 @@ class Trainer:
 
     def _completed(self) -> RunResult:
         out = self.config.output_dir
-        try:
+        with peers():
             state = gather_result(self.model, self.config, self.group.first) if self.group.world > 1 else None
+        try:
             left = self.group.on_first(lambda: write_result(self.model, self.config, state, self.say))
         except OSError as error:
             self._save()
@@ -242,15 +251,20 @@ class Trainer:
             except PeerLost:
                 raise
             except Exception:
+                self._watch.now(Phase.WRITING)
                 # Of the steps before. Should that fail too, it was the first error that the others heard of.
                 attempt(self._record_pending)
                 raise
         return stop
 
     def _stream(self) -> Generator[tuple[Step, list[Batch]], None, None]:
-        report = self.say if self.group.first else speaker(Console(stderr=True))
-        pin, rank = self.device.type == "cuda", self.group.rank
-        return steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, pin=pin, rank=rank, report=report)
+        options = {
+            "pin": self.device.type == "cuda",
+            "rank": self.group.rank,
+            "board": self._watch.board,
+            "report": self.say if self.group.first else speaker(Console(stderr=True)),
+        }
+        return steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, **options)
 
     def _run(
         self, metrics: Metrics | None, stream: Iterator[tuple[Step, list[Batch]]], stopped: Sequence[signal.Signals]
@@ -258,8 +272,10 @@ class Trainer:
         began, failed = time.perf_counter(), None
         while self.next_step < self.plan.n_steps:
             fetching = time.perf_counter()
+            self._watch.now(Phase.FETCHING)
             fetched, failed = attempt(lambda: next(stream)) if failed is None else (None, failed)
             waited = time.perf_counter() - fetching
+            self._watch.now(Phase.AGREEING)
             stop, save = self.group.agree(failed, int(stopped[0]) if stopped else 0, int(self._save_due()))
             if stop:
                 self.group.together(self._record_pending)
@@ -270,6 +286,7 @@ class Trainer:
                 self._save()
                 began += time.perf_counter() - saving
             began, failed = self._step(metrics, *fetched, began, waited)
+        self._watch.now(Phase.AGREEING)
         self.group.agree(failed)
         self.group.together(self._record_pending)
         return None
@@ -278,9 +295,10 @@ class Trainer:
         self, metrics: Metrics | None, step: Step, batches: list[Batch], began: float, waited: float
     ) -> tuple[float, Exception | None]:
         """Run `step`; when it had been launched, and what went wrong with recording the one before."""
+        self._in_step = True
         factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
         set_lr(self.optimizer, factor)
-        self._in_step = True
+        self._watch.now(Phase.STEPPING)
         with peers():
             scalars = train_step(
                 self.model, self.optimizer, self._guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding
@@ -288,9 +306,9 @@ class Trainer:
         # The optimizer has moved: first of all count that, so that whatever fails below saves the state under its number.
         self.next_step = step.index + 1
         self._guard.moving = False
-        self._in_step = False
         before, ended = self._pending, time.perf_counter()
         self._pending = self._recorder(metrics, step, scalars, factor, waited, ended - began)
+        self._in_step = False
         # The row of the step before: its numbers have arrived while this step was being launched. To wait for them is part of
         # the time between two launches, so of the next step's.
         return ended, attempt(before)[1]
@@ -305,7 +323,9 @@ class Trainer:
         """Writes the step's row when called, once its numbers are on the host."""
 
         def record() -> None:
+            self._watch.now(Phase.READING)
             loss, norm, tripped, *far = scalars.read()
+            self._watch.now(Phase.WRITING)
             if tripped:
                 self._fail_on_non_finite(step, loss, norm)
             if metrics is None:
@@ -380,6 +400,7 @@ class Trainer:
         if self.next_step == self._saved_step:
             return True
         self._saved_at = time.monotonic()
+        self._watch.now(Phase.WRITING)
         out = self.config.output_dir
         try:
             state = self.prepared.digest, self.trained, self.optimizer, self.group
@@ -395,6 +416,11 @@ class Trainer:
     def _goes_on(self) -> str:
         """Where the same command begins, as far as checkpoints have been written."""
         return f"the same command goes on from checkpoint-{self._saved_step}" if self._saved_step else "the same command begins at step 0"
+
+    def _sample_in_words(self, sample: int) -> str:
+        row = self.prepared.row(sample)
+        images = self.config.data.images
+        return f"record {row.id}" if row.image is None or images is None else f"record {row.id} ({images / row.image})"
 
     def _summarize(self, status: str) -> dict[str, Any]:
         facts = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,8 @@ def begin_worker(parent: int) -> None:
     Workers hold no state, so none has anything to finish.
     """
     signal.set_wakeup_fd(-1)
+    # For whoever wants to know where it hangs.
+    faulthandler.register(signal.SIGUSR1, file=2)
     for number in STOPS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
