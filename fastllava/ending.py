@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-_SECONDS = 5
+_SECONDS = 5.0
 
 
 def end_soon(code: int) -> None:
@@ -19,7 +19,7 @@ def end_soon(code: int) -> None:
 def _end(code: int) -> None:
     threading.main_thread().join()
     # Should this thread be gone by then: the system's own clock, which nothing within the process holds up.
-    signal.alarm(2 * _SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 2 * _SECONDS)
     time.sleep(_SECONDS)
     os._exit(code)
 

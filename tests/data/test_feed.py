@@ -9,32 +9,11 @@ import time
 from contextlib import closing
 
 import pytest
-from torch.utils.data import Dataset
+from worker_processes import alive, feed_of
 
-from fastllava.data.feed import Feed
-from fastllava.data.workers import Board
 from fastllava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-
-
-class Numbers(Dataset):
-    """The number itself, when it has been read."""
-
-    def __init__(self, board, deed=lambda number: None):
-        self.board, self.deed = board, deed
-
-    def __getitem__(self, number):
-        with self.board.at(number):
-            self.deed(number)
-            return number
-
-
-def feed_of(deed=lambda number: None, workers=1, said=None, first=0):
-    board = Board(workers)
-    jobs = lambda place: iter(range(place, 20))  # noqa: E731
-    report = [].append if said is None else said.append
-    return Feed(Numbers(board, deed), jobs, first, workers, board, lambda number: f"number {number}", pin=False, report=report)
 
 
 def once(tmp_path, deed):
@@ -105,7 +84,7 @@ def test_signals_of_the_group_are_the_parents_to_answer_and_its_sigterm_ends_a_w
 PARENT = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
-from test_feed import feed_of
+from worker_processes import feed_of
 feed = feed_of(lambda number: time.sleep(3600 * (number == 1)), 2)
 feed.take(0)
 import multiprocessing
@@ -128,11 +107,3 @@ def test_no_worker_outlives_its_parent_and_none_holds_it_up(end, code):
     while (left := [pid for pid in left if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
