@@ -46,7 +46,7 @@ class Line:
             while part := self._connection.recv(2**16):
                 self._read += part
                 if len(self._read) > _LONGEST:
-                    break
+                    break  # that is none of ours
             self.closed = True
         except BlockingIOError:
             pass
@@ -80,7 +80,10 @@ class Exchange:
 
     def _invite(self, world: int) -> tuple[str, int, str, Message]:
         """Listen; where, the word to enter by, and who this is."""
-        self._listener = socket.create_server(("", 0), backlog=world)
+        try:
+            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, backlog=world, dualstack_ipv6=True)
+        except (OSError, ValueError):
+            self._listener = socket.create_server(("", 0), backlog=world)
         self._listener.setblocking(False)
         return os.environ.get("MASTER_ADDR", "localhost"), self._listener.getsockname()[1], secrets.token_hex(16), Peer.me()
 

@@ -129,9 +129,14 @@ def processes() -> Iterator[Processes]:
     gpus = torch.cuda.device_count()
     if local_rank < gpus:
         torch.cuda.set_device(local_rank)
-    if mine:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=_number("RANK"), world_size=world)
-    host: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        if mine:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=_number("RANK"), world_size=world)
+        host: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        mend = "see that MASTER_ADDR and MASTER_PORT can be reached from all, and start the same command again"
+        raise UserError(f"torchrun: process {os.environ.get('RANK')} cannot connect to the others ({reason}); {mend}") from None
     yield Processes(dist.get_rank(), world, local_rank, host)
     # Only after a good end: when one process has failed, taking nccl down would wait for it. The others' exit frees all.
     dist.destroy_process_group(None if mine else host)

@@ -1,5 +1,6 @@
 """What workers build, in order: they hold no state, so when one dies they are started anew and the same follows."""
 
+import gc
 import os
 import signal
 import threading
@@ -78,6 +79,7 @@ class Feed(Generic[Place]):
     def close(self) -> None:
         """End the workers, whatever they are at."""
         kill(self._workers)
+        gc.unfreeze()
         with suppress(ValueError):  # in another thread than the main one nothing was set
             signal.signal(signal.SIGCHLD, self._sigchld)
         # PyTorch's own way to end takes locks that a worker may have been killed with, so nobody waits for it.
@@ -97,6 +99,8 @@ class Feed(Generic[Place]):
             worker_init_fn=partial(_in_worker, os.getpid()),
         )
         self._waiting, others = False, children()
+        # What has been loaded by now is shared with the workers, until a garbage collector looks at it, here or there.
+        gc.freeze()
         self._sigchld = signal.getsignal(signal.SIGCHLD)
         try:
             with stops_held():
