@@ -65,10 +65,13 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check and tokenise the records once; bad ones go to quarantine.jsonl with a reason."""
     talk_to_whoever_listens()
+    from fastllava.parallel import ALONE
     from fastllava.startup import prepare_data, speaker
+    from fastllava.watchdog import Watchdog
 
-    say = speaker(Console())
-    _, _, prepared = prepare_data(load_config(config, overrides or ()), say)
+    say, checked = speaker(Console()), load_config(config, overrides or ())
+    with Watchdog(checked.train.watchdog_seconds, ALONE, checked.data.workers) as watch:
+        _, _, prepared = prepare_data(checked, say, watch.board)
     say(f"{len(prepared):,} samples in {prepared.folder}")
 
 

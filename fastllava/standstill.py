@@ -166,7 +166,8 @@ class Judge:
 
     def _all_wait(self, now: float) -> str | None:
         still = now - max(self._moved.values(), default=now)
-        if still <= self._seconds or self.ended_at is not None:
+        # A little later than the trouble of one process would be known, which says more.
+        if still <= self._seconds + min(2 * TICK_SECONDS, self._seconds / 2) or self.ended_at is not None:
             return None
         doing = ", ".join(f"process {rank} is {Phase[beat['phase']].value}" for rank, beat in sorted(self._beats.items()))
         return f"nothing has moved for {still:.0f} s: {doing}"

@@ -15,6 +15,7 @@ from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet, prepare
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.data.workers import Board
 from fastllava.errors import UserError
 from fastllava.masking import masked
 from fastllava.model.llava import Llava
@@ -76,8 +77,8 @@ def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
         raise UserError(f"{key}: {error}") from None
 
 
-def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
-    """The tokenizer, what the tower wants to see, and the prepared set, made or reused.
+def prepare_data(config: Config, say: Say, board: Board | None = None) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
+    """The tokenizer, what the tower wants to see, and the prepared set, made or reused; what is being read stands on the `board`.
 
     Raises UserError when tokenizer, data and decoder do not fit each other, before any record is read.
     """
@@ -97,14 +98,14 @@ def prepare_data(config: Config, say: Say) -> tuple[Tokenizer, ImageSpec, Prepar
     if origin.llama.window is not None and config.data.max_tokens > origin.llama.window:
         window = origin.llama.window
         raise UserError(f"data.max_tokens: {config.data.max_tokens} is more than model.llm's attention window; write at most {window}")
-    return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say)
+    return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say, board)
 
 
-def open_data(config: Config, say: Say, processes: Processes) -> tuple[ImageSpec, PreparedSet]:
+def open_data(config: Config, say: Say, processes: Processes, board: Board | None = None) -> tuple[ImageSpec, PreparedSet]:
     """What the tower wants to see, and the prepared set: the first process makes it or finds it, all open it."""
 
     def prepared() -> tuple[ImageSpec, Path]:
-        _, spec, made = prepare_data(config, say)
+        _, spec, made = prepare_data(config, say, board)
         return spec, made.folder
 
     spec, folder = processes.on_first(prepared)

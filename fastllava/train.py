@@ -97,7 +97,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         say = speaker(console)
         device, ops = group.together(lambda: check_run(config, group))
         group.together(lambda: stack.enter_context(resume.locked(config.output_dir) if group.first else nullcontext()))
-        spec, prepared = open_data(config, say, group)
+        spec, prepared = open_data(config, say, group, watch.board)
         accounting = group.together(lambda: Accounting.of(config))
         plan = group.together(lambda: Plan(prepared, config.data, config.train, accounting.cost(), group.world))
         if (summary := group.on_first(lambda: resume.completed(config, prepared.digest))) is not None:

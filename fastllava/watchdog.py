@@ -41,8 +41,8 @@ class Watchdog:
 
     def __init__(self, seconds: float | None, group: Processes, workers: int) -> None:
         self.board = Board(workers)
-        self.sample_in_words: Callable[[int], str] = str
-        """Of a sample's number."""
+        self.sample_in_words: Callable[[int], str] = lambda number: f"record number {number} of data.records"
+        """Of what stands on the board: records as long as the run prepares its data, then samples."""
         self.goes_on: Callable[[], str] = lambda: "the same command starts anew"
         """Where from, when the run has to end."""
         self._seconds, self._group = seconds or math.inf, group
@@ -83,8 +83,10 @@ class Watchdog:
             phase = self._phase
             if motion.look(phase, self._marks, self._steps, self.board.state()):
                 judge.begin_again(motion.at)
-            stuck = phase is Phase.FETCHING and motion.waited > self._seconds
-            verdict = judge.verdict(Beat(motion.moves, phase, self._trouble(motion.waited) if stuck else None), motion.at)
+            # While it starts it may read records, one after another.
+            waits = phase is Phase.FETCHING or (phase is Phase.STARTING and bool(self.board.reading()))
+            trouble = self._trouble(motion.waited) if waits and motion.waited > self._seconds else None
+            verdict = judge.verdict(Beat(motion.moves, phase, trouble), motion.at)
             if verdict is not None:
                 self._end_stuck(verdict, judge)
             grace = _GRACE_WRITING_SECONDS if phase is Phase.WRITING else _GRACE_SECONDS
@@ -100,7 +102,8 @@ class Watchdog:
         if stopped:
             where += f"; worker {', '.join(stopped)} is stopped"
         who = f"process {self._group.rank}" if self._group.world > 1 else "the run"
-        return f"{who} has waited {seconds:.0f} s for its data workers, {where}"
+        whom = "its data workers" if self._phase is Phase.FETCHING else "what prepares its data"
+        return f"{who} has waited {seconds:.0f} s for {whom}, {where}"
 
     def _end_stuck(self, verdict: str, judge: "Judge") -> None:
         """Say where everything stands, and end this process; it does not return."""

@@ -30,6 +30,7 @@ from fastllava.data.records import open_records, read_records
 from fastllava.data.rows import SCHEMA, Preparer, count_keys, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
+from fastllava.data.workers import Board
 from fastllava.disk import sync
 from fastllava.errors import UserError
 
@@ -44,8 +45,10 @@ _SAY_EVERY = 15.0
 Report = Callable[[str], None]
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Report = print) -> PreparedSet:
+def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Report = print, board: Board | None = None) -> PreparedSet:
     """The prepared set of `data.records`, reused where it has been made before. `report` gets what happens, line by line.
+
+    The records that are being looked at stand on the `board`, of `data.workers`.
 
     Bad records are left out and listed in the set's quarantine.jsonl. Raises UserError when more than
     `data.max_quarantined_share` are bad, when none is usable, and for every mistake in the settings or the files.
@@ -57,7 +60,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
     content = _content(data, tokenizer, spec)
     images = None if data.images is None else str(data.images.resolve())
     folder = root.absolute() / hashlib.sha256(json.dumps([content, images], sort_keys=True).encode()).hexdigest()[:32]
-    preparer = Preparer(data, tokenizer, spec.patches)
+    preparer = Preparer(data, tokenizer, spec.patches, board or Board(data.workers))
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")):

@@ -27,7 +27,7 @@ from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
-from fastllava.data.workers import begin_worker, children, kill, stops_held
+from fastllava.data.workers import Board, begin_worker, children, kill, stops_held
 from fastllava.errors import UserError
 from fastllava.printable import shortened
 
@@ -123,8 +123,10 @@ class _Columns:
 class Preparer:
     """Turns records into rows. Picklable."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, patches: int) -> None:
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, patches: int, board: Board | None = None) -> None:
+        """What is being looked at stands on the `board`, which a copy of this does not have."""
         self._state = (data, tokenizer, patches)
+        self.board = board or Board(1)
         self.data, self.tokenizer, self.patches = data, tokenizer, patches
         self.form = template(data.template)
         check_marks(self.form, tokenizer)
@@ -140,7 +142,8 @@ class Preparer:
         result = Batch(b"", records=len(raws))
         for raw in raws:
             try:
-                record, truncated = self._add(columns, raw)
+                with self.board.at(raw.index):
+                    record, truncated = self._add(columns, raw)
             except BadRecord as problem:
                 result.quarantined.append(_quarantined(raw, problem))
                 continue
@@ -198,7 +201,8 @@ def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> It
     context = multiprocessing.get_context("spawn")
     resource_tracker.ensure_running()  # or it would be started within `stops_held`, which it undoes
     others, done = children(), False
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(preparer, os.getpid()))
+    start = preparer, os.getpid(), preparer.board, context.Value("i", 0)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=start)
     pending: deque[Future[Batch]] = deque()
     try:
         for batch in batches:
@@ -256,8 +260,11 @@ def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
 _worker: list[Preparer] = []
 
 
-def _start_worker(preparer: Preparer, parent: int) -> None:
+def _start_worker(preparer: Preparer, parent: int, board: Board, taken: Any) -> None:
     begin_worker(parent)
+    with taken.get_lock():
+        board.slot, taken.value = taken.value, taken.value + 1
+    preparer.board = board
     _worker[:] = [preparer]
     # What has been loaded by now stays; the garbage collector need not look at it again and again.
     gc.freeze()

@@ -70,16 +70,18 @@ def kill(workers: Iterable[BaseProcess]) -> None:
 
 
 class Board:
-    """In shared memory: what each worker is at. Without workers the caller itself is the one."""
+    """In shared memory: the number of the sample, or of the record, that each worker is at. Without workers the caller is the one."""
 
     def __init__(self, workers: int) -> None:
         self._slots = multiprocessing.RawArray("q", 3 * max(1, workers))
+        self.slot: int | None = None
+        """This worker's own; of PyTorch's workers when left out."""
 
     @contextmanager
     def at(self, sample: int) -> Iterator[None]:
         """This worker reads `sample` within the block."""
-        info = get_worker_info()
-        slot = 3 * (0 if info is None else info.id)
+        slot, info = self.slot, get_worker_info()
+        slot = 3 * (slot if slot is not None else 0 if info is None else info.id)
         self._slots[slot : slot + 3] = [self._slots[slot] + 1, os.getpid(), sample + 1]
         try:
             yield

@@ -18,18 +18,18 @@ sys.path.insert(0, {folder!r})
 from worker_processes import Slow, raws
 from fastllava.data.rows import prepare_batches
 if __name__ == "__main__":
-    done = prepare_batches(raws(1000), Slow({seconds}), 2)
+    done = prepare_batches(raws(1000), Slow(), 2)
     print(next(done).split()[0], flush=True)
     import multiprocessing
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    Slow(3600).batch([]) if {seconds} == 0 else next(done)
+    time.sleep(3600)
 """
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
 def test_a_prepare_that_is_stopped_leaves_no_worker(number, code, tmp_path):
     script = tmp_path / "prepares.py"
-    script.write_text(PREPARES.format(folder=os.path.dirname(__file__), seconds=0))
+    script.write_text(PREPARES.format(folder=os.path.dirname(__file__)))
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     workers = {int(process.stdout.readline()), *map(int, process.stdout.readline().split())}
     assert len(workers) == 2
@@ -44,6 +44,14 @@ def test_a_prepare_that_is_stopped_leaves_no_worker(number, code, tmp_path):
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(UserError, match=r"data\.workers: a worker process died"):
         list(prepare_batches(raws(4), Slow(dies=True), 1))
+
+
+def test_a_worker_shows_what_it_is_at():
+    preparer = Slow()
+    assert len(list(prepare_batches(raws(3), preparer, 1))) == 3
+    count, worker, sample = preparer.board.state()[:3]
+    assert (count, sample) == (3, 0)
+    assert worker != os.getpid()
 
 
 def test_leaving_early_waits_for_no_worker():

@@ -35,10 +35,11 @@ class Slow:
     """In place of a Preparer: says which process it is, and takes its time."""
 
     def __init__(self, seconds=0.0, dies=False):
-        self.seconds, self.dies = seconds, dies
+        self.seconds, self.dies, self.board = seconds, dies, Board(2)
 
     def batch(self, raws):
-        time.sleep(self.seconds)
+        with self.board.at(raws[0].index):
+            time.sleep(self.seconds)
         if self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return f"{os.getpid()} {len(raws)}"

@@ -87,9 +87,9 @@ def test_alone_the_trouble_is_told_and_a_wait_without_end():
     assert judge.verdict(Beat(1, Phase.FETCHING, None), 0.0) is None
     assert judge.verdict(Beat(1, Phase.FETCHING, "the workers"), 10.0) == "the workers"
     assert judge.verdict(Beat(2, Phase.READING, None), 20.0) is None
-    assert judge.verdict(Beat(2, Phase.READING, None), 80.0) is None
-    found = judge.verdict(Beat(2, Phase.READING, None), 81.0)
-    assert found == "nothing has moved for 61 s: process 0 is waiting for a step's numbers"
+    assert judge.verdict(Beat(2, Phase.READING, None), 82.0) is None
+    found = judge.verdict(Beat(2, Phase.READING, None), 83.0)
+    assert found == "nothing has moved for 63 s: process 0 is waiting for a step's numbers"
 
 
 class Wire:
@@ -136,11 +136,11 @@ def test_who_waits_for_one_that_moves_is_not_stuck(wire, judge):
     for second in range(300):
         wire.says(moves=second // 50, phase=Phase.FETCHING)
         assert judge.verdict(WAITS, second) is None
-    for second in range(300, 312):
+    for second in range(300, 314):
         wire.says(moves=5, phase=Phase.FETCHING)
         found = judge.verdict(WAITS, second)
     waits = "process 0 is waiting for the other processes, process 1 is waiting for its data workers"
-    assert found == f"nothing has moved for 61 s: {waits}"
+    assert found == f"nothing has moved for 63 s: {waits}"
     assert wire.sent[-1] == {"verdict": found}
 
 

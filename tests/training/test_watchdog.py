@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fastllava import train
 from fastllava.config import check_config
-from fastllava.data import loader
+from fastllava.data import loader, rows
 from fastllava.parallel import ALONE
 from fastllava.standstill import Phase
 from fastllava.watchdog import STUCK, Watchdog
@@ -96,6 +96,19 @@ def test_a_read_that_hangs_is_named(workers, values, tmp_path):
     assert "9.png); the run has ended, the same command " in last
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_record_that_hangs_while_the_data_are_prepared_is_named(count, settings, tmp_path):
+    def deed(_):
+        honest = rows.check_image
+        rows.check_image = lambda path, *args: time.sleep(3600) if path.name == "9.png" else honest(path, *args)
+
+    values = settings("finetune", data={"prepared_dir": str(tmp_path / "prepared")}, train={"watchdog_seconds": SECONDS, "device": "cpu"})
+    codes, said = ends(begin(count, values, tmp_path, deed), tmp_path)
+    assert codes == [STUCK] * count, said
+    assert "has waited 1 s for what prepares its data, which read record number " in said[0].splitlines()[-1]
+    assert said[0].endswith("of data.records; the run has ended, the same command starts anew\n")
+
+
 @pytest.mark.parametrize("who", ["first", "last", "worker of last"])
 def test_what_is_stopped_is_named_and_everything_ends(who, values, tmp_path):
     processes = begin(2, values(1), tmp_path)
@@ -117,13 +130,13 @@ def test_what_is_stopped_is_named_and_everything_ends(who, values, tmp_path):
 
 
 def test_what_is_stopped_as_a_whole_goes_on_when_it_is_woken(values, tmp_path):
-    processes = begin(2, values(0, max_steps=100, checkpoint_steps=None), tmp_path)
+    processes = begin(2, values(0, max_steps=60, checkpoint_steps=None, watchdog_seconds=2 * SECONDS), tmp_path)
     wait_for_steps(tmp_path, 6)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in processes:
             os.kill(process.pid, number)
         if number == signal.SIGSTOP:
-            time.sleep(2.5 * SECONDS)
+            time.sleep(4.5 * SECONDS)
     codes, said = ends(processes, tmp_path, 60.0)
     assert codes == [0, 0], said
 
