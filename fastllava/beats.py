@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastllava.data.workers import process_state
 from fastllava.parallel import Processes
 
 _CONNECT_SECONDS = 30.0
@@ -149,11 +150,3 @@ class Peer:
         if self._handle >= 0:
             with suppress(OSError):
                 signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-
-
-def process_state(pid: int) -> str:
-    """The letter that /proc has for it, such as T for stopped; empty where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""

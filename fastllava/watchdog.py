@@ -18,8 +18,8 @@ from typing import Self
 
 from rich.console import Console
 
-from fastllava.beats import Exchange, process_state
-from fastllava.data.workers import Board, kill
+from fastllava.beats import Exchange
+from fastllava.data.workers import Board, kill, process_state
 from fastllava.parallel import Processes
 from fastllava.standstill import TICK_SECONDS, Beat, Judge, Motion, Phase
 

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from torch.utils.data import get_worker_info
 
@@ -18,6 +20,8 @@ STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that terminals, torchrun and schedulers send to a whole group: the parent answers for all."""
 _LOOK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
+_TELLS_SENDER = hasattr(signal, "sigtimedwait")
+"""Whether the system says who sent a signal; where it does not, a worker's SIGTERM is ignored, and its parent ends it by SIGKILL."""
 
 
 def begin_worker(parent: int) -> None:
@@ -33,16 +37,39 @@ def begin_worker(parent: int) -> None:
     if sys.platform == "linux":
         # The kernel's own way, which reaches one that is stopped or hangs; the thread below is for all other systems.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if _TELLS_SENDER:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        sent = signal.sigtimedwait({signal.SIGTERM}, _LOOK_SECONDS)
-        if sent is not None and sent.si_pid == parent:
+    # Where a server forks the workers it is the server that ends with the parent.
+    forked_by = os.getppid()
+    while os.getppid() == forked_by and _exists(parent):
+        if not _TELLS_SENDER:
+            time.sleep(_LOOK_SECONDS)
+        elif (sent := signal.sigtimedwait({signal.SIGTERM}, _LOOK_SECONDS)) is not None and sent.si_pid == parent:
             break
     os._exit(1)
+
+
+def _exists(process: int) -> bool:
+    """Whether it has not ended; one that nobody has waited for yet has."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return process_state(process) != "Z"
+
+
+def process_state(pid: int) -> str:
+    """The letter that /proc has for it, such as T for stopped or Z for ended; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 
 import pytest
-from worker_processes import alive, feed_of
+from worker_processes import alive, feed_of, waits
 
 from fastllava.errors import UserError
 
@@ -79,6 +79,20 @@ def test_signals_of_the_group_are_the_parents_to_answer_and_its_sigterm_ends_a_w
         worker.terminate()
         worker.join(5.0)
         assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_stays_however_it_was_started_until_its_parent_ends_it(method):
+    context = multiprocessing.get_context(method)
+    begun = context.Event()
+    worker = context.Process(target=waits, args=(os.getpid(), begun), daemon=True)
+    worker.start()
+    assert begun.wait(30)
+    worker.join(1.0)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(5.0)
+    assert not worker.is_alive()
 
 
 PARENT = """

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from fastllava.data.feed import Feed
 from fastllava.data.records import Raw
-from fastllava.data.workers import Board
+from fastllava.data.workers import Board, begin_worker
 
 
 class Numbers(Dataset):
@@ -29,6 +29,13 @@ def feed_of(deed=lambda number: None, workers=1, said=None, first=0):
     jobs = lambda place: iter(range(place, 20))  # noqa: E731
     report = [].append if said is None else said.append
     return Feed(Numbers(board, deed), jobs, first, workers, board, lambda number: f"number {number}", pin=False, report=report)
+
+
+def waits(parent, begun):
+    """A worker that waits for ever."""
+    begin_worker(parent)
+    begun.set()
+    time.sleep(3600)
 
 
 class Slow:

@@ -247,6 +247,18 @@ def test_a_stop_by_signal_saves_and_goes_on(number, code, settings, tmp_path):
     assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.2])
+def test_ctrl_c_while_it_starts_leaves_nothing_and_no_traceback(seconds, settings, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings()))
+    process = subprocess.Popen([FASTLLAVA, "train", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT), err
+    assert "Traceback" not in err
+
+
 def wait_for_steps(output_dir, count, process):
     for _ in range(600):
         if len(read_metrics(output_dir)) >= count:
