@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage] (documented, like all of the stores)
+from torch.distributed.rendezvous import rendezvous
 
 from fastllava.errors import DiskElsewhere, PeerLost, ToldElsewhere, UserError
 
@@ -131,9 +133,12 @@ def processes() -> Iterator[Processes]:
         torch.cuda.set_device(local_rank)
     try:
         if mine:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=_number("RANK"), world_size=world)
+            store, rank, _ = next(rendezvous("env://", _number("RANK"), world))
+            # torchrun may keep one store over restarts, which still has the addresses of processes that have ended.
+            store = PrefixStore(f"start {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=world)
         host: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         mend = "see that MASTER_ADDR and MASTER_PORT can be reached from all, and start the same command again"
         raise UserError(f"torchrun: process {os.environ.get('RANK')} cannot connect to the others ({reason}); {mend}") from None

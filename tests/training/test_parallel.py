@@ -173,3 +173,23 @@ def test_torchrun_passes_a_stop_on_to_all(settings, world, tmp_path):
     assert f"stopped by SIGTERM before step {len(rows)} of 10000; the same command goes on from there" in out, err
     assert out.count("stopped by") == 1
     assert checkpoint.newest(tmp_path / "run").step == len(rows)
+
+
+@pytest.mark.exhaustive
+def test_torchrun_starts_again_what_was_killed(settings, world, tmp_path):
+    values = values_of(settings, world, tmp_path / "run", {"train": {"max_steps": 60, "checkpoint_steps": 5}, "data": {"workers": 1}})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    programs = Path(sys.executable).parent
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "1"]
+    command = [programs / "torchrun", "--no-python", "--nproc-per-node", "2", *rendezvous, programs / "fastllava", "train", path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(read_metrics(tmp_path / "run")) < 8:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert "resuming before step" in out
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(60))
