@@ -81,7 +81,7 @@ def test_signals_of_the_group_are_the_parents_to_answer_and_its_sigterm_ends_a_w
         assert not worker.is_alive()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", *(pytest.param(slow, marks=pytest.mark.exhaustive) for slow in ("spawn", "forkserver"))])
 def test_a_worker_stays_however_it_was_started_until_its_parent_ends_it(method):
     context = multiprocessing.get_context(method)
     begun = context.Event()

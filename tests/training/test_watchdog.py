@@ -109,7 +109,7 @@ def test_a_record_that_hangs_while_the_data_are_prepared_is_named(count, setting
     assert said[0].endswith("of data.records; the run has ended, the same command starts anew\n")
 
 
-@pytest.mark.parametrize("who", ["first", "last", "worker of last"])
+@pytest.mark.parametrize("who", ["first", pytest.param("last", marks=pytest.mark.exhaustive), "worker of last"])
 def test_what_is_stopped_is_named_and_everything_ends(who, values, tmp_path):
     processes = begin(2, values(1), tmp_path)
     wait_for_steps(tmp_path, 6)
@@ -129,6 +129,7 @@ def test_what_is_stopped_is_named_and_everything_ends(who, values, tmp_path):
     assert all("watchdog: stacks of process" in text for text, code in zip(said, codes, strict=True) if code == STUCK)
 
 
+@pytest.mark.exhaustive
 def test_what_is_stopped_as_a_whole_goes_on_when_it_is_woken(values, tmp_path):
     processes = begin(2, values(0, max_steps=60, checkpoint_steps=None, watchdog_seconds=2 * SECONDS), tmp_path)
     wait_for_steps(tmp_path, 6)
