@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastllava.dcp_metadata import read_metadata
+from fastllava.disk import write_failure
 from fastllava.errors import UserError
 from fastllava.parallel import ALONE, Processes
 
@@ -30,10 +31,9 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes)
             dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), **_group(processes))
         except CheckpointException as error:
             # It derives from BaseException, so an `except OSError` further up would let it through.
-            causes = [exception for exception, _ in error.failures.values()]
-            number = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno), None)
-            text = f"checkpoint could not be written: {_cause(error)}"
-            raise (OSError(text) if number is None else OSError(number, text)) from None
+            causes = [cause for cause, _ in error.failures.values()]
+            failures = [write_failure(cause, folder, sum(tensor.nbytes for tensor in tensors.values())) for cause in causes]
+            raise next(filter(None, failures), OSError(_cause(error))) from None
 
 
 def read_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes = ALONE) -> None:

@@ -74,7 +74,7 @@ def gather_result(model: Llava, config: Config, keep: bool) -> dict[str, Tensor]
 def write_result(
     model: Llava, config: Config, state: Mapping[str, Tensor] | None = None, report: Callable[[str], object] = lambda line: None
 ) -> list[Path]:
-    """Write what the stage leaves in output_dir, in the compute dtype as the original does; the paths to show the user.
+    """Write what the stage leaves in output_dir, in the compute dtype as the original does; the files. Raises OSError.
 
     pretrain: mm_projector.safetensors and mm_projector.bin. finetune: those and a whole checkpoint in the original's layout.
     `state` is `gather_result`'s where the model is sharded. `report` gets a line for whatever was left out or changed.
@@ -83,10 +83,10 @@ def write_result(
     projector = None
     if state is not None:
         projector = {name.removeprefix("projector."): tensor for name, tensor in state.items() if name.startswith("projector.")}
-    write_projector(model.projector, config.output_dir, dtype, projector)
+    files = write_projector(model.projector, config.output_dir, dtype, projector)
     if config.stage == "pretrain":
-        return [config.output_dir / "mm_projector.safetensors", config.output_dir / "mm_projector.bin"]
-    write_checkpoint(
+        return [config.output_dir / name for name in files]
+    files += write_checkpoint(
         model,
         "llava",
         config.output_dir,
@@ -98,4 +98,4 @@ def write_result(
         report=report,
         state=state,
     )
-    return [config.output_dir]
+    return [config.output_dir / name for name in files]

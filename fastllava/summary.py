@@ -3,34 +3,75 @@
 import contextlib
 import importlib.metadata
 import platform
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastllava.disk import write_json
+from fastllava.disk import described_all, read_json_object, write_json
 from fastllava.metrics import read_metrics
 from fastllava.spikes import spike_figures
-from fastllava.throughput import run_figures
+from fastllava.throughput import Figures, run_figures
 
 SUMMARY_FILE = "run_summary.json"
 LOSS_PLOT = "loss.png"
 
 
-def write_summary(output_dir: Path, status: str, facts: dict[str, Any], first_step: int, wall_seconds: float) -> dict[str, Any]:
-    """Write run_summary.json: `status` (complete, interrupted, failed), the facts given, `run_figures` of the metrics, the world."""
-    rows = read_metrics(output_dir)
+def write_summary(
+    output_dir: Path, status: str, facts: dict[str, Any], steps: int, counts: Figures, first_step: int, wall_seconds: float
+) -> dict[str, Any]:
+    """Write run_summary.json: `status` (complete, interrupted, failed), the facts given, `run_figures` of the metrics, the world.
+
+    `steps` is how many were taken and `counts` what they come to, by the plan: rows of the metrics may have been lost, and the
+    rates are those of the rows that are there (`steps_in_metrics`).
+    """
+    rows = [row for row in read_metrics(output_dir) if row["step"] < steps]
     summary = {
         "status": status,
         **facts,
-        "steps": len(rows),
-        "final_loss": rows[-1]["loss"] if rows else None,
+        "steps": steps,
+        "steps_in_metrics": len(rows),
+        "final_loss": rows[-1]["loss"] if rows and rows[-1]["step"] == steps - 1 else None,
         **run_figures(rows, first_step, wall_seconds),
+        **counts,
         **spike_figures(rows),
         "versions": versions(),
     }
     write_json(output_dir / SUMMARY_FILE, summary)
     return summary
+
+
+def describe_result(output_dir: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Size and hash of each file of the result, by name below `output_dir`: what a summary holds as `result`."""
+    return described_all(output_dir, [file.relative_to(output_dir).as_posix() for file in files])
+
+
+def damage(output_dir: Path, summary: Mapping[str, Any], only: Container[str] | None = None) -> str | None:
+    """What is wrong with the first damaged file of a finished run's result, in words; None when all are as they were written.
+
+    `only` these suffixes when given. Summaries of old versions say nothing of the files, and all is taken to be well.
+    """
+    wanted = summary.get("result")
+    if not isinstance(wanted, dict):
+        return None
+    names = [name for name in sorted(wanted) if only is None or Path(name).suffix in only]
+    there = [name for name in names if (output_dir / name).is_file()]
+    found = described_all(output_dir, there)
+    for name in names:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != wanted[name]:
+            return f"{name} is not as it was written"
+    return None
+
+
+def damage_of(folder: Path, only: Container[str]) -> str | None:
+    """`damage` of the result that `folder` holds, as its own run_summary.json describes it; None where there is no such summary."""
+    try:
+        return damage(folder, read_json_object(folder / SUMMARY_FILE), only)
+    except (OSError, ValueError):
+        return None
 
 
 def versions() -> dict[str, str]:

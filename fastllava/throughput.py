@@ -53,6 +53,15 @@ class Throughput:
             figures |= {"mfu": needed / per_second, "hfu": done / per_second}
         return figures
 
+    def counts(self, steps: int) -> Figures:
+        """samples, tokens and supervised_tokens of the first `steps` steps, by the plan."""
+        lengths, parts = self.plan.lengths, self.plan.samples_of(steps)
+        return {
+            "samples": sum(len(samples) for samples in parts),
+            "tokens": sum(int(lengths.n_tokens[samples].sum()) for samples in parts),
+            "supervised_tokens": sum(int(lengths.n_supervised[samples].sum()) for samples in parts),
+        }
+
 
 def run_figures(rows: Sequence[Mapping[str, float | int]], first_step: int, wall_seconds: float) -> dict[str, float | int | None]:
     """Of a run with these rows of metrics.jsonl, whose present process began at `first_step`, `wall_seconds` ago.

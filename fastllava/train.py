@@ -23,6 +23,7 @@ from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import write_json
 from fastllava.errors import PeerLost, UserError
+from fastllava.fingerprint import fingerprint
 from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics
 from fastllava.model.compiled import check_compiler, compile_model
@@ -38,7 +39,7 @@ from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_
 from fastllava.standstill import Phase
 from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
-from fastllava.summary import LOSS_PLOT, plot_loss, write_summary
+from fastllava.summary import LOSS_PLOT, describe_result, plot_loss, write_summary
 from fastllava.throughput import Throughput
 from fastllava.watchdog import Watchdog
 
@@ -100,12 +101,13 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         spec, prepared = open_data(config, say, group, watch.board)
         accounting = group.together(lambda: Accounting.of(config))
         plan = group.together(lambda: Plan(prepared, config.data, config.train, accounting.cost(), group.world))
-        if (summary := group.on_first(lambda: resume.completed(config, prepared.digest))) is not None:
-            say(f"{config.output_dir} holds this run, complete: nothing to do")
-            return RunResult(config.output_dir, None, summary)
-        found = group.on_first(lambda: resume.find_checkpoint(config, prepared.digest, say))
-        sharding = Sharding(group, config.parallel)
         model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
+        start = fingerprint(model, group)
+        held = group.on_first(lambda: resume.look(config, prepared.digest, start, say))
+        if held.summary is not None:
+            say(f"{config.output_dir} holds this run, complete: nothing to do")
+            return RunResult(config.output_dir, None, dict(held.summary))
+        sharding = Sharding(group, config.parallel)
         with group.alike():
             trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
             model.to(device)
@@ -115,15 +117,14 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
         if group.world > 1:
             say(sharding_in_words(model, sharding))
-        if found is not None:
+        if (found := held.checkpoint) is not None:
             with group.alike():
                 checkpoint.restore(found, trained, optimizer, group)
             say(f"resuming before step {found.step} from {found.folder}")
         group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, as_written(config)))
         throughput = Throughput.of(plan, accounting, device)
-        first_step = found.step if found else 0
         state = config, model, trained, optimizer, throughput
-        return Trainer(*state, prepared, spec, device, first_step, began, console, watch, sharding).train()
+        return Trainer(*state, prepared, spec, device, held, began, console, watch, sharding).train()
 
 
 def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
@@ -153,7 +154,7 @@ class Trainer:
         prepared: PreparedSet,
         spec: ImageSpec,
         device: torch.device,
-        first_step: int,
+        held: resume.Held,
         began: float,
         console: Console,
         watch: Watchdog,
@@ -164,9 +165,10 @@ class Trainer:
         self.prepared, self.spec, self.device = prepared, spec, device
         self.console, self.say = console, speaker(console)
         self.sharding, self.group = sharding, sharding.processes
-        self.first_step = self.next_step = first_step
+        self.held = held
+        self.first_step = self.next_step = held.checkpoint.step if held.checkpoint else 0
         self._began = began
-        self._saved_step = first_step
+        self._saved_step = self.first_step
         self._guard = FiniteGuard(optimizer, device, config.train.skip_spikes)
         self._saved_at = time.monotonic()
         self._pending: Callable[[], None] = _nothing
@@ -211,20 +213,21 @@ class Trainer:
 
     def _completed(self) -> RunResult:
         out = self.config.output_dir
+        # First of all: to gather and to write the result may fail, and what was trained would be lost with this process.
+        self._save()
         with peers():
             state = gather_result(self.model, self.config, self.group.first) if self.group.world > 1 else None
         try:
             left = self.group.on_first(lambda: write_result(self.model, self.config, state, self.say))
+            summary = self.group.on_first(lambda: self._summarize("complete", result=describe_result(out, left)))
         except OSError as error:
-            self._save()
-            mend = f"output_dir: {out} did not take the result ({error}); make room and start the same command again"
+            mend = f"output_dir: {out} did not take the result ({error}); make room and start the same command again; {self._goes_on()}"
             raise self.group.voiced(UserError(mend)) from None
-        summary = self.group.on_first(lambda: self._summarize("complete"))
-        self.say(
-            f"complete: loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
-            f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
-        )
-        for path in left:
+        if self.config.train.checkpoint_steps is self.config.train.checkpoint_minutes is None:
+            # Not wanted, and the result is whole.
+            self.group.on_first(lambda: checkpoint.remove(out / f"checkpoint-{self.next_step}"))
+        self.say(f"complete: {_figures_in_words(summary)}")
+        for path in left if self.config.stage == "pretrain" else [out]:
             self.say(f"left {path}")
         self.group.on_first(self._plot)
         return RunResult(out, None, summary)
@@ -403,9 +406,10 @@ class Trainer:
         self._watch.now(Phase.WRITING)
         out = self.config.output_dir
         try:
-            state = self.prepared.digest, self.trained, self.optimizer, self.group
-            folder = checkpoint.save(out, self.next_step, self.config, *state)
-            self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints))
+            state, held = (self.prepared.digest, self.trained, self.optimizer, self.group), self.held
+            folder = checkpoint.save(out, self.next_step, self.config, *state, run=held.run, start=held.start)
+            damaged = held.checkpoint.passed_over if held.checkpoint else ()
+            self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints, folder, damaged))
         except OSError as error:
             self.say(f"checkpoint before step {self.next_step} could not be written ({error}); older ones are untouched, training goes on")
             return False
@@ -422,9 +426,11 @@ class Trainer:
         images = self.config.data.images
         return f"record {row.id}" if row.image is None or images is None else f"record {row.id} ({images / row.image})"
 
-    def _summarize(self, status: str) -> dict[str, Any]:
+    def _summarize(self, status: str, **more: Any) -> dict[str, Any]:
         facts = {
             "config": as_written(self.config),
+            "run": self.held.run,
+            "start": self.held.start,
             "prepared_digest": self.prepared.digest,
             "prepared": str(self.prepared.folder),
             "records": self.plan.n_samples,
@@ -432,8 +438,21 @@ class Trainer:
             "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
             "processes": self.group.world,
+            "notes": list(self.held.notes),
+            **more,
         }
-        return write_summary(self.config.output_dir, status, facts, self.first_step, time.monotonic() - self._began)
+        counts, seconds = self.throughput.counts(self.next_step), time.monotonic() - self._began
+        return write_summary(self.config.output_dir, status, facts, self.next_step, counts, self.first_step, seconds)
+
+
+def _figures_in_words(summary: dict[str, Any]) -> str:
+    """Loss and rates of a finished run, as far as its metrics tell."""
+    if summary["final_loss"] is None or not summary["samples_per_second"]:
+        return f"{summary['samples']:,} samples; rows of metrics.jsonl are missing, so loss and rates are not told"
+    return (
+        f"loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
+        f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
+    )
 
 
 def _nothing() -> None:

@@ -99,6 +99,12 @@ class Plan:
         """Step `index` with only the `count` of its samples from position `start` on, packed and weighed as a step of so many."""
         return self._of(index, self.step(index).samples[start : start + count])
 
+    def samples_of(self, steps: int) -> list[NDArray[np.int64]]:
+        """All samples of the first `steps` steps, an array an epoch. A whole epoch's are in the order of the set."""
+        epochs, within = divmod(steps, self.steps_per_epoch)
+        whole = [np.arange(self.n_samples)] * epochs
+        return [*whole, self._order(epochs)[: within * self.train.global_batch]] if within else whole
+
     def work(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B] operations of these samples, by the plan's cost."""
         lengths = self.lengths

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllava.config import ModelConfig
-from fastllava.disk import sync
+from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.projector import Projector
@@ -28,16 +28,17 @@ SHARD_BYTES = 5 * 10**9
 """A checkpoint's files are cut here, as transformers cuts them."""
 
 
-def write_projector(projector: Projector, folder: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> None:
+def write_projector(projector: Projector, folder: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> list[str]:
     """`mm_projector.safetensors` and `.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`.
 
-    `state` stands for the projector's own state where that is sharded.
+    `state` stands for the projector's own state where that is sharded. The names of the files. Raises OSError.
     """
     state = projector.state_dict() if state is None else state
     tensors = {to_disk(f"projector.{name}", "llava"): _on_cpu(tensor, dtype) for name, tensor in state.items()}
-    with _beside(folder) as beside:
+    with _beside(folder, 2 * sum(tensor.nbytes for tensor in tensors.values())) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
         torch.save(tensors, beside / "mm_projector.bin")
+        return _names(beside)
 
 
 def write_checkpoint(
@@ -53,18 +54,20 @@ def write_checkpoint(
     legacy: bool | None = None,
     report: Callable[[str], object] = lambda line: None,
     state: Mapping[str, Tensor] | None = None,
-) -> None:
+) -> list[str]:
     """The whole model in `folder`, which may hold other files: weights in `dtype`, configs, tokenizer.
 
     layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
     processor files, and `chat_template` in Jinja where there is one). `source` says where the tokenizer is; image_policy and
     max_tokens are those of training, legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out
     or changed. `state` stands for the model's own state where that is sharded.
-    Raises UserError before any weight is written when the layout cannot hold this model.
+    The names of the files, below `folder`. Raises OSError, and UserError before any weight is written when the layout cannot
+    hold this model.
     """
     if layout == "hf" and model.projector.kind != "mlp2x_gelu":
         raise UserError(f"--layout: hf holds mlp2x_gelu projectors only, this one is {model.projector.kind}; write --layout llava")
-    with _beside(folder) as beside:
+    values = model.state_dict() if state is None else state
+    with _beside(folder, dtype.itemsize * sum(tensor.numel() for tensor in values.values())) as beside:
         tokenizer = _write_tokenizer(model, layout, beside, source, max_tokens, legacy, report)
         if layout == "hf" and chat_template is not None:
             (beside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -86,6 +89,7 @@ def write_checkpoint(
             dump_json(value, beside / name)
         if layout == "llava" and source.vision_tower is None and model.origin.tower_folder is None:
             _write_tower(model, beside / "vision_tower", dtype)
+        return _names(beside)
 
 
 def disk_tensors(
@@ -162,8 +166,21 @@ def _write_shard(tensors: dict[str, Tensor], file: Path) -> list[str]:
 
 
 @contextmanager
-def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`; when the block ends well its files move to `folder`, config.json last, else it vanishes."""
+def _beside(folder: Path, needed: int) -> Iterator[Path]:
+    """A new folder inside `folder`; when the block ends well its files move to `folder`, config.json last, else it vanishes.
+
+    Raises OSError for whatever cannot be written; about `needed` bytes will be.
+    """
+    with writing(folder, needed), _moved_to(folder) as beside:
+        yield beside
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _moved_to(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_run in folder.glob(".writing-*"):
         shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
