@@ -14,9 +14,11 @@ from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Recompute
 from fastllava.errors import UserError
 from fastllava.model.clip import ClipVision
+from fastllava.model.indices import check_on_host
 from fastllava.model.llama import Llama
 from fastllava.model.ops import Ops, modules_by_room
 from fastllava.model.projector import Projector
+from fastllava_kernels.indices import inside, or_else
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -51,7 +53,8 @@ class Llava(nn.Module):
         """fp32 scalar `sum_i weights_i * CE_i` over the batch's supervised rows; 0 with zero gradients when there are none.
 
         Nothing here waits for the device, apart from a reference implementation that says so.
-        Raises UserError when a sample is longer than the decoder's attention window.
+        Raises UserError when a sample is longer than the decoder's attention window, and, of a batch on the CPU, for an index
+        that leads nowhere; on a GPU the loss is NaN then.
         """
         self._prepare(batch)
         return self.run_batch(self, batch)
@@ -82,7 +85,8 @@ class Llava(nn.Module):
             return self.tower(normalise(pixels, *self._mean_std).to(self.dtype))
 
     def _prepare(self, batch: Batch) -> None:
-        """What cannot be part of a compiled graph: the check of the window, and constants moved to the device."""
+        """What cannot be part of a compiled graph: checks, and constants moved to the device."""
+        check_on_host(batch, self.llm.config.vocab_size)
         self._place_constants(batch.pixels.device)
         self.llm.place_constants(batch.token_ids.device)
         window = self.llm.config.window
@@ -114,6 +118,8 @@ def forward_batch(model: Llava, batch: Batch) -> Tensor:
     if model.last_layer == "all":
         hidden, rows = model.hidden(batch), batch.supervised_rows
     else:
-        hidden = model.hidden(batch, batch.supervised_rows.long())
-        rows = torch.arange(hidden.shape[0], dtype=torch.int32, device=hidden.device)
+        # What is no row is not followed; the loss makes NaN of it.
+        total, supervised = batch.token_ids.shape[0], batch.supervised_rows
+        hidden = model.hidden(batch, or_else(supervised, total, 0))
+        rows = torch.arange(hidden.shape[0], dtype=torch.int32, device=hidden.device).where(inside(supervised, total), -1)
     return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, rows, batch.targets, batch.weights)

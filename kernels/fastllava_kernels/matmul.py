@@ -151,6 +151,8 @@ def linear_kernel(
     sums = _product(x_ptr, weight_ptr, rows, columns, M, N, K, x_stride, K, _YES, _YES, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
     if PLACE:
         places = tl.load(map_ptr + rows, mask=rows < M, other=rows_out).to(tl.int64)
+        # Below 0 is no row either.
+        places = tl.where(places < 0, rows_out, places)
     else:
         places = rows.to(tl.int64)
     _store_linear(sums, rows, places, column, N, rows_out, M, bias_ptr, pre_ptr, out_ptr, GELU, KEEP, SPLITS, BLOCK_M, BLOCK_N)

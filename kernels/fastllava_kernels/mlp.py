@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import plain
+from fastllava_kernels.contract import fits
 from fastllava_kernels.primitives import Primitives
+
+
+def check_layers(room: str, features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """The width of what the last layer gives. Raises ValueError when one does not take what the one before it gives."""
+    good, width = features_PC.ndim == 2, features_PC.shape[-1]
+    for weight, bias in layers:
+        good = good and weight.ndim == 2 and weight.shape[1] == width and bias.shape == weight.shape[:1]
+        width = weight.shape[0]
+    what = "features are [P, C], and each layer, [out, in] and [out], takes what the one before it gives"
+    fits(good, room, what, features_PC, *(tensor for layer in layers for tensor in layer))
+    return width
 
 
 def as_used(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,13 @@
 """What `matmul` and `rows` do, in plain PyTorch on any device, also deterministic and without a sync.
 
-Sizes as there. Where rows go to their places, `out` has one row more than T: the bin for what is cut.
+Sizes as there. Where rows go to their places, `out` has one row more than T: the bin for what is cut, or has no row.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllava_kernels.indices import inside, or_else
 from fastllava_kernels.mm32 import mm32
 
 
@@ -44,29 +45,43 @@ def weight_gradient(d_out_MN: Tensor, x_MK: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def scatter_rows(source_PD: Tensor, places_P: Tensor, out: Tensor) -> None:
-    """out[places[p]] = source[p]; the bin, out's last row, takes those with places[p] = T."""
-    out.index_copy_(0, places_P.long(), source_PD)
+    """out[places[p]] = source[p]; the bin, out's last row, takes those with no row, such as T."""
+    rows = out.shape[0] - 1
+    out.index_copy_(0, or_else(places_P, rows, rows), source_PD)
 
 
 def embed_rows(table_VD: Tensor, ids_T: Tensor, places: Tensor, out: Tensor) -> None:
-    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype."""
-    out.index_copy_(0, places.long(), table_VD.index_select(0, ids_T.index_select(0, places)).to(out.dtype))
+    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype; NaN for an id outside the table."""
+    if not len(places):
+        return
+    rows, vocabulary = len(ids_T), len(table_VD)
+    ids = ids_T.index_select(0, or_else(places, rows, 0))
+    found = table_VD.index_select(0, or_else(ids, vocabulary, 0)).to(out.dtype)
+    found.masked_fill_(~inside(ids, vocabulary)[:, None], torch.nan)
+    out.index_copy_(0, or_else(places, rows, rows), found)
 
 
 def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
-    """source[places] [P, D], zeros where places[p] is T, and its column sums [D], empty unless `want_sum`."""
+    """source[places] [P, D], zeros where places[p] is no row of source, such as T, and its column sums [D], empty unless `want_sum`."""
     rows = source_TD.shape[0]
     if not rows:
         out_PD = source_TD.new_zeros(len(places_P), source_TD.shape[1])
     else:
-        out_PD = source_TD.index_select(0, places_P.clamp(max=rows - 1)).masked_fill_((places_P >= rows)[:, None], 0.0)
+        out_PD = source_TD.index_select(0, or_else(places_P, rows, 0)).masked_fill_(~inside(places_P, rows)[:, None], 0.0)
     return out_PD, column_sums(out_PD) if want_sum else out_PD.new_empty(0)
 
 
 def embedding_gradient(d_hidden_TD: Tensor, table_VD: Tensor, ids_T: Tensor, places: Tensor) -> Tensor:
-    """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it, in fp32 or wider."""
-    rows = d_hidden_TD.index_select(0, places)
+    """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it, in fp32 or wider.
+
+    A place outside the rows and a token outside the table count nowhere.
+    """
+    if not len(ids_T):
+        return torch.zeros_like(table_VD)
+    safe = or_else(places, len(ids_T), 0)
+    rows = d_hidden_TD.index_select(0, safe)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    ids = ids_T.index_select(0, places)
+    # -1 is the padding, whose rows are left out.
+    ids = torch.where(inside(places, len(ids_T)), or_else(ids_T.index_select(0, safe), len(table_VD), -1), -1)
     # The backward of nn.Embedding sorts; index_add would add with atomics on a GPU.
-    return torch.ops.aten.embedding_dense_backward(rows, ids, table_VD.shape[0], -1, False).to(table_VD.dtype)
+    return torch.ops.aten.embedding_dense_backward(rows, ids, len(table_VD), -1, False).to(table_VD.dtype)

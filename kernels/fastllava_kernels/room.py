@@ -7,13 +7,14 @@ A room is a package `fastllava_kernels/<op>/` whose `__init__.py` defines `ROOM`
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
 
 import fastllava_kernels
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.workload import Workload
 
 REFERENCE = "reference"
@@ -54,6 +55,8 @@ class Room:
     summary: str
     implementations: Mapping[str, Implementation]
     slack: Mapping[torch.dtype, float] = field(default_factory=lambda: SLACK)
+    contract: Contract | None = None
+    """What every implementation keeps to; each is put behind it."""
 
     @property
     def workload(self) -> Workload:
@@ -63,6 +66,9 @@ class Room:
     def __post_init__(self) -> None:
         if REFERENCE not in self.implementations:
             raise ValueError(f"room {self.name}: no implementation named '{REFERENCE}'; every room has one")
+        if self.contract is not None:
+            kept = {name: replace(one, function=self.contract.kept(self.name, one.function)) for name, one in self.implementations.items()}
+            object.__setattr__(self, "implementations", kept)
 
 
 @cache

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllava_kernels import tuning
+from fastllava_kernels import indices, tuning
 from fastllava_kernels.launch import on_device_of
 
 
@@ -20,21 +20,36 @@ def inner_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-@triton.jit(do_not_specialize=["rows_out"])
+@triton.jit(do_not_specialize=["rows_in", "rows_out"])
 def copy_rows_kernel(
-    source_ptr, places_ptr, ids_ptr, out_ptr, rows_out, columns, source_stride, out_stride, LOOKUP: tl.constexpr, BLOCK_D: tl.constexpr
+    source_ptr,
+    places_ptr,
+    ids_ptr,
+    out_ptr,
+    rows_in,
+    rows_out,
+    columns,
+    source_stride,
+    out_stride,
+    LOOKUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> None:
-    """out[places[i]] = source[i], or with LOOKUP source[ids[places[i]]]; nothing where places[i] is no row of out."""
+    """out[places[i]] = source[i], or with LOOKUP source[ids[places[i]]], NaN where that is no row of source.
+
+    Nothing where places[i] is no row of out.
+    """
     i = tl.program_id(0)
     place = tl.load(places_ptr + i).to(tl.int64)
-    kept = place < rows_out
+    kept = (place >= 0) & (place < rows_out)
     if LOOKUP:
         origin = tl.load(ids_ptr + place, mask=kept, other=0).to(tl.int64)
     else:
         origin = i.to(tl.int64)
+    known = (origin >= 0) & (origin < rows_in)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < tl.where(kept, columns, 0)
-    row = tl.load(source_ptr + origin * source_stride + d, mask=inside, other=0.0)
+    readable = d < tl.where(kept & known, columns, 0)
+    row = tl.load(source_ptr + origin * source_stride + d, mask=readable, other=float("nan"))
     tl.store(out_ptr + place * out_stride + d, row.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -57,25 +72,38 @@ def gather_rows_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = tl.load(places_ptr + i, mask=i < count, other=rows_in).to(tl.int64)
     inside = d[None, :] < columns
-    tile = tl.load(source_ptr + place[:, None] * source_stride + d[None, :], mask=(place < rows_in)[:, None] & inside, other=0.0)
+    kept = ((place >= 0) & (place < rows_in))[:, None] & inside
+    tile = tl.load(source_ptr + place[:, None] * source_stride + d[None, :], mask=kept, other=0.0)
     tl.store(out_ptr + i.to(tl.int64)[:, None] * columns + d[None, :], tile, mask=(i < count)[:, None] & inside)
     if SUM:
         sums = tl.sum(tile.to(tl.float32), axis=0)
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * columns + d, sums, mask=d < columns)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "rows_in", "rows_out"])
 def segment_sum_kernel(
-    source_ptr, keys_ptr, rows_ptr, out_ptr, count, columns, source_stride, out_stride, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    source_ptr,
+    keys_ptr,
+    rows_ptr,
+    out_ptr,
+    count,
+    rows_in,
+    rows_out,
+    columns,
+    source_stride,
+    out_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ) -> None:
     """out[key] = sum of source[rows[i]] over the i with keys[i] == key, in their order; keys are sorted.
 
-    The program of a key's first position does the work, the others of that key leave.
+    The program of a key's first position does the work, the others of that key leave. Nothing is written for a key that is no
+    row of out, and nothing read for a row that is none of source.
     """
     first = tl.program_id(0)
     key = tl.load(keys_ptr + first)
     before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
-    if before != key:
+    if (before != key) & (key >= 0) & (key < rows_out):
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
         start = first
@@ -84,7 +112,7 @@ def segment_sum_kernel(
             i = start + tl.arange(0, BLOCK_ROWS)
             same = tl.load(keys_ptr + i, mask=i < count, other=-1) == key
             row = tl.load(rows_ptr + i, mask=same, other=0).to(tl.int64)
-            inside = same[:, None] & (d < columns)[None, :]
+            inside = (same & (row >= 0) & (row < rows_in))[:, None] & (d < columns)[None, :]
             tile = tl.load(source_ptr + row[:, None] * source_stride + d[None, :], mask=inside, other=0.0)
             sums += tl.sum(tile.to(tl.float32), axis=0)
             start += BLOCK_ROWS
@@ -93,12 +121,12 @@ def segment_sum_kernel(
 
 
 def scatter_rows(source_PD: Tensor, places_P: Tensor, out_TD: Tensor) -> None:
-    """out[places[p]] = source[p]; p is left out where places[p] is T."""
+    """out[places[p]] = source[p]; p is left out where places[p] is no row of out, such as T."""
     _copy("rows.scatter", inner_contiguous(source_PD), places_P, None, out_TD)
 
 
 def embed_rows(table_VD: Tensor, ids_T: Tensor, places: Tensor, out_TD: Tensor) -> None:
-    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype."""
+    """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype; NaN for an id outside the table."""
     name = "rows.embed" if table_VD.dtype == out_TD.dtype else "rows.embed_master"
     _copy(name, inner_contiguous(table_VD), places, ids_T, out_TD)
 
@@ -112,13 +140,14 @@ def _copy(name: str, source: Tensor, places: Tensor, ids: Tensor | None, out: Te
     grid = len(places), triton.cdiv(out.shape[1], config["BLOCK_D"])
     with on_device_of(out):
         copy_rows_kernel[grid](
-            source, places, places if ids is None else ids, out, out.shape[0], out.shape[1], source.stride(0), out.stride(0),
+            source, places, places if ids is None else ids, out,
+            source.shape[0], out.shape[0], out.shape[1], source.stride(0), out.stride(0),
             **constants,
         )  # fmt: skip
 
 
 def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
-    """source[places] [P, D], zeros where places[p] is T, and its fp32 column sums [D], empty unless `want_sum`."""
+    """source[places] [P, D], zeros where places[p] is no row of source, such as T; its fp32 column sums [D], if `want_sum`."""
     source, count, columns = inner_contiguous(source_TD), len(places_P), source_TD.shape[1]
     name = "rows.gather_sum" if want_sum else "rows.gather"
     config = tuning.config(name, count, source.device)
@@ -137,17 +166,20 @@ def gather_rows(source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Te
 def embedding_gradient(d_hidden_TD: Tensor, table_VD: Tensor, ids_T: Tensor, places: Tensor) -> Tensor:
     """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it.
 
-    Summed in fp32 in the order of `places`, so the same bits every time: a stable sort by token, then one sum a token.
+    Summed in fp32 in the order of `places`, so the same bits every time: a stable sort by token, then one sum a token. A place
+    outside the rows and a token outside the table count nowhere.
     """
     gradient_VD = torch.zeros_like(table_VD, memory_format=torch.contiguous_format)
     if not len(places):
         return gradient_VD
     source = inner_contiguous(d_hidden_TD)
-    keys, order = torch.sort(ids_T.index_select(0, places), stable=True)
+    tokens = ids_T.index_select(0, indices.or_else(places, len(ids_T), 0))
+    keys, order = torch.sort(torch.where(indices.inside(places, len(ids_T)), tokens, len(table_VD)), stable=True)
     config = tuning.config("rows.segment_sum", len(places), source.device)
     with on_device_of(source):
         segment_sum_kernel[len(places), triton.cdiv(source.shape[1], config["BLOCK_D"])](
-            source, keys, places.index_select(0, order), gradient_VD, len(places), source.shape[1], source.stride(0), gradient_VD.stride(0),
+            source, keys, places.index_select(0, order), gradient_VD,
+            len(places), source.shape[0], len(gradient_VD), source.shape[1], source.stride(0), gradient_VD.stride(0),
             **config,
         )  # fmt: skip
     return gradient_VD
@@ -185,7 +217,7 @@ def _kernel(
 
 def _copy_kernel(name: str, source: str, lookup: bool) -> tuning.Kernel:
     pointers = {"source_ptr": source, "places_ptr": "*i32", "ids_ptr": "*i64" if lookup else "*i32", "out_ptr": "*bf16"}
-    sizes = dict.fromkeys(("rows_out", "columns", "source_stride", "out_stride"), "i32")
+    sizes = dict.fromkeys(("rows_in", "rows_out", "columns", "source_stride", "out_stride"), "i32")
     return _kernel(name, copy_rows_kernel, {**pointers, **sizes}, {"LOOKUP": lookup}, _COPY, _block(16, 4))
 
 
@@ -200,7 +232,7 @@ _SEGMENT_SIGNATURE = {
     "keys_ptr": "*i64",
     "rows_ptr": "*i32",
     "out_ptr": "*fp32",
-    **dict.fromkeys(("count", "columns", "source_stride", "out_stride"), "i32"),
+    **dict.fromkeys(("count", "rows_in", "rows_out", "columns", "source_stride", "out_stride"), "i32"),
 }
 
 KERNELS = (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import liger
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 
@@ -15,7 +16,7 @@ def add_rms_norm_liger(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps:
     return normed_TD, summed_TD
 
 
-@torch.library.custom_op("fastllava::add_rms_norm_liger", mutates_args=())
+@custom_op("add_rms_norm_liger")
 def add_rms_norm_liger_forward(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed [T, D], sum [T, D], 1 / rms of every row of the sum in fp32)."""
     x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
@@ -37,7 +38,7 @@ def _(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[
     return normed, summed, x_TD.new_empty(x_TD.shape[0], dtype=liger.dtype_of_statistics(x_TD))
 
 
-@torch.library.custom_op("fastllava::add_rms_norm_liger_backward", mutates_args=())
+@custom_op("add_rms_norm_liger_backward")
 def add_rms_norm_liger_backward(
     grad_TD: Tensor, grad_sum_TD: Tensor, summed_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import fits
+
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(`rms_norm(x + residual, weight, eps)`, `x + residual`), both [T, D] in x's dtype; statistics in fp32 of the rounded sum."""
@@ -10,3 +12,9 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     sum32 = summed.to(torch.promote_types(summed.dtype, torch.float32))
     normed = sum32 * torch.rsqrt(sum32.square().mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype), summed
+
+
+def check(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> None:
+    """Raises ValueError for sizes that do not fit."""
+    good = x_TD.ndim == 2 and residual_TD.shape == x_TD.shape and weight_D.shape == x_TD.shape[1:]
+    fits(good, "add_rms_norm", "x and residual are [T, D] and weight [D]", x_TD, residual_TD, weight_D)

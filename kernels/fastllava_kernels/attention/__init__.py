@@ -4,6 +4,7 @@
 are taken by name.
 """
 
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from .availability import needs_flash, needs_flash_3, needs_flash_4, needs_flex, needs_xformers
@@ -11,7 +12,7 @@ from .block_mask import flex
 from .flash import fa3, fa4, varlen
 from .memory_efficient import xformers
 from .per_sample import sdpa
-from .reference import attention
+from .reference import attention, check
 
 ROOM = Room(
     name="attention",
@@ -25,4 +26,5 @@ ROOM = Room(
         "sdpa": Implementation(sdpa),
         "flex": Implementation(flex, needs_flex),
     },
+    contract=Contract(check),
 )

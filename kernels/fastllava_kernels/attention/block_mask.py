@@ -36,7 +36,8 @@ def block_mask(cu_seqlens: Tensor, rows: int, causal: bool, block: int) -> Block
     device = cu_seqlens.device
     row = torch.arange(rows, dtype=torch.int32, device=device)
     # An empty sample starts where the next one does; the last of equal starts is the sample with rows.
-    sample = torch.searchsorted(cu_seqlens, row, right=True) - 1
+    # Held within the samples, also where cu_seqlens does not rise.
+    sample = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(0, cu_seqlens.shape[0] - 2)
     start, end = cu_seqlens[sample], cu_seqlens[sample + 1]
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ G key/value heads, R query heads a key/value head.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+
+from .lengths import lengths_of
 
 
 def forward(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -41,7 +43,7 @@ def backward(
 
 
 def _samples(cu_seqlens: Tensor, rows: int) -> Iterator[slice]:
-    bounds = cu_seqlens.tolist() if rows else []
+    bounds = [0, *accumulate(lengths_of(cu_seqlens, rows) if rows else [])]
     return (slice(start, end) for start, end in pairwise(bounds) if start < end)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 from . import eager
@@ -117,6 +118,11 @@ def _window(causal: bool) -> tuple[int, int]:
     return (-1, 0) if causal else (-1, -1)
 
 
+def _within(cu_seqlens: Tensor, q_THK: Tensor) -> Tensor:
+    """int32, with no bound beyond the rows: the kernels follow whatever stands there."""
+    return cu_seqlens.clamp(0, q_THK.shape[0]).int()
+
+
 def activate(wanted: str | None) -> None:
     """Turn the process's FlashAttention to `wanted`, "FA3" or "FA4", or back to PyTorch's own with None.
 
@@ -156,20 +162,20 @@ def define(name: str, library: Library) -> Attention:
             )
         return q_THK.is_cuda
 
-    @torch.library.custom_op(f"fastllava::attention_{name}", mutates_args=())
+    @custom_op(f"attention_{name}")
     def forward(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple[Tensor, Tensor]:
         q_THK, k_TGK, v_TGK = q_THK.contiguous(), k_TGK.contiguous(), v_TGK.contiguous()
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.forward(q_THK, k_TGK, v_TGK, cu_seqlens, causal)
         with on_device_of(q_THK), same_bits_twice():
-            return library.forward(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal)
+            return library.forward(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal)
 
     @forward.register_fake
     def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple[Tensor, Tensor]:
         lse_HT = q_THK.new_empty((q_THK.shape[1], q_THK.shape[0]), dtype=torch.promote_types(q_THK.dtype, torch.float32))
         return torch.empty_like(q_THK, memory_format=torch.contiguous_format), lse_HT
 
-    @torch.library.custom_op(f"fastllava::attention_{name}_backward", mutates_args=())
+    @custom_op(f"attention_{name}_backward")
     def backward(
         grad_THK: Tensor,
         q_THK: Tensor,
@@ -185,7 +191,8 @@ def define(name: str, library: Library) -> Attention:
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.backward(grad_THK, q_THK, k_TGK, v_TGK, cu_seqlens, causal)
         with on_device_of(q_THK), same_bits_twice():
-            return library.backward(grad_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, cu_seqlens, max_seqlen, causal)
+            bounds = _within(cu_seqlens, q_THK)
+            return library.backward(grad_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, bounds, max_seqlen, causal)
 
     @backward.register_fake
     def _(grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import custom_op
+
 from . import eager
 from .reference import attention
 
 
-@torch.library.custom_op("fastllava::attention_sdpa", mutates_args=())
+@custom_op("attention_sdpa")
 def sdpa(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
     """`attention`, [T, H, K] in q's dtype."""
     return attention(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal).contiguous()
@@ -24,7 +26,7 @@ def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqle
     return torch.empty_like(q_THK, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastllava::attention_sdpa_backward", mutates_args=())
+@custom_op("attention_sdpa_backward")
 def sdpa_backward(
     grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import liger
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 
@@ -15,7 +16,7 @@ def layer_norm_liger(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float)
     return layer_norm_liger_forward(x_ND, weight_D, bias_D, eps)[0]
 
 
-@torch.library.custom_op("fastllava::layer_norm_liger", mutates_args=())
+@custom_op("layer_norm_liger")
 def layer_norm_liger_forward(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normed [..., D] in x's dtype, mean and 1 / deviation of every row in fp32)."""
     x_ND, weight_D, bias_D = x_ND.contiguous(), weight_D.contiguous(), bias_D.contiguous()
@@ -39,7 +40,7 @@ def _(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tenso
     return torch.empty_like(x_ND, memory_format=torch.contiguous_format), mean_N, rstd_N
 
 
-@torch.library.custom_op("fastllava::layer_norm_liger_backward", mutates_args=())
+@custom_op("layer_norm_liger_backward")
 def layer_norm_liger_backward(
     grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, mean_N: Tensor, rstd_N: Tensor, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

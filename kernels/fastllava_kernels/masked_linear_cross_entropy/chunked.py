@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastllava_kernels.indices import inside, or_else
 from fastllava_kernels.mm32 import mm32
 
 CHUNK = 1024
@@ -16,7 +17,7 @@ CHUNK = 1024
 
 
 class Result(NamedTuple):
-    """What forward gives. The gradients are those for an upstream gradient of 1; empty where nobody asked."""
+    """What forward gives. The gradients are those for an upstream gradient of 1, times `scale` if any; empty where nobody asked."""
 
     loss: Tensor
     """fp32 scalar."""
@@ -30,6 +31,8 @@ class Result(NamedTuple):
     """[M, D] the supervised rows, beside `d_logits`."""
     d_logits: Tensor
     """[M, V] in hidden's dtype, rows `padded(V)` elements apart."""
+    scale: Tensor
+    """fp32 [1] for gradients in fp16, else empty."""
 
 
 class LossRows(Protocol):
@@ -65,6 +68,22 @@ def keeps_logit_gradients(rows: int, width: int, dtype: torch.dtype) -> bool:
     return rows * dtype.itemsize <= 4 * width
 
 
+def is_scaled(dtype: torch.dtype, wants_gradient: bool) -> bool:
+    """Whether logit gradients in `dtype` are kept times a scale: 1 / tokens times a probability is too small for fp16."""
+    return dtype is torch.float16 and wants_gradient
+
+
+def headroom(weights_M: Tensor) -> Tensor:
+    """fp32 [1]: the power of two that brings the largest weight, so the largest logit gradient, to between 2**13 and 2**14.
+
+    fp16 ends at 2**16. Below, probabilities down to 2**-28 of that row keep all digits of fp16, and those down to 2**-38 some.
+    """
+    if not weights_M.shape[0]:
+        return weights_M.new_ones(1)
+    _, exponent = torch.frexp(weights_M.abs().amax(0, keepdim=True))
+    return torch.ldexp(torch.ones_like(weights_M[:1]), (14 - exponent).clamp(-100, 100))
+
+
 def workspace_bytes(rows: int, dtype: torch.dtype, weight: Tensor, wants_gradient: bool, wants_weight: bool) -> int:
     """What `forward` allocates at once for `rows` supervised rows beside its inputs and what it returns."""
     (vocabulary, width), wide = weight.shape, torch.promote_types(dtype, torch.float32)
@@ -87,12 +106,19 @@ def forward(
     wants_weight: bool,
     loss_rows: LossRows,
 ) -> Result:
-    """The loss, and the gradients that are wanted; work proportional to M, fp32 logits of one chunk at a time, no wait for the device."""
+    """The loss, and the gradients that are wanted; work proportional to M, fp32 logits of one chunk at a time, no wait for the device.
+
+    A supervised row that is no row of hidden is NaN.
+    """
     count, (vocabulary, width) = supervised_rows.shape[0], weight_VD.shape
     dtype, wide = hidden_TD.dtype, torch.promote_types(hidden_TD.dtype, torch.float32)
     wants = wants_hidden or wants_weight
     keeps = wants_weight and keeps_logit_gradients(count, width, dtype)
-    weight, rows = weight_VD.to(dtype), hidden_TD.index_select(0, supervised_rows)
+    weight, rows = weight_VD.to(dtype), hidden_TD.index_select(0, or_else(supervised_rows, hidden_TD.shape[0], 0))
+    rows.masked_fill_(~inside(supervised_rows, hidden_TD.shape[0]).unsqueeze(1), torch.nan)
+    weights = weights_M.to(wide)
+    scale = headroom(weights) if is_scaled(dtype, wants) else weights.new_empty(0)
+    weights = weights * scale if len(scale) else weights
     losses = rows.new_empty(count, dtype=wide)
     d_rows = rows.new_empty((count, width) if wants_hidden else (0, width), dtype=wide)
     residual = rows.new_empty(count if wants_hidden else 0, dtype=wide)
@@ -107,12 +133,13 @@ def forward(
         kept = slice(start, end) if keeps else slice(0, end - start)
         gradient = d_logits[kept, :vocabulary]
         logits = mm32(rows[start:end], weight.t(), out=gradient if in_place else buffer[: end - start, :vocabulary])
-        losses[start:end], rest = loss_rows(logits, targets_M[start:end], weights_M[start:end], gradient, wants)
+        losses[start:end], rest = loss_rows(logits, targets_M[start:end], weights[start:end], gradient, wants)
         if wants_hidden:
             mm32(gradient, weight, out=d_rows[start:end])
             residual[start:end] = rest
         if wants_weight and not keeps:
             mm32(gradient.t(), rows[start:end], out=d_weight, accumulate=start > 0)
+    loss = losses.sum() / scale[0] if len(scale) else losses.sum()
     if keeps:
-        return Result(losses.sum(), d_rows, residual, d_weight, rows, d_logits[:, :vocabulary])
-    return Result(losses.sum(), d_rows, residual, d_weight, rows.new_empty(0, width), rows.new_empty(0, vocabulary))
+        return Result(loss, d_rows, residual, d_weight, rows, d_logits[:, :vocabulary], scale)
+    return Result(loss, d_rows, residual, d_weight, rows.new_empty(0, width), rows.new_empty(0, vocabulary), scale)

@@ -51,12 +51,15 @@ def _loss_row(
     ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row of a chunk. gradient_ptr may be logits_ptr."""
+    """One row of a chunk. gradient_ptr may be logits_ptr. A target that is none of the vocabulary makes the row NaN."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
-    y = tl.load(targets_ptr + row).to(tl.int32)
-    weight = tl.load(weights_ptr + row)
+    # Compared as wide as it comes: 2**32 + 5 is not 5.
+    y = tl.load(targets_ptr + row).to(tl.int64)
+    known = (y >= 0) & (y < vocabulary)
+    y = tl.where(known, y, 0).to(tl.int32)
+    weight = tl.where(known, tl.load(weights_ptr + row), float("nan"))
     target_logit = tl.load(logits_ptr + y).to(tl.float32)
     columns = tl.arange(0, BLOCK_V)
     if ONE_BLOCK:
@@ -97,7 +100,7 @@ def _loss_row(
         tl.store(gradient_ptr + y, kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_out"])
 def _scatter_row(
     d_rows_ptr,
     residual_ptr,
@@ -106,21 +109,26 @@ def _scatter_row(
     supervised_rows_ptr,
     targets_ptr,
     d_hidden_ptr,
+    rows_out,
+    vocabulary,
     width,
     weight_stride,
     d_hidden_stride,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of columns of one supervised row."""
+    """One block of columns of one supervised row; nothing of one that is no row, NaN of one whose target is none of the vocabulary."""
     m = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = columns < width
     row = tl.load(supervised_rows_ptr + m).to(tl.int64)
     y = tl.load(targets_ptr + m).to(tl.int64)
+    known = (y >= 0) & (y < vocabulary)
+    y = tl.where(known, y, 0)
+    residual = tl.where(known, tl.load(residual_ptr + m), float("nan"))
+    mask = columns < tl.where((row >= 0) & (row < rows_out), width, 0)
     kept = tl.load(d_rows_ptr + m * width + columns, mask=mask, other=0.0)
     target_row = tl.load(weight_ptr + y * weight_stride + columns, mask=mask, other=0.0)
     target_row = target_row.to(d_hidden_ptr.dtype.element_ty).to(tl.float32)
-    complete = (kept + tl.load(residual_ptr + m) * target_row) * tl.load(grad_loss_ptr)
+    complete = (kept + residual * target_row) * tl.load(grad_loss_ptr)
     tl.store(d_hidden_ptr + row * d_hidden_stride + columns, complete.to(d_hidden_ptr.dtype.element_ty), mask=mask)
 
 
@@ -191,6 +199,8 @@ def scatter_rows(
             supervised_rows.contiguous(),
             targets_M.contiguous(),
             d_hidden_TD,
+            d_hidden_TD.shape[0],
+            weight_VD.shape[0],
             width,
             weight_VD.stride(0),
             d_hidden_TD.stride(0),
@@ -225,6 +235,8 @@ def _scatter_kernel(name: str, weight_type: str) -> tuning.Kernel:
             "supervised_rows_ptr": "*i32",
             "targets_ptr": "*i64",
             "d_hidden_ptr": "*bf16",
+            "rows_out": "i32",
+            "vocabulary": "i32",
             "width": "i32",
             "weight_stride": "i32",
             "d_hidden_stride": "i32",

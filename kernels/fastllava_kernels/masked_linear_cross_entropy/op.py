@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import INTERPRETED
 from fastllava_kernels.mm32 import mm32
 
@@ -34,17 +35,17 @@ def _loss(op: Any, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor
 def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
     """The op fastllava::masked_linear_cross_entropy_<name>; code(tensor): the module that computes where the tensor lies."""
 
-    @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}", mutates_args=())
+    @custom_op(f"masked_linear_cross_entropy_{name}")
     def forward(
         hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         loss_rows = code(hidden).loss_rows
         return tuple(chunked.forward(hidden, weight, rows, targets, weights, wants_hidden, wants_weight, loss_rows))  # type: ignore[return-value]
 
     @forward.register_fake
     def _(
         hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, wants_hidden: bool, wants_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         count, (vocabulary, width) = rows.shape[0], weight.shape
         keeps = wants_weight and chunked.keeps_logit_gradients(count, width, hidden.dtype)
@@ -55,9 +56,10 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
             hidden.new_empty((vocabulary if wants_weight and not keeps else 0, width), dtype=wide),
             hidden.new_empty(count if keeps else 0, width),
             hidden.new_empty_strided((count, vocabulary), (chunked.padded(vocabulary), 1)) if keeps else hidden.new_empty(0, vocabulary),
+            hidden.new_empty(1 if chunked.is_scaled(hidden.dtype, wants_hidden or wants_weight) else 0, dtype=wide),
         )
 
-    @torch.library.custom_op(f"fastllava::masked_linear_cross_entropy_{name}_backward", mutates_args=())
+    @custom_op(f"masked_linear_cross_entropy_{name}_backward")
     def backward(
         grad_loss: Tensor,
         d_rows: Tensor,
@@ -65,6 +67,7 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
         d_weight: Tensor,
         kept_rows: Tensor,
         d_logits: Tensor,
+        scale: Tensor,
         weight: Tensor,
         rows: Tensor,
         targets: Tensor,
@@ -73,6 +76,8 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
         wants_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         # Nothing saved is written to: a graph that is kept gives the same gradients again.
+        if scale.shape[0]:
+            grad_loss = grad_loss / scale[0]
         d_hidden = kept_rows.new_zeros(total_rows if wants_hidden else 0, weight.shape[1])
         if wants_hidden and d_rows.shape[0]:
             code(weight).scatter_rows(d_rows, residual, grad_loss, weight, rows, targets, d_hidden)
@@ -92,6 +97,7 @@ def _define(name: str, code: Callable[[Tensor], Any]) -> Any:
         d_weight: Tensor,
         kept_rows: Tensor,
         d_logits: Tensor,
+        scale: Tensor,
         weight: Tensor,
         rows: Tensor,
         targets: Tensor,

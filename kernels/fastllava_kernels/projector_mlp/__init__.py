@@ -1,10 +1,11 @@
 """Room projector_mlp: the projector alone, for people who place its rows themselves."""
 
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.launch import needs_gpu
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from . import op
-from .reference import projector_mlp
+from .reference import check, projector_mlp
 
 ROOM = Room(
     name="projector_mlp",
@@ -14,4 +15,5 @@ ROOM = Room(
         "torch": Implementation(op.eager),
         REFERENCE: Implementation(projector_mlp),
     },
+    contract=Contract(check, one_dtype=False),
 )

@@ -5,17 +5,17 @@ Not materialised for backward: what comes out of each GELU, which the epilogue o
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from fastllava_kernels import mlp, plain
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.primitives import Primitives, torch_primitives, triton_primitives
 
 
 def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[..., Tensor]:
     """The function of implementation `name`: a custom op, with another one for its backward."""
 
-    @torch.library.custom_op(f"fastllava::projector_mlp_{name}", mutates_args=())
+    @custom_op(f"projector_mlp_{name}")
     def forward(features: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], keep: bool) -> list[Tensor]:
         """The projected patches, then, if `keep`, what goes into each GELU."""
         steps = primitives(features)
@@ -28,7 +28,7 @@ def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[
     def _(features, weights, biases, keep):
         return [features.new_empty(features.shape[0], weight.shape[0]) for weight in (weights[-1], *(weights[:-1] if keep else ()))]
 
-    @torch.library.custom_op(f"fastllava::projector_mlp_{name}_backward", mutates_args=())
+    @custom_op(f"projector_mlp_{name}_backward")
     def backward(
         d_projected: Tensor,
         features: Tensor,

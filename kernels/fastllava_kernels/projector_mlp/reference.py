@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllava_kernels import mlp
+
 
 def projector_mlp(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """[P, D] in the features' dtype: each Linear in turn, an erf GELU between two; the features themselves without layers.
@@ -19,3 +21,8 @@ def projector_mlp(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) 
     for index, (weight, bias) in enumerate(layers):
         projected = F.linear(F.gelu(projected) if index else projected, weight.to(projected.dtype), bias.to(projected.dtype))
     return projected
+
+
+def check(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Raises ValueError for sizes that do not fit."""
+    mlp.check_layers("projector_mlp", features_PC, layers)

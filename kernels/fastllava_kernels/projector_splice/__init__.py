@@ -1,10 +1,11 @@
 """Room projector_splice: project patches and write them beside the text embeddings into the packed hidden states."""
 
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.launch import needs_gpu
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from . import op
-from .reference import projector_splice
+from .reference import check, projector_splice
 
 ROOM = Room(
     name="projector_splice",
@@ -14,4 +15,5 @@ ROOM = Room(
         "torch": Implementation(op.eager),
         REFERENCE: Implementation(projector_splice),
     },
+    contract=Contract(check, one_dtype=False),
 )

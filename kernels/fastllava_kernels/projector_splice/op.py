@@ -1,7 +1,7 @@
 """Custom ops of projector_splice: one with Triton kernels, one in plain PyTorch; both save only what goes into each GELU.
 
 Forward: Linear with the GELU in its epilogue, and the last Linear's epilogue writes each row straight to its place in the
-packed hidden states, beside the text rows, which one kernel gathers from the embedding table. Every row is written once.
+packed hidden states, beside the text rows, which one kernel gathers from the embedding table.
 Not materialised: projected patches apart from the result, text embeddings apart from it, padding.
 """
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import mlp
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.primitives import Primitives, torch_primitives, triton_primitives
 
 
 def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[..., Tensor]:
     """The function of implementation `name`: a custom op, with another one for its backward."""
 
-    @torch.library.custom_op(f"fastllava::projector_splice_{name}", mutates_args=())
+    @custom_op(f"projector_splice_{name}")
     def forward(
         features: Tensor,
         weights: Sequence[Tensor],
@@ -31,7 +32,8 @@ def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[
         """The packed hidden states, then, if `keep`, what goes into each GELU."""
         steps = primitives(features)
         rows = token_ids.shape[0]
-        hidden = features.new_empty(rows + steps.bin, embedding.shape[1])
+        # A row that no list names is NaN.
+        hidden = features.new_full((rows + steps.bin, embedding.shape[1]), torch.nan)
         steps.embed_rows(embedding, token_ids, text_rows, hidden)
         x, pres = mlp.hidden_layers(steps, features, weights, biases, keep)
         if weights:
@@ -45,7 +47,7 @@ def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[
         pres = [features.new_empty(features.shape[0], weight.shape[0]) for weight in weights[:-1]]
         return [features.new_empty(token_ids.shape[0], embedding.shape[1]), *(pres if keep else [])]
 
-    @torch.library.custom_op(f"fastllava::projector_splice_{name}_backward", mutates_args=())
+    @custom_op(f"projector_splice_{name}_backward")
     def backward(
         d_hidden: Tensor,
         features: Tensor,

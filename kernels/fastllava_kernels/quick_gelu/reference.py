@@ -7,3 +7,7 @@ from torch import Tensor
 def quick_gelu(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 x)`, elementwise, any shape, in x's dtype."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def check(x: Tensor) -> None:
+    """Takes any shape."""

@@ -1,11 +1,12 @@
 """Room rms_norm: root-mean-square norm over the last axis, computed in fp32."""
 
 from fastllava_kernels.compiled import compiled, needs_compiler
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.liger import needs_liger
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from .op import rms_norm_liger
-from .reference import rms_norm
+from .reference import check, rms_norm
 
 ROOM = Room(
     name="rms_norm",
@@ -15,4 +16,5 @@ ROOM = Room(
         "compiled": Implementation(compiled(rms_norm), needs_compiler, auto_on=frozenset({"cuda"})),
         REFERENCE: Implementation(rms_norm),
     },
+    contract=Contract(check),
 )

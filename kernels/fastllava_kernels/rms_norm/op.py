@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import liger
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 
@@ -15,7 +16,7 @@ def rms_norm_liger(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return rms_norm_liger_forward(x_TD, weight_D, eps)[0]
 
 
-@torch.library.custom_op("fastllava::rms_norm_liger", mutates_args=())
+@custom_op("rms_norm_liger")
 def rms_norm_liger_forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed [..., D] in x's dtype, 1 / rms of every row in fp32)."""
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
@@ -36,7 +37,7 @@ def _(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), rstd_T
 
 
-@torch.library.custom_op("fastllava::rms_norm_liger_backward", mutates_args=())
+@custom_op("rms_norm_liger_backward")
 def rms_norm_liger_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, wants_weight: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x and, when wanted, of the weight, summed in fp32; an empty tensor when not."""
     grad_TD, x_TD, weight_D = grad_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous()

@@ -1,12 +1,13 @@
 """Room rope: rotary position embedding of queries and keys."""
 
 from fastllava_kernels.compiled import compiled, needs_compiler
+from fastllava_kernels.contract import Contract
 from fastllava_kernels.launch import needs_gpu
 from fastllava_kernels.liger import needs_liger
 from fastllava_kernels.room import REFERENCE, Implementation, Room
 
 from .op import rope_liger
-from .reference import rope
+from .reference import check, rope
 from .triton_op import rope_triton
 
 ROOM = Room(
@@ -18,4 +19,5 @@ ROOM = Room(
         "compiled": Implementation(compiled(rope), needs_compiler, auto_on=frozenset({"cuda"})),
         REFERENCE: Implementation(rope),
     },
+    contract=Contract(check, no_gradient=("cos_TK", "sin_TK")),
 )

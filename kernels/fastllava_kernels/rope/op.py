@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import liger
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 from .reference import rope
 
 
-@torch.library.custom_op("fastllava::rope_liger", mutates_args=())
+@custom_op("rope_liger")
 def rope_liger(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated queries [T, H, K] and keys [T, G, K], in their dtype. cos and sin are tables: they get no gradient.
 
@@ -26,7 +27,7 @@ def rope_liger(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> 
     return _rows_first(q), _rows_first(k)
 
 
-@torch.library.custom_op("fastllava::rope_liger_backward", mutates_args=())
+@custom_op("rope_liger_backward")
 def rope_liger_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k: the cotangents turned back."""
     if not liger.takes(grad_q_THK, interpretable=True):

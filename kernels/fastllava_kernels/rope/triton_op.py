@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import INTERPRETED
 
 from .reference import rope
 
 
-@torch.library.custom_op("fastllava::rope_triton", mutates_args=())
+@custom_op("rope_triton")
 def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated queries [T, H, K] and keys [T, G, K], in their dtype, rounded once. cos and sin are tables: they get no gradient."""
     if not _kernel_takes(q_THK):
@@ -20,7 +21,7 @@ def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) ->
     return kernel.rotate(q_THK, k_TGK, cos_TK, sin_TK, backward=False)
 
 
-@torch.library.custom_op("fastllava::rope_triton_backward", mutates_args=())
+@custom_op("rope_triton_backward")
 def rope_triton_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k: the cotangents turned back."""
     if not _kernel_takes(grad_q_THK):

@@ -1,4 +1,4 @@
-"""Custom ops of splice: one with Triton kernels, one in plain PyTorch. Every row is written once, and no float is added in two orders.
+"""Custom ops of splice: one with Triton kernels, one in plain PyTorch. No float is added in two orders.
 
 Not materialised: text embeddings apart from the result, padding.
 """
@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.primitives import Primitives, torch_primitives, triton_primitives
 
 
 def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[..., Tensor]:
     """The function of implementation `name`: a custom op, with another one for its backward."""
 
-    @torch.library.custom_op(f"fastllava::splice_{name}", mutates_args=())
+    @custom_op(f"splice_{name}")
     def forward(projected: Tensor, embedding: Tensor, token_ids: Tensor, text_rows: Tensor, patch_rows: Tensor) -> Tensor:
         steps = primitives(projected)
         rows = token_ids.shape[0]
-        hidden = projected.new_empty(rows + steps.bin, embedding.shape[1])
+        # A row that no list names is NaN.
+        hidden = projected.new_full((rows + steps.bin, embedding.shape[1]), torch.nan)
         steps.embed_rows(embedding, token_ids, text_rows, hidden)
         steps.scatter_rows(projected, patch_rows, hidden)
         return hidden[:rows]
@@ -27,7 +29,7 @@ def register(name: str, primitives: Callable[[Tensor], Primitives]) -> Callable[
     def _(projected, embedding, token_ids, text_rows, patch_rows):
         return projected.new_empty(token_ids.shape[0], embedding.shape[1])
 
-    @torch.library.custom_op(f"fastllava::splice_{name}_backward", mutates_args=())
+    @custom_op(f"splice_{name}_backward")
     def backward(
         d_hidden: Tensor, embedding: Tensor, token_ids: Tensor, text_rows: Tensor, patch_rows: Tensor, wanted: Sequence[bool]
     ) -> list[Tensor]:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fastllava_kernels import liger
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 from .reference import swiglu
 
 
-@torch.library.custom_op("fastllava::swiglu_liger", mutates_args=())
+@custom_op("swiglu_liger")
 def swiglu_liger(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """[T, F] in the inputs' dtype: `silu(gate) * up`; silu in fp32, rounded before it is multiplied."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
@@ -28,7 +29,7 @@ def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return torch.empty_like(gate_TF, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastllava::swiglu_liger_backward", mutates_args=())
+@custom_op("swiglu_liger_backward")
 def swiglu_liger_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     grad_TF = grad_TF.contiguous()

@@ -3,7 +3,14 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllava_kernels.contract import fits
+
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """[T, F] in the inputs' dtype: `silu(gate) * up`."""
     return F.silu(gate_TF) * up_TF
+
+
+def check(gate_TF: Tensor, up_TF: Tensor) -> None:
+    """Raises ValueError for sizes that do not fit."""
+    fits(gate_TF.shape == up_TF.shape, "swiglu", "gate and up are both [T, F]", gate_TF, up_TF)

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import INTERPRETED
 
 from .reference import swiglu
 
 
-@torch.library.custom_op("fastllava::swiglu_triton", mutates_args=())
+@custom_op("swiglu_triton")
 def swiglu_triton(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """[T, F] in the inputs' dtype: `silu(gate) * up`, rounded once."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
@@ -27,7 +28,7 @@ def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return torch.empty_like(gate_TF, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastllava::swiglu_triton_backward", mutates_args=())
+@custom_op("swiglu_triton_backward")
 def swiglu_triton_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     grad_TF, gate_TF, up_TF = grad_TF.contiguous(), gate_TF.contiguous(), up_TF.contiguous()

@@ -1,0 +1,40 @@
+"""Indices that come from outside: compared in their own width, and never followed where they lead to no row."""
+
+import torch
+from torch import Tensor
+
+from fastllava_kernels.contract import fits, whole
+
+
+def inside(indices: Tensor, size: int) -> Tensor:
+    """bool, of the indices' shape: which are one of the rows 0 to size - 1."""
+    return (indices >= 0) & (indices < size)
+
+
+def or_else(indices: Tensor, size: int, other: int) -> Tensor:
+    """int64: `indices`, with `other` in place of those that are no row of `size`."""
+    return torch.where(inside(indices, size), indices, other).long()
+
+
+def bounds(cu_seqlens: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+    """(`cu_seqlens` held within 0 to `rows`, fp32 scalar: NaN where it did not cut `rows` into samples of at most `longest`, else 0).
+
+    Computed on the device, so that what is added to the scalar stops a run whose bounds are wrong, and no kernel that trusts
+    them leaves its rows.
+    """
+    wide = cu_seqlens.long()
+    lengths = wide.diff()
+    wrong = (wide[0] != 0) | (wide[-1] != rows) | ((lengths < 0) | (lengths > longest)).any()
+    return cu_seqlens.clamp(0, rows), torch.where(wrong, torch.nan, 0.0)
+
+
+def check_rows(
+    room: str, patches: int, width: int, embedding_VD: Tensor, token_ids_T: Tensor, text_rows: Tensor, patch_rows: Tensor
+) -> None:
+    """Raises ValueError when the table or the lists of rows cannot belong to so many patches of that width."""
+    good = embedding_VD.ndim == 2 and embedding_VD.shape[1] == width and embedding_VD.shape[0] > 0
+    fits(good, room, f"patches are [P, {width}], so embedding is [V, {width}]", embedding_VD)
+    given = token_ids_T, text_rows, patch_rows
+    good = token_ids_T.ndim == text_rows.ndim == patch_rows.ndim == 1 and whole(*given)
+    good = good and text_rows.shape[0] <= token_ids_T.shape[0] and patch_rows.shape[0] == patches
+    fits(good, room, f"token_ids are [T], text_rows at most T, patch_rows [{patches}], whole numbers", *given)
