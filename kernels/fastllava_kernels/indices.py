@@ -37,4 +37,4 @@ def check_rows(
     given = token_ids_T, text_rows, patch_rows
     good = token_ids_T.ndim == text_rows.ndim == patch_rows.ndim == 1 and whole(*given)
     good = good and text_rows.shape[0] <= token_ids_T.shape[0] and patch_rows.shape[0] == patches
-    fits(good, room, f"token_ids are [T], text_rows at most T, patch_rows [{patches}], whole numbers", *given)
+    fits(good, room, "token_ids are [T], text_rows at most T, patch_rows one for each patch, whole numbers", *given)

@@ -34,4 +34,4 @@ def splice(projected_PD: Tensor, embedding_VD: Tensor, token_ids_T: Tensor, text
 def check(projected_PD: Tensor, embedding_VD: Tensor, token_ids_T: Tensor, text_rows: Tensor, patch_rows: Tensor) -> None:
     """Raises ValueError for sizes that do not fit."""
     fits(projected_PD.ndim == 2, "splice", "projected is [P, D]", projected_PD)
-    check_rows("splice", *projected_PD.shape, embedding_VD, token_ids_T, text_rows, patch_rows)
+    check_rows("splice", projected_PD.shape[0], projected_PD.shape[1], embedding_VD, token_ids_T, text_rows, patch_rows)
