@@ -154,14 +154,13 @@ def newest(output_dir: Path, report: Any = print) -> Checkpoint | None:
         try:
             found = verify(folder)
         except UserError as error:
-            reason = reason or str(error)
+            reason = reason or str(error).rpartition(";")[0]
             report(f"passed over: {error}")
             passed_over.append(folder.name)
             continue
         if passed_over:
-            report(
-                f"going on from {found.folder}, as {', '.join(passed_over)} cannot be used: the steps from {found.step} on are taken again"
-            )
+            names = ", ".join(passed_over)
+            report(f"going on from {found.folder.name}, as {names} cannot be used: the steps from {found.step} on are taken again")
         return replace(found, passed_over=tuple(passed_over))
     if passed_over:
         raise UserError(

@@ -60,7 +60,7 @@ def differences(now: Fingerprint, then: Mapping[str, Any]) -> dict[str, str]:
         before, after = was["config"], part["config"]
         names = [name for name in sorted(before.keys() & after.keys()) if before[name] != after[name]]
         changed = [f"its {name} was {str(before[name])[:100]} and is now {after[name]}" for name in names]
-        if was.get("weights") != part["weights"]:
+        if "weights" in was and was["weights"] != part["weights"]:
             changed.insert(0, "its weights are not those that the run began with")
         if changed:
             found[key] = f"{key}: {', '.join(changed)}"

@@ -1,24 +1,28 @@
 """`fastllava export`: a run's result, or any whole LLaVA checkpoint, in a layout that other tools load; read back and compared."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastllava.config import Config, ModelConfig, check_config
 from fastllava.data.templates import template
+from fastllava.disk import read_json_object
 from fastllava.errors import UserError
 from fastllava.export.chat_template import chat_template
 from fastllava.export.check import Check
+from fastllava.fingerprint import differences, fingerprint
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava, write_checkpoint
 from fastllava.model.weights.configs import read_preprocessor
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
+from fastllava.summary import SUMMARY_FILE, damage_of
 
 _REMEDY = "give the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint"
 
@@ -35,6 +39,8 @@ class _Subject:
     image_policy: str
     max_tokens: int
     legacy: bool | None
+    start: Mapping[str, Any] = field(default_factory=dict)
+    """Fingerprint of what `model` must still be, as far as it is known."""
 
 
 def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], object] = print) -> None:
@@ -86,9 +92,15 @@ def _subject(checkpoint: Path, report: Callable[[str], object]) -> _Subject:
 
         run, weights = read_model(checkpoint)
         report(f"{checkpoint} is a checkpoint of stage {run.stage}")
-        return _of_run(run, run.model, weights)
+        return replace(_of_run(run, run.model, weights), start=_start(checkpoint / "state.json", run))
     run_config = read_optional_json(checkpoint / "run_config.json", "CHECKPOINT")
     run = check_config(run_config) if run_config else None
+    # Of weights alone: a config.json may be mended by hand, as when the tower has moved.
+    if (broken := damage_of(checkpoint, (".safetensors", ".bin"))) is not None:
+        raise UserError(
+            f"CHECKPOINT: {checkpoint} holds the result of a run, but its {broken}; start its training again, which writes the result "
+            "again from its last checkpoint, or bring the file back from a copy"
+        )
     if (checkpoint / "config.json").is_file():
         return _of_folder(checkpoint, run, report)
     if run is None:
@@ -97,7 +109,19 @@ def _subject(checkpoint: Path, report: Callable[[str], object]) -> _Subject:
     if not projector.is_file():
         raise UserError(f"CHECKPOINT: the run in {checkpoint} has not ended; let it end, or give one of its checkpoint-N folders")
     report(f"{checkpoint} is the output_dir of stage {run.stage}")
-    return _of_run(run, run.model.model_copy(update={"projector": projector}), {})
+    subject = _of_run(run, run.model.model_copy(update={"projector": projector}), {})
+    return replace(subject, start=_start(checkpoint / SUMMARY_FILE, run))
+
+
+def _start(file: Path, run: Config) -> dict[str, Any]:
+    """The fingerprint of the model the run began with; not the weights that trained, which come from elsewhere."""
+    try:
+        start = read_json_object(file).get("start")
+    except (OSError, ValueError):
+        return {}
+    trained = {"model.projector"} if run.stage == "pretrain" else {"model.projector", "model.llm"}
+    parts = {key: part for key, part in start.items() if isinstance(part, dict)} if isinstance(start, dict) else {}
+    return {key: {"config": part.get("config"), **({} if key in trained else part)} for key, part in parts.items()}
 
 
 def _of_run(run: Config, model: ModelConfig, weights: dict[str, Tensor]) -> _Subject:
@@ -139,6 +163,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
     model = load_llava(subject.model, reference_ops(), subject.dtype, seed=0)
+    if changed := differences(fingerprint(model), subject.start) if subject.start else {}:
+        raise UserError(f"CHECKPOINT: it was trained on another model: {'; '.join(changed.values())}; bring back the model of then")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in subject.weights.items():

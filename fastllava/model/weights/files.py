@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from fastllava.errors import UserError
@@ -99,7 +99,9 @@ class TensorFiles:
                 f"{self.key}: {file} holds more than plain tensors and was not loaded; "
                 "save its tensors as .safetensors, or as a .bin that is a dict of tensors"
             ) from None
-        except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a crafted file may fail in any way
             raise UserError(f"{self.key}: {file} cannot be read as weights ({_one_line(error)}); fetch it again") from None
 
 
@@ -129,7 +131,7 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{key}: {path} does not exist; give the folder of a model in the Hugging Face format") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: {path} cannot be read as JSON ({_one_line(error)}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{key}: {path} holds a JSON {type(value).__name__}, an object is needed; fetch it again")
