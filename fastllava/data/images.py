@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord
+from fastllava.data.lookalikes import missing
 from fastllava.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -138,7 +139,7 @@ def _open_file(path: Path, limits: DataConfig) -> Iterator[BinaryIO]:
             raise BadRecord("image_not_a_file", "is no regular file; give an image file")
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
-        raise BadRecord("image_not_found", "there is no such file; put it there, or mend data.images or the record") from None
+        raise BadRecord("image_not_found", missing(path)) from None
     except (OSError, ValueError) as error:
         raise BadRecord("image_not_a_file", f"cannot be opened ({_words(error)}); make it readable") from None
     with os.fdopen(handle, "rb") as file:
