@@ -11,6 +11,7 @@ from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.weights import projector_file, read_origin, write_checkpoint, write_projector
 from fastllava.sharding import full_tensors
+from fastllava.summary import damage_of
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,7 +25,9 @@ def check_start(config: Config) -> None:
         raise UserError("model.projector_type: identity has no weights, so stage pretrain has nothing to train; run stage finetune")
     plain_llm = read_origin(config.model).layout == "llm"
     if isinstance(config.model.projector, Path):
-        projector_file(config.model.projector)
+        path = projector_file(config.model.projector)
+        if (broken := damage_of(path.parent, (path.name,))) is not None:
+            raise UserError(f"model.projector: {path.parent} is the output_dir of a run, but its {broken}; start that run again to mend it")
     if config.stage == "finetune" and config.model.projector is None and config.model.projector_type != "identity" and plain_llm:
         raise UserError(
             "model.projector: is missing; stage finetune starts from stage pretrain's projector: write "

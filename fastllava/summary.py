@@ -50,12 +50,12 @@ def describe_result(output_dir: Path, files: Sequence[Path]) -> dict[str, Any]:
 def damage(output_dir: Path, summary: Mapping[str, Any], only: Container[str] | None = None) -> str | None:
     """What is wrong with the first damaged file of a finished run's result, in words; None when all are as they were written.
 
-    `only` these suffixes when given. Summaries of old versions say nothing of the files, and all is taken to be well.
+    `only` these names or suffixes when given. Summaries of old versions say nothing of the files, and all is taken to be well.
     """
     wanted = summary.get("result")
     if not isinstance(wanted, dict):
         return None
-    names = [name for name in sorted(wanted) if only is None or Path(name).suffix in only]
+    names = [name for name in sorted(wanted) if only is None or Path(name).suffix in only or name in only]
     there = [name for name in names if (output_dir / name).is_file()]
     found = described_all(output_dir, there)
     for name in names:

@@ -208,6 +208,8 @@ def test_a_damaged_result_is_named_and_written_again(damage, own, tmp_path):
     path.write_bytes(harm) if harm else path.unlink()
     with pytest.raises(UserError, match=rf"CHECKPOINT: .*but its {RESULT} is (missing|not as it was written); start its training again"):
         export(tmp_path / "run", "llava", tmp_path / "out", lambda _: None)
+    with pytest.raises(UserError, match=rf"model\.projector: .*(but its {RESULT} is not as it was written|does not exist)"):
+        train({**own, "output_dir": str(tmp_path / "next"), "model": {**own["model"], "projector": str(path)}})
     train(own, tmp_path / "said")
     assert f"but its {RESULT} is" in (tmp_path / "said").read_text()
     assert path.read_bytes() == whole
