@@ -1,5 +1,6 @@
 """The command line: `fastllava demo | prepare | train | plan | certify | inspect | export | toggles | bench`."""
 
+import io
 import json
 import sys
 import traceback
@@ -221,6 +222,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 def main() -> None:
     """Entry point. A user's mistake is one line on stderr and exit code 2, never a traceback; README lists the codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # A terminal that knows ASCII alone gets the rest as escapes.
+            stream.reconfigure(errors="backslashreplace")
     with second_signal_ends():
         try:
             app()

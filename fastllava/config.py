@@ -3,6 +3,7 @@
 `load_config` merges the stage's defaults (the official recipe), the file and the overrides, in this order.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,11 @@ def _as_path(value: Any) -> Path:
         raise ValueError("is empty; write a path")
     if not isinstance(value, str) or "\0" in value:
         raise ValueError(f"{in_yaml(value)} is no path; write one, in quotes when it looks like a number")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        # A locale that knows ASCII alone: the file's name is in UTF-8 nevertheless, as the config is.
+        value = os.fsdecode(value.encode("utf-8", "surrogateescape"))
     try:
         return Path(value).expanduser()
     except RuntimeError:

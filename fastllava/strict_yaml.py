@@ -8,6 +8,9 @@ import yaml
 from fastllava.errors import UserError
 from fastllava.masking import masked_values
 
+_LOOKED_AT = 2000
+"""Characters of a value that a message could show a part of."""
+
 
 class _Loader(yaml.SafeLoader):
     """Constructs plain data only, and refuses a key given twice."""
@@ -59,11 +62,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def in_yaml(value: Any) -> str:
     """`value` on one line as a user would write it, without secrets, cut at 80 characters."""
-    value = masked_values(value)
     if isinstance(value, str):
+        value = masked_values(value[:_LOOKED_AT])
         text = f"'{value}'" if value.isprintable() else repr(value)
     elif value is None or isinstance(value, bool | int | float | list | dict):
         text = " ".join(yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n").split())
     else:
         text = repr(value)
+    text = masked_values(text[:_LOOKED_AT])
     return text if len(text) <= 80 else f"{text[:77]}..."

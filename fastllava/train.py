@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastllava import checkpoint, resume
+from fastllava import checkpoint, memory, resume
 from fastllava.accounting import Accounting
 from fastllava.backends import check_backends
 from fastllava.batch import Batch, ImageSpec
@@ -101,26 +101,28 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         spec, prepared = open_data(config, say, group, watch.board)
         accounting = group.together(lambda: Accounting.of(config))
         plan = group.together(lambda: Plan(prepared, config.data, config.train, accounting.cost(), group.world))
-        model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
+        with memory.while_setting_up(config, group.world):
+            model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
         start = fingerprint(model, group)
         held = group.on_first(lambda: resume.look(config, prepared.digest, start, say))
         if held.summary is not None:
             say(f"{config.output_dir} holds this run, complete: nothing to do")
             return RunResult(config.output_dir, None, dict(held.summary))
         sharding = Sharding(group, config.parallel)
-        with group.alike():
-            trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
-            model.to(device)
-            compile_model(model, config.train.compile)
-        optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
-        announce(config, model, trained, prepared, plan, device, say)
-        say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
-        if group.world > 1:
-            say(sharding_in_words(model, sharding))
-        if (found := held.checkpoint) is not None:
+        with memory.while_setting_up(config, group.world):
             with group.alike():
-                checkpoint.restore(found, trained, optimizer, group)
-            say(f"resuming before step {found.step} from {found.folder}")
+                trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
+                model.to(device)
+                compile_model(model, config.train.compile)
+            optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
+            announce(config, model, trained, prepared, plan, device, say)
+            say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")
+            if group.world > 1:
+                say(sharding_in_words(model, sharding))
+            if (found := held.checkpoint) is not None:
+                with group.alike():
+                    checkpoint.restore(found, trained, optimizer, group)
+                say(f"resuming before step {found.step} from {found.folder}")
         group.on_first(lambda: write_json(config.output_dir / RUN_CONFIG, as_written(config)))
         throughput = Throughput.of(plan, accounting, device)
         state = config, model, trained, optimizer, throughput
@@ -185,7 +187,7 @@ class Trainer:
             self._watch.now(Phase.WRITING)
         except PeerLost:
             raise
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
+        except (UserError, OSError) as error:
             # Something the user can mend broke on the way: what was trained so far is kept.
             self.optimizer.zero_grad(set_to_none=True)
             # A checkpoint takes all processes, and the others do not know of what befell this one within a step.
@@ -215,7 +217,7 @@ class Trainer:
         out = self.config.output_dir
         # First of all: to gather and to write the result may fail, and what was trained would be lost with this process.
         self._save()
-        with peers():
+        with peers(), memory.while_writing(self.config):
             state = gather_result(self.model, self.config, self.group.first) if self.group.world > 1 else None
         try:
             left = self.group.on_first(lambda: write_result(self.model, self.config, state, self.say))
@@ -302,7 +304,7 @@ class Trainer:
         factor = lr_factor(step.index, self.plan.n_steps, self.config.optim)
         set_lr(self.optimizer, factor)
         self._watch.now(Phase.STEPPING)
-        with peers():
+        with peers(), memory.within_a_step(self.config, self.group.world, int(self.plan.lengths.n_tokens.max())):
             scalars = train_step(
                 self.model, self.optimizer, self._guard, batches, self.device, self.config.optim.max_grad_norm, self.sharding
             )
@@ -372,13 +374,8 @@ class Trainer:
         )
         raise self.group.voiced(error)
 
-    def _in_words(self, error: UserError | OSError | torch.OutOfMemoryError) -> UserError:
+    def _in_words(self, error: UserError | OSError) -> UserError:
         again = "and start the same command again"
-        if isinstance(error, torch.OutOfMemoryError):
-            rows = self.config.train.micro_batch_tokens
-            return UserError(
-                f"train.micro_batch_tokens: {rows} rows need too much GPU memory; write less, or train.recompute=full, {again}"
-            )
         if isinstance(error, OSError):
             full = UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
             return full if self._in_step else self.group.voiced(full)

@@ -323,3 +323,14 @@ def _message(given: dict) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def test_a_path_that_the_locale_cannot_write_is_the_files_own_name_in_utf_8(tmp_path, monkeypatch):
+    """As under LC_ALL=C with PYTHONUTF8=0, where names of files are ASCII to Python."""
+    import os
+
+    from fastllava.config import _as_path
+
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    assert str(_as_path("/a/\u00fc")).encode("utf-8", "surrogateescape") == "/a/\u00fc".encode()

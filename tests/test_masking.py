@@ -76,6 +76,13 @@ def test_a_line_on_the_screen_tells_no_secret(capsys):
     assert capsys.readouterr().out == "in https://***@host/p\n"
 
 
+def test_a_value_that_holds_itself_over_and_over_is_told_at_once():
+    value: list = ["x"] * 10
+    for _ in range(30):
+        value = [value] * 10
+    assert len(in_yaml(value)) == 80
+
+
 @pytest.fixture
 def settings_of_a_run(tmp_path):
     def make(**sections):

@@ -45,6 +45,14 @@ _SAY_EVERY = 15.0
 Report = Callable[[str], None]
 
 
+def _cache() -> Path:
+    """Where caches lie: for a user without a home, as containers know them, here."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return Path.cwd() / ".cache"
+
+
 def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Report = print, board: Board | None = None) -> PreparedSet:
     """The prepared set of `data.records`, reused where it has been made before. `report` gets what happens, line by line.
 
@@ -56,7 +64,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
     template(data.template)
     if data.images is not None and not data.images.is_dir():
         raise UserError(f"data.images: {data.images} is no folder; give the one that the records' image paths start from")
-    root = data.prepared_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastllava" / "prepared"
+    root = data.prepared_dir or _cache() / "fastllava" / "prepared"
     content = _content(data, tokenizer, spec)
     images = None if data.images is None else str(data.images.resolve())
     folder = root.absolute() / hashlib.sha256(json.dumps([content, images], sort_keys=True).encode()).hexdigest()[:32]

@@ -288,3 +288,15 @@ def test_a_mistake_in_a_worker_is_one_line(
     with pytest.raises(UserError, match=r"data\.images: is not set, and record 0 has the image 'good\.png'") as error:
         prepare(make_data([record(0)], images=None, workers=1), tokenizer, spec, Said())
     assert "\n" not in str(error.value)
+
+
+def test_a_user_without_a_home_prepares_where_it_is(monkeypatch, tmp_path):
+    from fastllava.data.prepared import _cache
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.chdir(tmp_path)
+    assert _cache() == tmp_path / ".cache"
