@@ -53,6 +53,9 @@ REASONS: dict[str, str] = {
     "image_side": "a side shorter than data.min_image_side",
     "image_aspect": "longer than data.max_image_aspect times its width",
     "image_truncated": "the image file ends early",
+    "image_damaged": "bytes of the image file are not as they were written",
+    "image_changed": "the image file is not the one that was prepared",
+    "image_checksum": "the image is not as data.image_checksums lists it, or is not listed",
 }
 """Every reason a record can be quarantined for, and what it means."""
 

@@ -1,4 +1,4 @@
-"""Image files: safe paths, checks that read the header alone, and the original's pixels as uint8.
+"""Image files: safe paths, checks of every byte before training, and the original's pixels as uint8.
 
 What a file's pixels become (`convert("RGB")` of the original, but for the second row):
 
@@ -11,11 +11,15 @@ What a file's pixels become (`convert("RGB")` of the original, but for the secon
 | 32-bit integer, float | refused (`image_mode`): no scale says what white is |
 """
 
+import errno
+import hashlib
+import io
 import os
 import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -26,15 +30,43 @@ from PIL import Image, UnidentifiedImageError
 from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord
+from fastllava.data.damage import check_structure
 from fastllava.data.lookalikes import missing
+from fastllava.data.pixels import clip_pixels
 from fastllava.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Decoders that are let near a file; Pillow would try some forty, PostScript among them."""
 _HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM")
-_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, MemoryError)
-"""What Pillow raises at broken files."""
+_CHECKED_WHOLE = ("JPEG", "MPO", "PNG")
+"""Formats whose structure shows damage, so that they are not decoded to be sure; MPO is a JPEG with more pictures behind it."""
+_ORIENTATION = 0x0112
+DIGEST_BYTES = 16
+SYSTEMIC = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV)
+)
+"""What no single file is to blame for: a disk or a server that has gone, a limit of the process."""
+
+
+@dataclass(frozen=True)
+class ImageStamp:
+    """What tells an image file from another one under its name."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int
+    """When it was last written. Another time with the same content is the same picture."""
+    digest: bytes
+    """The first DIGEST_BYTES of its sha256; empty where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """An image that can be trained on."""
+
+    stamp: ImageStamp
+    turned: bool
+    """EXIF says to turn or mirror it, which nobody does here."""
 
 
 class ImageError(UserError):
@@ -72,62 +104,98 @@ def resolve_image(root: Path, relative: str, follow_links: bool = False) -> Path
 
 
 def check_image(path: Path, limits: DataConfig) -> BadRecord | None:
-    """Why the image at `path` cannot be trained on, or None. Reads its header and its last bytes.
-
-    Only where those look cut off are the pixels decoded, to be sure.
-    """
+    """Why the image at `path` cannot be trained on, or None."""
     try:
-        with _open(path, limits) as (file, image):
-            if not _ends_well(file, image.format or ""):
-                _decode(image)
+        examine(path, limits)
     except BadRecord as problem:
         return problem
     return None
 
 
-def load_image(path: Path, policy: Literal["square", "pad"], spec: ImageSpec, limits: DataConfig) -> NDArray[np.uint8]:
-    """RGB pixels uint8 [3, size, size] as the original's CLIP preprocessing makes them before it scales and normalises.
+def examine(path: Path, limits: DataConfig) -> Examined:
+    """What the image at `path`, links followed, is, once its header and every byte have been looked at. Raises BadRecord.
 
-    square: the shorter side becomes `size` (bicubic), then the centre is cut out. pad: first padded to a square with
-    the mean colour, the odd pixel going right or below. Source: llava/train/train.py and CLIPImageProcessor of
-    transformers 4.37.2, on Pillow. Raises ImageError.
+    JPEG and PNG are not decoded: their structure and checksums are followed. The rarer formats are.
+    """
+    stamp, data = _read(path, limits)
+    with _opened(data, limits) as image:
+        form = image.format or ""
+        turned = _turned(image)
+        try:
+            check_structure(data, form)
+        except BadRecord:
+            raise
+        except Exception as error:
+            raise BadRecord("image_damaged", f"is damaged ({_words(error)}); restore the file") from None
+        if form not in _CHECKED_WHOLE:
+            _decode(image)
+    return Examined(stamp, turned)
+
+
+def load_image(
+    path: Path, policy: Literal["square", "pad"], spec: ImageSpec, limits: DataConfig, expected: ImageStamp | None = None
+) -> NDArray[np.uint8]:
+    """RGB pixels uint8 [3, size, size] as the original's CLIP preprocessing makes them (`clip_pixels`).
+
+    `expected`: what the file was when the data was prepared; another one is refused, whatever its name, the same one with
+    another time is not. Raises ImageError.
     """
     try:
-        with _open(path, limits) as (_, image):
+        stamp, data = _read(path, limits, expected, always=limits.image_hashes)
+        if expected is not None and stamp.digest and stamp.digest != expected.digest:
+            raise BadRecord("image_changed", "is not the picture that was prepared; put that back")
+        with _opened(data, limits) as image:
             rgb = _decode(image)
     except BadRecord as problem:
         raise ImageError(path, problem) from None
-    if policy == "pad":
-        rgb = _pad_to_square(rgb, tuple(int(channel * 255) for channel in spec.mean))
-    width, height = rgb.size
-    shorter, longer = min(width, height), max(width, height)
-    longer = int(spec.size * longer / shorter)
-    rgb = rgb.resize((spec.size, longer) if width <= height else (longer, spec.size), Image.Resampling.BICUBIC)
-    left, top = (rgb.width - spec.size) // 2, (rgb.height - spec.size) // 2
-    rgb = rgb.crop((left, top, left + spec.size, top + spec.size))
-    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    return clip_pixels(rgb, policy, spec)
+
+
+def same_content(path: Path, limits: DataConfig, expected: ImageStamp) -> ImageStamp:
+    """The stamp that the file at `path` has now, its content being the `expected` one. Raises BadRecord when it is not."""
+    stamp, _ = _read(path, limits, always=True)
+    if stamp.digest != expected.digest:
+        raise BadRecord("image_changed", "is not the picture that was prepared; put that back")
+    return stamp
+
+
+def _read(path: Path, limits: DataConfig, expected: ImageStamp | None = None, always: bool = True) -> tuple[ImageStamp, bytes]:
+    """The file's stamp and bytes; without its digest where size and time are those `expected`, unless `always`. Raises BadRecord."""
+    with _open_file(path, limits) as file:
+        found = os.fstat(file.fileno())
+        try:
+            data = file.read(found.st_size + 1)
+        except OSError as error:
+            if error.errno in SYSTEMIC:
+                raise UserError(f"data.images: {path} cannot be read ({_words(error)}); mend that and start again") from None
+            raise BadRecord("image_unreadable", f"cannot be read ({_words(error)}); restore the file") from None
+    if len(data) != found.st_size:
+        raise BadRecord("image_truncated", "changed while it was read; wait until it is complete")
+    known = expected is not None and (found.st_size, found.st_mtime_ns) == (expected.size, expected.mtime_ns)
+    digest = b"" if known and not always else hashlib.sha256(data).digest()[:DIGEST_BYTES]
+    return ImageStamp(found.st_size, found.st_mtime_ns, digest), data
 
 
 @contextmanager
-def _open(path: Path, limits: DataConfig) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """The file and its image, header read, bounds checked. Raises BadRecord."""
-    with _open_file(path, limits) as file:
+def _opened(data: bytes, limits: DataConfig) -> Iterator[Image.Image]:
+    """The image in `data`, its header read, its bounds checked. Whatever Pillow raises is a BadRecord."""
+    with warnings.catch_warnings():
+        # Pillow's are about what is checked here: the bound below is tighter than its own, or the user's will.
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():
-                # The bound below is the tighter one, or the user's will.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:
-            if (begin := _begin(file)).startswith(_HEADS):
+            begin = data[:12]
+            if begin.startswith(_HEADS):
                 raise BadRecord("image_unreadable", "the header is broken; restore the file") from None
             raise BadRecord("image_format", f"is no JPEG, PNG, WebP, GIF or BMP (begins with {begin!r}); convert it") from None
         except Image.DecompressionBombError:
             raise BadRecord("image_pixels", "has far too many pixels; shrink it") from None
-        except _DECODE_ERRORS as error:
+        except Exception as error:
             raise BadRecord("image_unreadable", f"the header is broken ({_words(error)}); restore the file") from None
         with image:
             _check_bounds(image, limits)
-            yield file, image
+            yield image
 
 
 @contextmanager
@@ -135,21 +203,26 @@ def _open_file(path: Path, limits: DataConfig) -> Iterator[BinaryIO]:
     """The regular file at `path`, opened without waiting for whoever writes a pipe. Raises BadRecord."""
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadRecord("image_not_a_file", "is no regular file; give an image file")
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        _check_file(found, limits)
+        # Whoever calls has followed the links that may be followed: a name that has become one since is not.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):
         raise BadRecord("image_not_found", missing(path)) from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in SYSTEMIC:
+            raise UserError(f"data.images: {path} cannot be opened ({_words(error)}); mend that and start again") from None
         raise BadRecord("image_not_a_file", f"cannot be opened ({_words(error)}); make it readable") from None
     with os.fdopen(handle, "rb") as file:
         # Asked again of what has been opened: the name may mean something else by now.
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise BadRecord("image_not_a_file", "is no regular file; give an image file")
-        if not 0 < found.st_size <= limits.max_image_bytes:
-            raise BadRecord("image_bytes", f"has {found.st_size} bytes; data.max_image_bytes allows 1 to {limits.max_image_bytes}")
+        _check_file(os.fstat(handle), limits)
         yield file
+
+
+def _check_file(found: os.stat_result, limits: DataConfig) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise BadRecord("image_not_a_file", "is no regular file; give an image file")
+    if not 0 < found.st_size <= limits.max_image_bytes:
+        raise BadRecord("image_bytes", f"has {found.st_size} bytes; data.max_image_bytes allows 1 to {limits.max_image_bytes}")
 
 
 def _check_bounds(image: Image.Image, limits: DataConfig) -> None:
@@ -165,48 +238,28 @@ def _check_bounds(image: Image.Image, limits: DataConfig) -> None:
         raise BadRecord("image_mode", f"holds pixels of mode {image.mode}, whose white is not said; save it with 8 or 16 bits")
 
 
-def _ends_well(file: BinaryIO, form: str) -> bool:
-    """Whether the last bytes are those of a whole file, trailing zeros aside."""
-    position = file.tell()
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 64))
-    tail = file.read()
-    file.seek(0)
-    head = file.read(8)
-    file.seek(position)
-    if form in ("WEBP", "BMP"):
-        said = int.from_bytes(head[4:8], "little") + 8 if form == "WEBP" else int.from_bytes(head[2:6], "little")
-        return said <= size
-    return _TAILS[form] in tail[-12:] if form == "PNG" else tail.rstrip(b"\0").endswith(_TAILS[form])
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture is to be turned or mirrored before it is looked at."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    except Exception:
+        # Notes beside the picture, which nothing else reads.
+        return False
 
 
 def _decode(image: Image.Image) -> Image.Image:
-    """The whole image as RGB. Raises BadRecord."""
+    """The whole image as RGB. Whatever Pillow raises is a BadRecord."""
     try:
         if image.mode.startswith("I;16"):
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         # Pillow would warn about it and then drop it, as here.
         image.info.pop("transparency", None)
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Image.DecompressionBombError:
         raise BadRecord("image_pixels", "has far too many pixels; shrink it") from None
-    except _DECODE_ERRORS as error:
+    except Exception as error:
         raise BadRecord("image_truncated", f"ends early or is damaged ({_words(error)}); restore the file") from None
-
-
-def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def _begin(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read(12)
 
 
 def _words(error: BaseException) -> str:

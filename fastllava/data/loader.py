@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from fastllava.batch import IMAGE_ID, Batch, ImageSpec
 from fastllava.config import DataConfig
+from fastllava.data.checks import BadRecord
 from fastllava.data.feed import Feed, Report
-from fastllava.data.images import load_image
+from fastllava.data.images import ImageError, load_image, resolve_image
 from fastllava.data.plan import Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.data.workers import Board
@@ -139,9 +140,13 @@ def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index:
         if data.images is None:
             raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
         try:
-            images.append(load_image(data.images / row.image, data.image_policy, spec, data))
-        except UserError as error:
-            raise UserError(f"record {row.id}: its image was readable when the data was prepared and is not now: {error}") from None
+            # The rules for paths hold at every read: what lies there now may be a link that leads elsewhere.
+            path = resolve_image(data.images.resolve(), row.image, data.follow_links)
+            images.append(load_image(path, data.image_policy, spec, data, row.stamp))
+        except BadRecord as problem:
+            raise UserError(f"record {row.id}: {data.images / row.image}: {problem.detail} ({problem.reason})") from None
+        except ImageError as error:
+            raise UserError(f"record {row.id}: {error}") from None
     return Sample(row.ids, row.supervised, images, weight)
 
 

@@ -4,19 +4,22 @@ A set lies in a folder named by the hash of everything it depends on, so it is f
 made anew when something has. It is written beside and renamed, so a folder of that name is always whole.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 import pyarrow as pa
 import sentencepiece
@@ -24,9 +27,11 @@ import sentencepiece
 import fastllava
 from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
-from fastllava.data.prepared_set import MANIFEST, QUARANTINE, ROWS, PreparedRow, PreparedSet, checksum_of, file_sha256
+from fastllava.data.checksums import read_checksums
+from fastllava.data.prepared_set import FILES, MANIFEST, QUARANTINE, ROWS, TIMES, PreparedRow, PreparedSet, checksum_of, file_sha256
 from fastllava.data.quarantine import refuse, summary
 from fastllava.data.records import open_records, read_records
+from fastllava.data.reuse import Report, find_set, in_json, replaced
 from fastllava.data.rows import SCHEMA, Preparer, count_keys, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
@@ -42,8 +47,6 @@ _SMALL_SOURCE = 8 * 2**20
 """Below this, starting worker processes takes longer than they save."""
 _SAY_EVERY = 15.0
 
-Report = Callable[[str], None]
-
 
 def _cache() -> Path:
     """Where caches lie: for a user without a home, as containers know them, here."""
@@ -53,10 +56,19 @@ def _cache() -> Path:
         return Path.cwd() / ".cache"
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Report = print, board: Board | None = None) -> PreparedSet:
+def prepare(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    spec: ImageSpec,
+    report: Report = print,
+    board: Board | None = None,
+    keep: str | None = None,
+) -> PreparedSet:
     """The prepared set of `data.records`, reused where it has been made before. `report` gets what happens, line by line.
 
-    The records that are being looked at stand on the `board`, of `data.workers`.
+    The records that are being looked at stand on the `board`, of `data.workers`. A set whose images have changed since is made
+    anew. But not the set of digest `keep`, which a run began with: a few bad images are no reason to end it, as training leaves
+    them out.
 
     Bad records are left out and listed in the set's quarantine.jsonl. Raises UserError when more than
     `data.max_quarantined_share` are bad, when none is usable, and for every mistake in the settings or the files.
@@ -70,9 +82,10 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
     folder = root.absolute() / hashlib.sha256(json.dumps([content, images], sort_keys=True).encode()).hexdigest()[:32]
     preparer = Preparer(data, tokenizer, spec.patches, board or Board(data.workers))
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_suffix(".lock")):
-            prepared = _find(folder, preparer, report)
+            prepared = find_set(folder, preparer, report, keep)
             if prepared is None:
                 report(f"preparing {data.records} with template {data.template} into {folder}")
                 prepared = _make(folder, content, images, preparer, report)
@@ -86,6 +99,10 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec, report: Rep
 
 def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[str, Any]:
     """Everything that the rows depend on, but for the image files."""
+    listed = None
+    if data.image_checksums is not None:
+        read_checksums(data.image_checksums)
+        listed = file_sha256(data.image_checksums)
     try:
         with open_records(data.records) as file:
             source = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
@@ -103,63 +120,57 @@ def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[st
         "image_policy": data.image_policy,
         "image_spec": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()},
         "max_tokens": data.max_tokens,
+        "image_checksums": listed,
         "limits": {key: getattr(data, key) for key in limits},
     }
-
-
-def _find(folder: Path, preparer: Preparer, report: Report) -> PreparedSet | None:
-    """The set in `folder` if it is whole and the images it refused are still as bad as they were."""
-    if not folder.exists():
-        return None
-    try:
-        prepared = PreparedSet.open(folder, verify=True)
-        if any(reason.startswith("image_") for reason in prepared.manifest["reasons"]):
-            for line in (folder / QUARANTINE).read_text(encoding="utf-8").splitlines():
-                entry = json.loads(line)
-                if not _files(entry["reason"]):
-                    continue
-                problem = preparer.image_problem(entry["image"], entry["id"])
-                if problem is None or problem.reason != entry["reason"]:
-                    report(f"image {entry['image']} is not what it was when {folder} was made: making it anew")
-                    return None
-    except (UserError, OSError, ValueError, KeyError) as error:
-        report(f"a prepared set is damaged, making it anew: {error}")
-        return None
-    report(f"prepared set {folder}: nothing has changed, used again")
-    return prepared
-
-
-def _files(reason: str) -> bool:
-    """Whether a reason is about an image file, which may have changed since."""
-    return reason.startswith("image_") and reason not in ("image_count", "image_type", "image_key")
 
 
 def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: Preparer, report: Report) -> PreparedSet:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    try:
+        _fill(partial, content, images, preparer, report)
+    except BaseException:
+        # A full disk above all: what is of no use makes room.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        _put_aside(folder)
+    partial.rename(folder)
+    sync(folder.parent)
+    return PreparedSet.open(folder)
+
+
+def _fill(partial: Path, content: dict[str, Any], images: str | None, preparer: Preparer, report: Report) -> None:
+    """All files of a set, on the disk."""
     counts = _write_rows(partial, preparer, report)
     counts["rows_bytes"] = (partial / ROWS).stat().st_size
-    counts |= {f"{Path(name).stem}_sha256": file_sha256(partial / name) for name in (ROWS, QUARANTINE)}
+    counts |= {f"{Path(name).stem}_sha256": file_sha256(partial / name) for name in FILES}
     versions = {"fastllava": fastllava.__version__, "pillow": PIL.__version__, "sentencepiece": sentencepiece.__version__}
     where = {"records": str(preparer.data.records.absolute()), "images": images}
     manifest = {**content, **counts, "where": where, "made_with": versions}
     manifest["checksum"] = checksum_of(manifest)
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    (partial / MANIFEST).write_bytes(in_json(manifest))
     for file in partial.iterdir():
         sync(file)
     sync(partial)
-    if folder.exists():
-        stale = folder.with_suffix(".stale")
-        shutil.rmtree(stale, ignore_errors=True)
-        folder.rename(stale)
-        partial.rename(folder)
-        # A run that reads the old rows keeps them: its memory map holds on to the file.
-        shutil.rmtree(stale, ignore_errors=True)
-    else:
-        partial.rename(folder)
-    sync(folder.parent)
-    return PreparedSet.open(folder)
+
+
+def _put_aside(folder: Path) -> None:
+    """Make room for a new set. The old one, if whole, is kept for the runs that began with it; those before it go.
+
+    A run that reads rows that go keeps them: its memory map holds on to the file.
+    """
+    try:
+        name = replaced(folder, PreparedSet.open(folder).digest)
+    except UserError:
+        name = folder.with_suffix(".stale")
+    for older in (*folder.parent.glob(f"{folder.name}-*"), folder.with_suffix(".stale")):
+        shutil.rmtree(older, ignore_errors=True)
+    folder.rename(name)
+    if name.suffix == ".stale":
+        shutil.rmtree(name, ignore_errors=True)
 
 
 def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, Any]:
@@ -169,7 +180,8 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
     workers = data.workers if before.st_size > _SMALL_SOURCE else 0
     reasons: Counter[str] = Counter()
     other_keys: Counter[str] = Counter()
-    records = rows = truncated = left_out = 0
+    records = rows = truncated = left_out = turned = 0
+    times = array("q")
     said = started = time.monotonic()
     with (
         pa.OSFile(str(partial / ROWS), "wb") as sink,
@@ -189,9 +201,12 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
             truncated += batch.truncated
             left_out += batch.left_out
             count_keys(other_keys, batch.other_keys)
+            turned += batch.turned
+            times.extend(batch.image_times)
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 report(f"  {records:,} records, {records / (said - started):,.0f} a second")
+    np.save(partial / TIMES, np.array(times, np.int64))
     after = data.records.stat()
     if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
         raise UserError(f"data.records: {data.records} changed while it was read; start again when it is complete")
@@ -203,12 +218,23 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
         "truncated": truncated,
         "answers_left_out": left_out,
         "other_keys": dict(sorted(other_keys.items())),
+        "turned": turned,
     }
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time makes a set; the others wait and then find it."""
-    with path.open("w") as file:
+    """One process at a time makes a set; the others wait and then find it.
+
+    Where nothing can be written no set can be made either, and one that is there needs no lock.
+    """
+    try:
+        file = path.open("w")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not path.with_suffix("").is_dir():
+            raise
+        yield
+        return
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,11 +11,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fastllava.batch import IMAGE_ID
+from fastllava.data.images import ImageStamp
 from fastllava.errors import UserError
 
-ROWS, MANIFEST, QUARANTINE = "rows.arrow", "manifest.json", "quarantine.jsonl"
-_NOT_CONTENT = ("where", "made_with", "checksum")
-"""Parts of the manifest that say nothing about the content, so that a set may move."""
+ROWS, MANIFEST, QUARANTINE, TIMES = "rows.arrow", "manifest.json", "quarantine.jsonl", "image_times.npy"
+FILES = (ROWS, QUARANTINE, TIMES)
+"""Those whose hashes the manifest holds."""
+_NOT_CONTENT = ("where", "made_with", "checksum", "image_times_sha256")
+"""Parts of the manifest that say nothing about the content, so that a set may move, and so may its images, with new times."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,24 @@ class PreparedRow:
     """[k, 2] half-open ranges into `ids`; read-only."""
     image: str | None
     """Path below the image folder; None where there is no image, or where the cut took it away whole."""
+    stamp: ImageStamp | None
+    """What the image was when the set was made."""
 
 
 class PreparedSet:
     """N samples, in the order of the source. Cheap to open; a pickled one opens again on the other side."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], table: pa.Table) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], table: pa.Table, times: NDArray[np.int64]) -> None:
         self.folder, self.manifest = folder, manifest
         self.digest = digest_of(manifest)
         """Hash of the manifest, places aside: what a checkpoint stores."""
         images = manifest["where"]["images"]
         self.images_root = None if images is None else Path(images)
         self._table = table
+        self.image_bytes: NDArray[np.int64] = table.column("image_bytes").fill_null(0).to_numpy()
+        """[N] bytes of each sample's image file; 0 without one."""
+        self.image_times = times
+        """[N] when each sample's image was last written, nanoseconds; 0 without one."""
         self._chunks: dict[int, tuple[NDArray, ...]] = {}
         self._starts = np.cumsum([0] + [len(chunk) for chunk in table.column("ids").chunks]).tolist()
         self.n_tokens: NDArray[np.int32] = self._column("n_tokens", np.int32)
@@ -66,15 +76,18 @@ class PreparedSet:
             if (folder / ROWS).stat().st_size != manifest["rows_bytes"]:
                 raise ValueError(f"{ROWS} has lost bytes")
             # Before anything is read from them: Arrow trusts what it maps.
-            changed = [
-                name for name in (ROWS, QUARANTINE) if verify and file_sha256(folder / name) != manifest[f"{Path(name).stem}_sha256"]
-            ]
+            changed = [name for name in FILES if verify and file_sha256(folder / name) != manifest[f"{Path(name).stem}_sha256"]]
             if changed:
                 raise ValueError(f"{changed[0]} has changed")
             table = pa.ipc.open_file(pa.memory_map(str(folder / ROWS))).read_all()
+            if verify and not all(_ids_within(chunk, manifest["vocab_size"]) for chunk in table.column("ids").chunks):
+                raise ValueError(f"{ROWS} holds token ids that the tokenizer has not")
+            times = np.load(folder / TIMES, mmap_mode="r", allow_pickle=False)
+            if times.shape != (table.num_rows,) or times.dtype != np.int64:
+                raise ValueError(f"{TIMES} is of other rows")
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{folder}: holds no whole prepared set ({error}); delete the folder and run fastllava prepare") from None
-        return cls(folder, manifest, table)
+        return cls(folder, manifest, table, times)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedSet.open, (self.folder,)
@@ -89,13 +102,29 @@ class PreparedSet:
         number = bisect.bisect_right(self._starts, i) - 1
         at = i - self._starts[number]
         id_begin, ids, supervised_begin, supervised = self._lists(number)
-        chunk = {name: self._table.column(name).chunk(number) for name in ("id", "image")}
+        chunk = {name: self._table.column(name).chunk(number)[at].as_py() for name in ("id", "image", "image_bytes", "image_digest")}
+        stamp = None
+        if chunk["image"] is not None:
+            stamp = ImageStamp(chunk["image_bytes"], int(self.image_times[i]), chunk["image_digest"])
         return PreparedRow(
-            id=chunk["id"][at].as_py(),
+            id=chunk["id"],
             ids=ids[id_begin[at] : id_begin[at + 1]],
             supervised=supervised[supervised_begin[at] : supervised_begin[at + 1]].reshape(-1, 2),
-            image=chunk["image"][at].as_py(),
+            image=chunk["image"],
+            stamp=stamp,
         )
+
+    def images(self) -> dict[str, list[int]]:
+        """The samples that each image belongs to, by its path below the image folder."""
+        found: dict[str, list[int]] = {}
+        for i, image in enumerate(self._table.column("image").to_pylist()):
+            if image is not None:
+                found.setdefault(image, []).append(i)
+        return found
+
+    def named(self, name: str) -> list[int]:
+        """The samples whose record is called `name`."""
+        return [i for i, found in enumerate(self._table.column("id").to_pylist()) if found == name]
 
     def _column(self, name: str, dtype: type) -> NDArray:
         return self._table.column(name).to_numpy().astype(dtype, copy=False)
@@ -106,6 +135,12 @@ class PreparedSet:
             lists = [self._table.column(name).chunk(number) for name in ("ids", "supervised")]
             self._chunks[number] = tuple(part.to_numpy() for column in lists for part in (column.offsets, column.values))
         return self._chunks[number]
+
+
+def _ids_within(chunk: pa.ListArray, vocab_size: int) -> bool:
+    """Whether all token ids are those of a vocabulary, or the image's mark: others are memory that is not the embedding's."""
+    ids = chunk.values.to_numpy()
+    return not len(ids) or (int(ids.max()) < vocab_size and bool(((ids >= 0) | (ids == IMAGE_ID)).all()))
 
 
 def checksum_of(manifest: dict[str, Any]) -> str:

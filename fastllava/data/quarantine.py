@@ -26,6 +26,11 @@ def summary(prepared: PreparedSet) -> str:
         lines.append(f"{manifest['answers_left_out']:,} answers are left out of the loss, as their turns say")
     if manifest["other_keys"]:
         lines.append(f"keys that mean nothing here: {_keys(manifest['other_keys'])}")
+    if manifest["turned"]:
+        lines.append(
+            f"{manifest['turned']:,} records show a picture that its EXIF orientation would turn or mirror; it is used as it is stored, "
+            "as the original does: rotate the files themselves where that matters"
+        )
     if manifest["quarantined"]:
         lines += [_table(prepared), *_examples(prepared), f"every one of them: {prepared.folder / QUARANTINE}"]
     return "\n".join(lines)

@@ -21,8 +21,9 @@ import pyarrow as pa
 from fastllava.batch import IMAGE_ID
 from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord, Record, check_record
+from fastllava.data.checksums import read_checksums
 from fastllava.data.conversation import Encoded, cut, encode_record
-from fastllava.data.images import check_image, resolve_image
+from fastllava.data.images import DIGEST_BYTES, Examined, examine, resolve_image
 from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw
 from fastllava.data.templates import template
@@ -38,6 +39,8 @@ SCHEMA = pa.schema(
         ("ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.int32())),
         ("image", pa.string()),
+        ("image_bytes", pa.int64()),
+        ("image_digest", pa.binary(DIGEST_BYTES)),
         ("n_tokens", pa.int32()),
         ("n_supervised", pa.int32()),
         ("n_images", pa.int8()),
@@ -86,6 +89,10 @@ class Batch:
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """One line of quarantine.jsonl each."""
     records: int = 0
+    image_times: array = field(default_factory=lambda: array("q"))
+    """When the image of each row was last written, nanoseconds; 0 without one."""
+    turned: int = 0
+    """Rows whose image EXIF says to turn, which nobody does."""
     truncated: int = 0
     """Rows that lost tokens to `data.max_tokens`."""
     left_out: int = 0
@@ -132,6 +139,7 @@ class Preparer:
         check_marks(self.form, tokenizer)
         self.root = None if data.images is None else data.images.resolve()
         self._checked = lru_cache(maxsize=65536)(self._check)
+        self._listed: dict[str, bytes] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Preparer, self._state
@@ -143,7 +151,7 @@ class Preparer:
         for raw in raws:
             try:
                 with self.board.at(raw.index):
-                    record, truncated = self._add(columns, raw)
+                    record, truncated = self._add(columns, result, raw)
             except BadRecord as problem:
                 result.quarantined.append(_quarantined(raw, problem))
                 continue
@@ -153,25 +161,42 @@ class Preparer:
         result.rows = columns.serialize()
         return result
 
-    def image_problem(self, relative: str, name: Any) -> BadRecord | None:
-        """Why the image `relative` of the record called `name` cannot be used, or None."""
+    def image(self, relative: str, name: Any) -> Examined:
+        """The image `relative` of the record called `name`. Raises BadRecord when it cannot be used."""
         if self.root is None:
             given = f"is not set, and record {name!r} has the image {relative!r}"
             raise UserError(f"data.images: {given}; write the folder that image paths start from")
+        path = resolve_image(self.root, relative, self.data.follow_links)
         try:
-            path = resolve_image(self.root, relative, self.data.follow_links)
             found = path.stat()
+        except (OSError, ValueError):
+            verdict = self._check(str(path))
+        else:
+            # Many records share an image; one that is the same file still, byte count and times included, is judged once.
+            verdict = self._checked(str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if isinstance(verdict, BadRecord):
+            raise verdict.with_traceback(None)
+        if self.data.image_checksums is not None:
+            self._compare(relative, verdict)
+        return verdict
+
+    def _check(self, path: str, *_: int) -> Examined | BadRecord:
+        try:
+            return examine(Path(path), self.data)
         except BadRecord as problem:
             return problem
-        except (OSError, ValueError):
-            return self._check(f"{self.root}/{relative}")
-        # Many records share an image; one that is the same file still, byte count and times included, is judged once.
-        return self._checked(str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def _check(self, path: str, *_: int) -> BadRecord | None:
-        return check_image(Path(path), self.data)
+    def _compare(self, relative: str, examined: Examined) -> None:
+        """Raises BadRecord unless the list `data.image_checksums` has the image as it is."""
+        if self._listed is None:
+            self._listed = read_checksums(self.data.image_checksums)  # pyright: ignore[reportArgumentType] (asked for when it is set)
+        listed = self._listed.get(os.path.normpath(relative))
+        if listed is None:
+            raise BadRecord("image_checksum", f"{relative!r} is not in data.image_checksums; add its line, by sha256sum")
+        if listed != examined.stamp.digest:
+            raise BadRecord("image_checksum", f"{relative!r} is not as data.image_checksums lists it; restore the file")
 
-    def _add(self, columns: _Columns, raw: Raw) -> tuple[Record, bool]:
+    def _add(self, columns: _Columns, result: Batch, raw: Raw) -> tuple[Record, bool]:
         """Appends the record's row; the record, and whether it was cut. Raises BadRecord."""
         if raw.problem is not None:
             raise raw.problem
@@ -181,13 +206,16 @@ class Preparer:
         if not fitted.n_supervised:
             cut = f"among the first {self.data.max_tokens} rows, those of the image included"
             raise BadRecord("nothing_supervised", f"no supervised token {cut}; shorten the question")
-        if record.image is not None and (problem := self.image_problem(record.image, record.id)):
-            raise problem
+        examined = None if record.image is None else self.image(record.image, record.id)
         name = shortened(str(record.id).encode(errors="replace").decode())
-        image = record.image if fitted.n_images else None
+        if not fitted.n_images:
+            examined = None
+        image = (None,) * 3 if examined is None else (record.image, examined.stamp.size, examined.stamp.digest)
         counts = (fitted.n_tokens, fitted.n_supervised, fitted.n_images, record.length_key)
         encoded = fitted.encoded
-        columns.add((raw.index, name, image, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
+        columns.add((raw.index, name, *image, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
+        result.image_times.append(0 if examined is None else examined.stamp.mtime_ns)
+        result.turned += examined is not None and examined.turned
         return record, fitted.truncated
 
 

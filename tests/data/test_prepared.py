@@ -1,6 +1,8 @@
 """Prepared sets: what a row holds, when a set is used again, when it is made anew, and when it is refused."""
 
+import hashlib
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from fastllava.data import prepared as module
 from fastllava.data.checks import check_record
 from fastllava.data.conversation import encode_record, template
 from fastllava.data.prepared import PreparedSet, prepare
+from fastllava.data.prepared_set import checksum_of, file_sha256
 from fastllava.data.rows import fit
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
@@ -175,7 +178,7 @@ def test_an_image_that_was_mended_is_taken_in(make_data: MakeData, tokenizer: To
     assert any("late.png is not what it was" in line for line in said)
 
 
-@pytest.mark.parametrize("file", ["rows.arrow", "manifest.json", "quarantine.jsonl"])
+@pytest.mark.parametrize("file", ["rows.arrow", "manifest.json", "quarantine.jsonl", "image_times.npy"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_set_is_made_anew(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, file: str, damage: str) -> None:
     data = make_data([record(0), record(1, image="missing.png")])
@@ -195,6 +198,25 @@ def test_a_damaged_set_is_made_anew(make_data: MakeData, tokenizer: Tokenizer, s
     assert anew.row(0).ids.tolist()[0] == 1
 
 
+@pytest.mark.parametrize("token", [-1, 420, 2**31 - 1])
+def test_a_forged_set_with_ids_of_no_token_is_made_anew(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, token: int) -> None:
+    data = make_data([record(0)])
+    made = prepare(data, tokenizer, spec, Said())
+    rows = made.folder / "rows.arrow"
+    honest = rows.read_bytes()
+    ids = made.row(0).ids.copy()
+    forged = ids.copy()
+    forged[-1] = token
+    del made
+    rows.write_bytes(honest.replace(ids.tobytes(), forged.tobytes()))
+    manifest = json.loads((rows.parent / "manifest.json").read_bytes())
+    manifest["rows_sha256"] = file_sha256(rows)
+    (rows.parent / "manifest.json").write_text(json.dumps({**manifest, "checksum": checksum_of(manifest)}))
+    said = Said()
+    assert prepare(data, tokenizer, spec, said).row(0).ids.tolist() == ids.tolist()
+    assert "holds token ids that the tokenizer has not" in said[0]
+
+
 def test_opening_what_is_no_set_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no whole prepared set") as error:
         PreparedSet.open(tmp_path)
@@ -209,24 +231,151 @@ def test_a_pickled_set_opens_again(make_data: MakeData, tokenizer: Tokenizer, sp
     assert copy.row(2).ids.tolist() == made.row(2).ids.tolist()
 
 
-def test_what_a_stopped_run_left_is_cleared(
-    make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_cannot_be_finished_gives_its_space_back(
+    make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     data = make_data([record(0)])
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "sync", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((UserError, KeyboardInterrupt)) as raised:
             prepare(data, tokenizer, spec, Said())
+    if isinstance(error, OSError):
+        assert str(raised.value).startswith("data.prepared_dir: ")
+        assert "No space left" in str(raised.value)
     assert data.prepared_dir is not None
-    (left,) = data.prepared_dir.glob("*.partial")
-    (left / "rubbish").write_text("x")
+    assert [path.suffix for path in data.prepared_dir.iterdir()] == [".lock"]
+    assert len(prepare(data, tokenizer, spec, Said())) == 1
+
+
+def test_what_a_killed_run_left_is_cleared(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:
+    data = make_data([record(0)])
     made = prepare(data, tokenizer, spec, Said())
-    assert sorted(path.name for path in made.folder.iterdir()) == ["manifest.json", "quarantine.jsonl", "rows.arrow"]
+    made.folder.rename(made.folder.with_suffix(".partial"))
+    (made.folder.with_suffix(".partial") / "rubbish").write_text("x")
+    made = prepare(data, tokenizer, spec, Said())
+    assert sorted(path.name for path in made.folder.iterdir()) == ["image_times.npy", "manifest.json", "quarantine.jsonl", "rows.arrow"]
+    assert data.prepared_dir is not None
     assert not list(data.prepared_dir.glob("*.partial"))
+
+
+def test_a_set_in_a_folder_that_cannot_be_written_is_used(
+    make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data([record(0)])
+    made = prepare(data, tokenizer, spec, Said())
+    honest = Path.open
+
+    def read_only(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if "r" not in mode and path.parent == data.prepared_dir:
+            raise OSError(30, "Read-only file system", str(path))
+        return honest(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert data.images is not None
+    os.utime(data.images / "good.png", ns=(5, 5))
+    said = Said()
+    assert prepare(data, tokenizer, spec, said).digest == made.digest
+    assert said.reused
+    with pytest.raises(UserError, match=r"data\.prepared_dir: .* cannot be used \(Read-only file system\)"):
+        prepare(make_data([record(1)]), tokenizer, spec, Said())
+
+
+def write_anew(path: Path, colour: tuple[int, int, int]) -> None:
+    """A picture of as many bytes as another colour's, uncompressed."""
+    Image.new("RGB", (40, 30), colour).save(path, "BMP")
+
+
+@pytest.fixture
+def pictures(make_data: MakeData, tmp_path: Path) -> Callable[..., DataConfig]:
+    """Settings of twenty records, each with a picture of its own."""
+
+    def make(**settings: Any) -> DataConfig:
+        data = make_data([record(i, image=f"{i}.bmp") for i in range(20)], **settings)
+        for i in range(20):
+            if not (path := tmp_path / "images" / f"{i}.bmp").exists():
+                write_anew(path, (i, 0, 0))
+        return data
+
+    return make
+
+
+def test_a_picture_that_was_replaced_makes_another_set(pictures: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:
+    data = pictures()
+    made = prepare(data, tokenizer, spec, Said())
+    assert data.images is not None
+    write_anew(data.images / "7.bmp", (9, 9, 9))
+    said = Said()
+    anew = prepare(data, tokenizer, spec, said)
+    assert not said.reused
+    assert any("7.bmp is not what it was" in line for line in said)
+    assert (len(anew), anew.digest != made.digest) == (20, True)
+    # The picture of before: the digest of before, whatever the time of the file.
+    write_anew(data.images / "7.bmp", (7, 0, 0))
+    assert prepare(data, tokenizer, spec, Said()).digest == made.digest
+
+
+def test_new_times_of_the_same_pictures_change_nothing(pictures: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:
+    data = pictures()
+    made = prepare(data, tokenizer, spec, Said())
+    assert data.images is not None
+    for path in data.images.iterdir():
+        os.utime(path, ns=(1, 1))
+    first, second = Said(), Said()
+    found = prepare(data, tokenizer, spec, first)
+    assert (found.digest, first.reused) == (made.digest, True)
+    assert any("20 images have another time and the same content" in line for line in first)
+    assert prepare(data, tokenizer, spec, second).row(3).stamp == found.row(3).stamp
+    assert second[0].endswith("nothing has changed, used again")
+
+
+def test_a_run_that_has_begun_keeps_its_set_while_few_pictures_are_bad(pictures: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:
+    data = pictures(max_quarantined_share=0.1)
+    made = prepare(data, tokenizer, spec, Said())
+    assert data.images is not None
+    (data.images / "7.bmp").unlink()
+    said = Said()
+    assert prepare(data, tokenizer, spec, said, keep=made.digest).digest == made.digest
+    assert "1 of 20 images are not what they were when this run began, such as 7.bmp" in said[0]
+    assert "the run goes on without them" in said[0]
+    # Another run begins meanwhile, on what there is now; the first one still finds what it began with.
+    assert prepare(data, tokenizer, spec, Said()).digest != made.digest
+    assert prepare(data, tokenizer, spec, Said(), keep=made.digest).digest == made.digest
+    for i in range(3):
+        write_anew(data.images / f"{i}.bmp", (1, 2, 3))
+    with pytest.raises(UserError, match=r"data\.images: 4 of 20 images are not what they were .* put them back") as error:
+        prepare(data, tokenizer, spec, Said(), keep=made.digest)
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_stored_on_their_side_are_counted(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:
+    data = make_data([record(0), record(1, image="turned.jpg"), record(2, image="upright.jpg")])
+    assert data.images is not None
+    for name, orientation in (("turned.jpg", 6), ("upright.jpg", 1)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20)).save(data.images / name, exif=exif)
+    said = Said()
+    assert prepare(data, tokenizer, spec, said).manifest["turned"] == 1
+    assert "1 records show a picture that its EXIF orientation would turn" in said[-1]
+
+
+def test_pictures_are_held_to_a_list_of_checksums(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec, tmp_path: Path) -> None:
+    data = make_data([record(0), record(1, image="rotten.bmp"), record(2, image="unlisted.bmp")], image_checksums=tmp_path / "SHA256SUMS")
+    assert data.images is not None
+    good = hashlib.sha256((data.images / "good.png").read_bytes()).hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{good}  good.png\n{good} *./rotten.bmp\n")
+    for name in ("rotten.bmp", "unlisted.bmp"):
+        write_anew(data.images / name, (1, 2, 3))
+    prepared = prepare(data, tokenizer, spec, Said())
+    assert (len(prepared), prepared.manifest["reasons"]) == (1, {"image_checksum": 2})
+    (tmp_path / "SHA256SUMS").write_text("abc  good.png\n")
+    with pytest.raises(UserError, match=r"data\.image_checksums: line 1 of .* is no line of sha256sum"):
+        prepare(data, tokenizer, spec, Said())
 
 
 def test_the_users_cache_is_the_default(

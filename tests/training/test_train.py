@@ -181,7 +181,7 @@ def test_a_second_run_in_the_same_output_dir_is_refused(settings, tmp_path):
     assert train(settings(train={"max_steps": 1})).summary["status"] == "complete", "a killed run holds nothing"
 
 
-def test_an_image_that_vanishes_is_named_and_nothing_is_lost(settings, world, tmp_path):
+def test_an_image_that_vanishes_before_a_run_is_counted_and_its_return_noticed(settings, world, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for path in (world / "images").iterdir():
@@ -191,11 +191,9 @@ def test_an_image_that_vanishes_is_named_and_nothing_is_lost(settings, world, tm
 
     prepare_data(check_config(values), lambda _: None)
     (images / "9.png").unlink()
-    with pytest.raises(UserError, match=r"record cap9: its image .*9\.png"):
+    with pytest.raises(UserError, match=r"max_quarantined_share: 1 of 24 records .*image_not_found 1"):
         train(values)
-    # Steps 0 and 1 are whole and kept; the third has the image.
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [0, 1]
-    assert checkpoint.newest(tmp_path / "run").step == 2
+    assert not read_metrics(tmp_path / "run")
     (images / "9.png").write_bytes((world / "images" / "9.png").read_bytes())
     train(values)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(6))

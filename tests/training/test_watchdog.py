@@ -99,8 +99,8 @@ def test_a_read_that_hangs_is_named(workers, values, tmp_path):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_record_that_hangs_while_the_data_are_prepared_is_named(count, settings, tmp_path):
     def deed(_):
-        honest = rows.check_image
-        rows.check_image = lambda path, *args: time.sleep(3600) if path.name == "9.png" else honest(path, *args)
+        honest = rows.examine
+        rows.examine = lambda path, *args: time.sleep(3600) if path.name == "9.png" else honest(path, *args)
 
     values = settings("finetune", data={"prepared_dir": str(tmp_path / "prepared")}, train={"watchdog_seconds": SECONDS, "device": "cpu"})
     codes, said = ends(begin(count, values, tmp_path, deed), tmp_path)
