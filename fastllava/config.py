@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from fastllava.errors import UserError
 from fastllava.masking import masked_values
+from fastllava.printable import quoted, shortened
 from fastllava.problems import did_you_mean, in_words
 from fastllava.strict_yaml import in_yaml, parse_yaml
 from fastllava_kernels import rooms
@@ -248,7 +249,9 @@ class Config(Section):
         problems = []
         for name, wanted in value.items():
             if name not in rooms():
-                problems.append(f"kernels.{name}: no such room{did_you_mean(f'kernels.{name}', [f'kernels.{room}' for room in rooms()])}")
+                problems.append(
+                    f"kernels.{shortened(name, 80)}: no such room{did_you_mean(f'kernels.{name}', [f'kernels.{room}' for room in rooms()])}"
+                )
             elif wanted not in (names := ["auto", *rooms()[name].implementations]):
                 problems.append(f"kernels.{name}: {in_yaml(wanted)} is no implementation of it; write one of {', '.join(names)}")
         if problems:
@@ -305,7 +308,7 @@ def check_config(given: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         # Without a stage there are no defaults, and complaints about missing keys would hide the one that matters.
         problems = [p for p in error.errors() if defaults or p["type"] != "missing" or p["loc"] == ("stage",)]
-        raise UserError(in_words(problems, list(keys()))) from None
+        raise UserError(in_words(problems, list(keys()), dict(_defaults()))) from None
 
 
 def as_written(config: Config) -> dict[str, Any]:
@@ -320,6 +323,15 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def _defaults(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key that has a default, and it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _defaults(field.annotation, f"{prefix}{name}.")
+        elif field.default is not None and not field.is_required():
+            yield f"{prefix}{name}", field.default
 
 
 def same_training() -> Iterator[tuple[str, FieldInfo]]:
@@ -352,8 +364,9 @@ def marked(mark: str) -> Iterator[tuple[str, FieldInfo]]:
 
 def _set_override(given: dict[str, Any], word: str) -> None:
     key, separator, text = word.partition("=")
+    named = f"override {quoted(word)}"
     if not separator or not all(key.split(".")):
-        raise UserError(f"override {word!r}: is not of the form key=value; write for example optim.lr=2e-5")
+        raise UserError(f"{named}: is not of the form key=value; write for example optim.lr=2e-5")
     *sections, name = key.split(".")
     target = given
     for section in sections:
@@ -363,9 +376,9 @@ def _set_override(given: dict[str, Any], word: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override {word!r}: {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
+            raise UserError(f"{named}: {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
         # A copy: YAML anchors may have put one mapping in two places.
         inner = dict(inner)
         target[section] = inner
         target = inner
-    target[name] = parse_yaml(text, f"override {word!r}")
+    target[name] = parse_yaml(text, named)

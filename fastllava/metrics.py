@@ -68,7 +68,7 @@ class Metrics:
         self._config = config
         rows, self._damaged = _sorted_out(config.output_dir)
         self._kept = [row for row in rows if row["step"] < first_step]
-        self._backends = [Backend(name, config, first_step) for name in config.log.backends]
+        self._backends = [Backend(name, config, first_step) for name in dict.fromkeys(config.log.backends)]
         self._last_line = -math.inf
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -1,9 +1,11 @@
 """What pydantic finds wrong with a config, in the words of the config keys: what was given and what to write instead."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from fastllava.printable import shortened
 from fastllava.strict_yaml import in_yaml
 
 # Flags of the original's scripts, so that they lead somewhere.
@@ -38,8 +40,8 @@ _NOT_YET = {
     "lora": "this version trains the whole language model; leave it out",
 }
 
-_A_NUMBER = "is no number; write one such as 0.03 or 2e-5"
-_A_WHOLE_NUMBER = "is no whole number; write one such as 128"
+_A_NUMBER = "is no number; write one such as {example}"
+_A_WHOLE_NUMBER = "is no whole number; write one such as {example}"
 _KEYS_BELOW = "holds no keys; write its keys below it, such as '{first}: VALUE'"
 _WORDS = {
     "float_type": _A_NUMBER,
@@ -61,13 +63,13 @@ _WORDS = {
 }
 
 
-def in_words(problems: Sequence[Any], keys: Sequence[str]) -> str:
-    """One line for each pydantic problem (`ValidationError.errors()`); `keys` are all dotted config keys."""
+def in_words(problems: Sequence[Any], keys: Sequence[str], defaults: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """One line for each pydantic problem (`ValidationError.errors()`); `keys` are all dotted config keys, `defaults` of some of them."""
     lines: dict[str, str] = {}
     for problem in problems:
         # Of a union's problems the last speaks for all: it is about the most general type.
-        key = ".".join(str(part) for part in problem["loc"] if not _is_internal(part))
-        lines[key] = _line(key, problem, keys)
+        key = shortened(".".join(str(part) for part in problem["loc"] if not _is_internal(part)))
+        lines[key] = _line(key, problem, keys, defaults)
     return "\n".join(lines.values())
 
 
@@ -95,7 +97,7 @@ def _is_internal(part: Any) -> bool:
     return isinstance(part, str) and ("[" in part or part.startswith("function-"))
 
 
-def _line(key: str, problem: Any, keys: Sequence[str]) -> str:
+def _line(key: str, problem: Any, keys: Sequence[str], defaults: Mapping[str, Any]) -> str:
     kind, given = problem["type"], in_yaml(problem.get("input"))
     match kind:
         case "missing":
@@ -115,10 +117,13 @@ def _line(key: str, problem: Any, keys: Sequence[str]) -> str:
         return f"{key}: {given} does not fit ({problem['msg']})"
     first = next((other for other in keys if other.startswith(f"{key}.")), key).rpartition(".")[2]
     bounds = {name: _plain(bound) for name, bound in problem.get("ctx", {}).items() if name in ("gt", "ge", "lt", "le")}
-    words = _WORDS[kind].format(**bounds, value=given.strip("'"), first=first)
+    usual = "0.03 or 2e-5" if _WORDS[kind] == _A_NUMBER else "128"
+    words = _WORDS[kind].format(**bounds, value=given.strip("'"), first=first, example=_plain(defaults.get(key), usual))
     return f"{key}: {given} {words}"
 
 
-def _plain(number: float) -> float:
-    """0.0 as 0."""
+def _plain(number: Any, otherwise: Any = None) -> Any:
+    """A number, 0.0 as 0; of what is none `otherwise`."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return otherwise
     return int(number) if number == int(number) else number

@@ -7,6 +7,7 @@ import yaml
 
 from fastllava.errors import UserError
 from fastllava.masking import masked_values
+from fastllava.printable import shortened
 
 _LOOKED_AT = 2000
 """Characters of a value that a message could show a part of."""
@@ -53,7 +54,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark and "\n" in text.strip() else ""
-        raise UserError(f"{where}{line}: is not valid YAML ({error.problem}); mend it, or put the value in quotes") from None
+        problem = shortened(str(error.problem))
+        raise UserError(f"{where}{line}: is not valid YAML ({problem}); mend it, or put the value in quotes") from None
+    except ValueError:
+        raise UserError(f"{where}: holds a number of thousands of digits; write one that fits, or put the value in quotes") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: is not valid YAML ({' '.join(str(error).split())}); save it as plain text") from None
     except RecursionError:

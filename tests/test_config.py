@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from fastllava.config import Config, check_config, keys, load_config
+from fastllava.config import Config, _defaults, check_config, keys, load_config
 from fastllava.errors import UserError
 from fastllava.problems import ORIGINAL_FLAGS
 from fastllava_kernels import rooms
@@ -334,3 +335,25 @@ def test_a_path_that_the_locale_cannot_write_is_the_files_own_name_in_utf_8(tmp_
     monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
     monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
     assert str(_as_path("/a/\u00fc")).encode("utf-8", "surrogateescape") == "/a/\u00fc".encode()
+
+
+HUGE = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "word", [HUGE, f"{HUGE}=1", f"optim.{HUGE}=1", f"kernels.{HUGE}=auto", f"optim.lr={HUGE}", f"optim.lr=!!{HUGE}", f"optim.lr=*{HUGE}",
+             f"train.seed={'9' * 9000}", f"stage.{HUGE}=1"],
+    ids=lambda word: f"{word[:12]} of {len(word)}",
+)  # fmt: skip
+def test_no_message_copies_a_huge_value(word, tmp_path):
+    with pytest.raises(UserError) as told:
+        load(tmp_path, BASE, word)
+    assert len(str(told.value)) < 700
+
+
+@pytest.mark.parametrize("key", [key for key, default in _defaults() if isinstance(default, int | float) and not isinstance(default, bool)])
+def test_the_number_that_a_message_proposes_is_taken(key, tmp_path):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}: 'no' is no (whole )?number; write one such as ") as told:
+        load(tmp_path, BASE, f"{key}='no'")
+    proposed = str(told.value).rpartition("such as ")[2]
+    load(tmp_path, BASE, f"{key}={proposed}")
