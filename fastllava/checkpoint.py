@@ -3,8 +3,8 @@
 `output_dir/checkpoint-N/` is the state before step N:
 
     tensors/          trained weights and AdamW's moments, through torch.distributed.checkpoint
-    state.json        step, digest of the prepared set, which run, what model it began with, loss and norm of the last steps, versions;
-                      JSON, never pickle
+    state.json        step, digest of the prepared set, which run, what model it began with, samples set aside, loss and norm of the last
+                      steps, versions; JSON, never pickle
     run_config.json   the run's configuration
     manifest.json     size and SHA-256 of every other file; written last
 
@@ -56,6 +56,8 @@ class Checkpoint:
     """Which run wrote it; a run keeps that name when it is resumed. Empty in old checkpoints, as is `start`."""
     start: Mapping[str, Any] = field(default_factory=dict)
     """What model the run began with (`fastllava.fingerprint`)."""
+    set_aside: Mapping[int, int] = field(default_factory=dict)
+    """The step from which on a sample is left out, by its number in the prepared set."""
     passed_over: tuple[str, ...] = ()
     """Names of newer folders that are damaged."""
 
@@ -71,16 +73,18 @@ def save(
     *,
     run: str = "",
     start: Mapping[str, Any] | None = None,
+    set_aside: Mapping[int, int] | None = None,
 ) -> Path:
     """Write `output_dir/checkpoint-{step}` and return it. Raises OSError, leaving older checkpoints as they were.
 
     All `processes` of a run call this together and write their shards of the tensors; what is written does not depend on
-    how many they are, and any other number can read it. When one fails, all raise. `run` and `start` are `Checkpoint`'s.
+    how many they are, and any other number can read it. When one fails, all raise. `run`, `start` and `set_aside` are `Checkpoint`'s.
     """
     final = output_dir / f"checkpoint-{step}"
     beside = output_dir / f".checkpoint-{step}.partial"
     tensors = _tensors(trained, optimizer)
     state = {"step": step, "prepared_digest": prepared_digest, "processes": processes.world, "run": run, "start": dict(start or {})}
+    state["set_aside"] = sorted((set_aside or {}).items())
     with writing(output_dir, sum(tensor.nbytes for tensor in tensors.values())):
         try:
             processes.on_first(lambda: _make_anew(beside))
@@ -190,11 +194,14 @@ def verify(folder: Path) -> Checkpoint:
         rows, run, start = checked(state.get("recent", [])), state.get("run", ""), state.get("start", {})
         if type(run) is not str or type(start) is not dict:
             raise ValueError(f"run {run!r}, start of type {type(start).__name__}")
+        aside = dict(state.get("set_aside", []))
+        if not all(type(number) is int and number >= 0 for pair in aside.items() for number in pair):
+            raise ValueError("set_aside holds more than numbers")
         config = check_config(read_json_object(folder / RUN_CONFIG))
-    except (OSError, ValueError, KeyError, UserError) as error:
+    except (OSError, ValueError, TypeError, KeyError, UserError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: holds a state that this version does not read ({reason}); {remedy}") from None
-    return Checkpoint(folder, step, digest, config, rows, run, start)
+    return Checkpoint(folder, step, digest, config, rows, run, start, aside)
 
 
 def restore(

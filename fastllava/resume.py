@@ -27,6 +27,7 @@ _FREE = {
     "data.images",
     "data.prepared_dir",
     "data.workers",
+    "data.max_quarantined_share",
     "model.tokenizer",
     "train.checkpoint_steps",
     "train.checkpoint_minutes",

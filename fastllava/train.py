@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastllava import checkpoint, memory, resume
+from fastllava import checkpoint, memory, resume, set_aside
 from fastllava.accounting import Accounting
 from fastllava.backends import check_backends
 from fastllava.batch import Batch, ImageSpec
 from fastllava.checkpoint import RUN_CONFIG
 from fastllava.config import Config, as_written
-from fastllava.data.loader import steps
+from fastllava.data.loader import BadImage, BadImages, steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import write_json
@@ -108,6 +108,10 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         if held.summary is not None:
             say(f"{config.output_dir} holds this run, complete: nothing to do")
             return RunResult(config.output_dir, None, dict(held.summary))
+        aside, first = (found.set_aside, found.step) if (found := held.checkpoint) is not None else ({}, 0)
+        plan.leave_out(group.on_first(lambda: set_aside.begin(config, prepared, aside, first)))
+        if plan.left_out:
+            say(f"{len(plan.left_out):,} samples are left out, listed in {config.output_dir / set_aside.SET_ASIDE}")
         sharding = Sharding(group, config.parallel)
         with memory.while_setting_up(config, group.world):
             with group.alike():
@@ -228,7 +232,8 @@ class Trainer:
         if self.config.train.checkpoint_steps is self.config.train.checkpoint_minutes is None:
             # Not wanted, and the result is whole.
             self.group.on_first(lambda: checkpoint.remove(out / f"checkpoint-{self.next_step}"))
-        self.say(f"complete: {_figures_in_words(summary)}")
+        without = f", without {summary['set_aside']:,} samples set aside" if summary["set_aside"] else ""
+        self.say(f"complete: {_figures_in_words(summary)}{without}")
         for path in left if self.config.stage == "pretrain" else [out]:
             self.say(f"left {path}")
         self.group.on_first(self._plot)
@@ -250,9 +255,9 @@ class Trainer:
         Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all agree what to do about
         it, before a step: within one, a process that left would leave the others waiting.
         """
-        with closing(self._stream()) as stream:
+        with ExitStack() as streams:
             try:
-                stop = self._run(metrics, stream, stopped)
+                stop = self._run(metrics, streams, stopped)
             except PeerLost:
                 raise
             except Exception:
@@ -271,17 +276,18 @@ class Trainer:
         }
         return steps(self.plan, self.next_step, self.prepared, self.spec, self.config.data, **options)
 
-    def _run(
-        self, metrics: Metrics | None, stream: Iterator[tuple[Step, list[Batch]]], stopped: Sequence[signal.Signals]
-    ) -> signal.Signals | None:
+    def _run(self, metrics: Metrics | None, streams: ExitStack, stopped: Sequence[signal.Signals]) -> signal.Signals | None:
+        stream = streams.enter_context(closing(self._stream()))
         began, failed = time.perf_counter(), None
         while self.next_step < self.plan.n_steps:
             fetching = time.perf_counter()
             self._watch.now(Phase.FETCHING)
-            fetched, failed = attempt(lambda: next(stream)) if failed is None else (None, failed)
+            fetched, failed = attempt(lambda stream=stream: next(stream)) if failed is None else (None, failed)
             waited = time.perf_counter() - fetching
             self._watch.now(Phase.AGREEING)
-            stop, save = self.group.agree(failed, int(stopped[0]) if stopped else 0, int(self._save_due()))
+            bad, failed = (failed.found, None) if isinstance(failed, BadImages) else ((), failed)
+            asked = int(stopped[0]) if stopped else 0
+            stop, save, worse = self.group.agree(failed, asked, int(self._save_due()), int(bool(bad)))
             if stop:
                 self.group.together(self._record_pending)
                 return signal.Signals(stop)
@@ -290,11 +296,35 @@ class Trainer:
                 self.group.together(self._record_pending)
                 self._save()
                 began += time.perf_counter() - saving
+            if worse:
+                self._set_aside(bad)
+                streams.close()
+                stream = streams.enter_context(closing(self._stream()))
+                continue
             began, failed = self._step(metrics, *fetched, began, waited)
         self._watch.now(Phase.AGREEING)
         self.group.agree(failed)
         self.group.together(self._record_pending)
         return None
+
+    def _set_aside(self, mine: Sequence[BadImage]) -> None:
+        """Leave out, from the next step on, the samples of it that any process could not read. Raises UserError when that may not be."""
+        images, step = self.config.data.images, self.next_step
+        positions = [i for ranks in self.plan.step(step).micro_batches for i in ranks[self.group.rank].tolist()]
+        read = int(self.plan.lengths.n_images[self.plan.step(step).samples[positions]].sum())
+
+        def judged() -> Sequence[BadImage]:
+            wrong = set_aside.nothing_is_there(images, mine, read) if mine and images is not None else None
+            if wrong is not None:
+                raise UserError(f"{wrong} and start the same command again")
+            return mine
+
+        bad = sorted((one for found in self.group.gather(judged) for one in found), key=lambda one: one.sample)
+        held = len(self.plan.left_out)
+        self.group.on_first(lambda: set_aside.add(self.config, self.prepared, bad, held, step))
+        self.plan.leave_out({one.sample: step for one in bad})
+        for one in bad:
+            self.say(f"left out from step {step} on, and listed in {self.config.output_dir / set_aside.SET_ASIDE}: {one.in_words()}")
 
     def _step(
         self, metrics: Metrics | None, step: Step, batches: list[Batch], began: float, waited: float
@@ -404,7 +434,7 @@ class Trainer:
         out = self.config.output_dir
         try:
             state, held = (self.prepared.digest, self.trained, self.optimizer, self.group), self.held
-            folder = checkpoint.save(out, self.next_step, self.config, *state, run=held.run, start=held.start)
+            folder = checkpoint.save(out, self.next_step, self.config, *state, run=held.run, start=held.start, set_aside=self.plan.left_out)
             damaged = held.checkpoint.passed_over if held.checkpoint else ()
             self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints, folder, damaged))
         except OSError as error:
@@ -432,6 +462,7 @@ class Trainer:
             "prepared": str(self.prepared.folder),
             "records": self.plan.n_samples,
             "quarantined": self.prepared.manifest["quarantined"],
+            "set_aside": len(self.plan.left_out),
             "kernels": self.model.kernels(),
             "planned_steps": self.plan.n_steps,
             "processes": self.group.world,

@@ -104,6 +104,33 @@ def _tensor(array: NDArray, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class BadImage:
+    """A sample whose image cannot be trained on any more."""
+
+    sample: int
+    """Its number in the prepared set."""
+    id: str
+    """Of its record."""
+    path: str
+    reason: str
+
+    def in_words(self) -> str:
+        """The record, the image, and what is wrong with it."""
+        return f"record {self.id}: {self.path}: {self.reason}"
+
+
+class BadImages(UserError):
+    """Samples of one step that cannot be read."""
+
+    def __init__(self, found: Sequence[BadImage]) -> None:
+        super().__init__("; ".join(one.in_words() for one in found))
+        self.found = tuple(found)
+
+    def __reduce__(self) -> tuple[type["BadImages"], tuple[tuple[BadImage, ...]]]:
+        return BadImages, (self.found,)
+
+
+@dataclass(frozen=True)
 class _Job:
     """What a worker needs to build one micro-batch."""
 
@@ -125,28 +152,37 @@ class _MicroBatches(Dataset):
             return error
 
     def _build(self, job: _Job) -> Batch:
-        samples = []
+        samples: list[Sample] = []
+        bad: list[BadImage] = []
         for index, weight in zip(job.samples, job.weights, strict=True):
             with self.board.at(index):
-                samples.append(read_sample(self.prepared, self.spec, self.data, index, weight))
+                try:
+                    samples.append(read_sample(self.prepared, self.spec, self.data, index, weight))
+                except BadImages as error:
+                    bad += error.found
+        if bad:
+            raise BadImages(bad)
         return pack(samples, self.spec, self.data.max_tokens)
 
 
 def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index: int, weight: float) -> Sample:
-    """Sample `index` with its image decoded. Raises UserError that names the record when that has become unreadable."""
+    """Sample `index` with its image decoded. Raises BadImages when that has become bad."""
     row = prepared.row(index)
     images = []
     if row.image is not None:
         if data.images is None:
             raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
+        reason = ""
         try:
             # The rules for paths hold at every read: what lies there now may be a link that leads elsewhere.
             path = resolve_image(data.images.resolve(), row.image, data.follow_links)
             images.append(load_image(path, data.image_policy, spec, data, row.stamp))
         except BadRecord as problem:
-            raise UserError(f"record {row.id}: {data.images / row.image}: {problem.detail} ({problem.reason})") from None
+            reason = f"{problem.detail} ({problem.reason})"
         except ImageError as error:
-            raise UserError(f"record {row.id}: {error}") from None
+            reason = f"{error.detail} ({error.reason})"
+        if not images:
+            raise BadImages([BadImage(index, row.id, str(data.images / row.image), reason)])
     return Sample(row.ids, row.supervised, images, weight)
 
 
@@ -174,7 +210,7 @@ def steps(
     """Every step from number `first` to the plan's last, with the rank's micro-batches on the host (page-locked when `pin`).
 
     Workers build ahead of the consumer, and end when the generator is closed; what they read stands on `board`. One that dies is
-    told to `report`, and started again. Raises UserError that names the record when an image has become unreadable.
+    told to `report`, and started again. Raises BadImages, of all samples of a step, when images have become bad since they were prepared.
     """
     board = board or Board(data.workers)
 
@@ -190,12 +226,18 @@ def steps(
     with closing(feed):
         for index in range(first, plan.n_steps):
             step = plan.step(index)
-            batches = []
+            batches: list[Batch] = []
+            bad: list[BadImage] = []
             for number in range(len(step.micro_batches)):
                 batch = feed.take((index, number))
-                if isinstance(batch, UserError):
+                if isinstance(batch, BadImages):
+                    bad += batch.found
+                elif isinstance(batch, UserError):
                     raise batch
-                batches.append(batch)
+                else:
+                    batches.append(batch)
+            if bad:
+                raise BadImages(bad)
             yield step, batches
 
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -88,12 +88,19 @@ class Plan:
         self.steps_per_epoch = math.ceil(self.n_samples / train.global_batch)
         self.n_steps = train.max_steps or self.steps_per_epoch * train.epochs
         self._order = lru_cache(maxsize=2)(self._epoch_order)
+        self.left_out: dict[int, int] = {}
+        """The step from which on a sample is in none, by the sample's number."""
         # The loader asks for a step as its workers begin it, and again as the training comes to it.
         self._step = lru_cache(maxsize=64)(self._build)
 
     def step(self, index: int) -> Step:
         """Step `index`, 0-based. The last step of an epoch takes the samples that are left."""
         return self._step(index)
+
+    def leave_out(self, since: Mapping[int, int]) -> None:
+        """Besides those already left out, leave each of these samples out from the step on that is given for it."""
+        self.left_out |= since
+        self._step.cache_clear()
 
     def part(self, index: int, start: int, count: int) -> Step:
         """Step `index` with only the `count` of its samples from position `start` on, packed and weighed as a step of so many."""
@@ -102,8 +109,8 @@ class Plan:
     def samples_of(self, steps: int) -> list[NDArray[np.int64]]:
         """All samples of the first `steps` steps, an array an epoch. A whole epoch's are in the order of the set."""
         epochs, within = divmod(steps, self.steps_per_epoch)
-        whole = [np.arange(self.n_samples)] * epochs
-        return [*whole, self._order(epochs)[: within * self.train.global_batch]] if within else whole
+        whole = [self._without(epoch, np.arange(self.n_samples)) for epoch in range(epochs)]
+        return [*whole, self._without(epochs, self._order(epochs)[: within * self.train.global_batch])] if within else whole
 
     def work(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[B] operations of these samples, by the plan's cost."""
@@ -126,14 +133,22 @@ class Plan:
     def _build(self, index: int) -> Step:
         epoch, within = divmod(index, self.steps_per_epoch)
         start = within * self.train.global_batch
-        return self._of(index, self._order(epoch)[start : start + self.train.global_batch])
+        samples = self._order(epoch)[start : start + self.train.global_batch]
+        return self._of(index, samples, np.array([self.left_out.get(i, index + 1) > index for i in samples.tolist()]))
 
-    def _of(self, index: int, samples: NDArray[np.int64]) -> Step:
+    def _of(self, index: int, samples: NDArray[np.int64], kept: NDArray[np.bool_] | None = None) -> Step:
+        """Of the `kept` ones, or all, of the samples that the recipe gives the step."""
+        kept = np.ones(len(samples), bool) if kept is None else kept
+        weights = self._weights(self.lengths.n_supervised[samples], kept)
+        samples = samples[kept]
+        if not len(samples):
+            nothing = np.zeros(0, np.int64)
+            return Step(index, samples, ((nothing,) * self.world,), weights)
         return Step(
             index=index,
             samples=samples,
             micro_batches=balance(self.lengths.n_tokens[samples], self.work(samples), self.train.micro_batch_tokens, self.world),
-            weights=self._weights(self.lengths.n_supervised[samples]),
+            weights=weights,
         )
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
@@ -147,11 +162,27 @@ class Plan:
             batch, world = self.train.global_batch, 1
         return np.array(group_by_modality(self.lengths.length_key.tolist(), batch, world, generator))
 
-    def _weights(self, n_supervised: NDArray[np.int32]) -> NDArray[np.float64]:
-        """loss_norm=token: the mean over the step's tokens. loss_norm=llava: the mean of the means of the original's micro-batches."""
+    def _without(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of `samples` that are in their step of `epoch`."""
+        begin, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        gone = [i for i, since in self.left_out.items() if since < end]
+        if not gone:
+            return samples
+        order = self._order(epoch)
+        places = np.flatnonzero(np.isin(order, gone)).tolist()
+        out = [i for i, at in ((int(order[at]), at) for at in places) if begin + at // self.train.global_batch >= self.left_out[i]]
+        return samples[~np.isin(samples, out)]
+
+    def _weights(self, n_supervised: NDArray[np.int32], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Of the `kept` samples of a step. A micro-batch that has lost all of its samples does not count.
+
+        loss_norm=token: the mean over the step's tokens. loss_norm=llava: the mean of the means of the original's micro-batches.
+        """
         size = self.train.reference_micro_batch if self.train.loss_norm == "llava" else len(n_supervised)
         starts = range(0, len(n_supervised), size)
-        cuts = [n_supervised[start : start + size] for start in starts]
+        cuts = [cut for start in starts if len(cut := n_supervised[start : start + size][kept[start : start + size]])]
+        if not cuts:
+            return np.zeros(0)
         return np.concatenate([np.full(len(cut), 1.0 / (len(cuts) * max(1, int(cut.sum())))) for cut in cuts])
 
 
