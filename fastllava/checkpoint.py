@@ -174,6 +174,14 @@ def newest(output_dir: Path, report: Any = print) -> Checkpoint | None:
     return None
 
 
+def begun_with(output_dir: Path) -> str | None:
+    """Digest of the prepared set that the run in `output_dir` was on at its newest readable checkpoint; nothing is verified."""
+    for folder in reversed(_numbered(output_dir)):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return str(read_json_object(folder / _STATE)["prepared_digest"])
+    return None
+
+
 def verify(folder: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest. Raises UserError that names the damaged file."""
     remedy = "use an older checkpoint or remove the folder"

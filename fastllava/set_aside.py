@@ -15,6 +15,7 @@ from fastllava.data.loader import BadImage
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import sync
 from fastllava.errors import UserError
+from fastllava.printable import quoted
 
 SET_ASIDE = "set_aside.jsonl"
 _MANY = 4
@@ -102,14 +103,13 @@ def _read(line: str, place: str, prepared: PreparedSet, step: int) -> list[Entry
     name, index, since = str(given["id"]), given.get("index"), given.get("step")
     if any(number is not None and (type(number) is not int or number < 0) for number in (index, since)):
         raise UserError(f"{place}: index and step are whole numbers; mend them, or leave them out")
-    if index is None:
-        indices = prepared.named(name)
+    if index is not None and index < len(prepared) and prepared.row(index).id == name:
+        indices = [index]
     else:
-        indices = [index] if index < len(prepared) and prepared.row(index).id == name else []
-    if not indices:
-        raise UserError(
-            f"{place}: no sample of the prepared set is called {name!r}" + f" at index {index}" * (index is not None) + f"; {remedy}"
-        )
+        indices = prepared.named(name)
+    # A line that a run wrote may be of data that have been prepared again since, without the record.
+    if not indices and index is None:
+        raise UserError(f"{place}: no sample of the prepared set is called {quoted(name)}; {remedy}")
     # A step that lies behind is one that was taken with the sample.
     since = step if since is None else max(since, step)
     return [_entry(prepared, i, str(given.get("reason", "by hand")), since) for i in indices]

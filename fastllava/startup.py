@@ -9,6 +9,7 @@ from torch import nn
 
 from fastllava.accounting import peak_of
 from fastllava.batch import ImageSpec
+from fastllava.checkpoint import begun_with
 from fastllava.config import Config
 from fastllava.data.marks import check_marks, mark_ids
 from fastllava.data.plan import Plan
@@ -77,10 +78,11 @@ def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:
         raise UserError(f"{key}: {error}") from None
 
 
-def prepare_data(config: Config, say: Say, board: Board | None = None) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
+def prepare_data(config: Config, say: Say, board: Board | None = None, keep: str | None = None) -> tuple[Tokenizer, ImageSpec, PreparedSet]:
     """The tokenizer, what the tower wants to see, and the prepared set, made or reused; what is being read stands on the `board`.
 
-    Raises UserError when tokenizer, data and decoder do not fit each other, before any record is read.
+    `keep`: digest of the set that a run began with. Raises UserError when tokenizer, data and decoder do not fit each other,
+    before any record is read.
     """
     origin = read_origin(config.model)
     path = config.model.tokenizer or config.model.llm
@@ -98,14 +100,14 @@ def prepare_data(config: Config, say: Say, board: Board | None = None) -> tuple[
     if origin.llama.window is not None and config.data.max_tokens > origin.llama.window:
         window = origin.llama.window
         raise UserError(f"data.max_tokens: {config.data.max_tokens} is more than model.llm's attention window; write at most {window}")
-    return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say, board)
+    return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say, board, keep)
 
 
 def open_data(config: Config, say: Say, processes: Processes, board: Board | None = None) -> tuple[ImageSpec, PreparedSet]:
     """What the tower wants to see, and the prepared set: the first process makes it or finds it, all open it."""
 
     def prepared() -> tuple[ImageSpec, Path]:
-        _, spec, made = prepare_data(config, say, board)
+        _, spec, made = prepare_data(config, say, board, begun_with(config.output_dir))
         return spec, made.folder
 
     spec, folder = processes.on_first(prepared)

@@ -132,3 +132,22 @@ def test_max_steps_replaces_epochs():
 def test_no_sample_is_an_error_that_names_the_key():
     with pytest.raises(UserError, match=r"data\.records"):
         make_plan(n=0)
+
+
+@pytest.mark.parametrize("norm", ["token", "llava"])
+def test_a_step_without_a_sample_weighs_what_is_left(norm):
+    plan = make_plan(loss_norm=norm, epochs=2)
+    whole, n = plan.step(3), plan.lengths.n_supervised
+    gone = whole.samples[4:9].tolist()
+    plan.leave_out(dict.fromkeys(gone, 3))
+    step = plan.step(3)
+    assert step.samples.tolist() == [i for i in whole.samples.tolist() if i not in gone]
+    cuts = [whole.samples] if norm == "token" else [whole.samples[k : k + 4] for k in range(0, 16, 4)]
+    left = [cut for cut in ([i for i in part.tolist() if i not in gone] for part in cuts) if cut]
+    expected = {i: 1 / (len(left) * n[cut].sum()) for cut in left for i in cut}
+    np.testing.assert_allclose(step.weights, [expected[i] for i in step.samples.tolist()])
+    counted = sum(len(plan.step(k).samples) for k in range(9))
+    assert sum(map(len, plan.samples_of(9))) == counted
+    plan.leave_out(dict.fromkeys(whole.samples.tolist(), 3))
+    assert not len(plan.step(3).samples)
+    assert len(plan.step(3).micro_batches) == 1

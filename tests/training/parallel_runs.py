@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from fastllava import shards, train
 from fastllava.config import check_config
 from fastllava.data import loader
+from fastllava.data.checks import BadRecord
+from fastllava.data.images import ImageError
 from fastllava.errors import UserError
 from fastllava.model import compiled
 
@@ -106,6 +108,19 @@ def _picture_vanishes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loader, "load_image", load_image)
 
 
+def _picture_is_bad(patch: pytest.MonkeyPatch) -> None:
+    honest, bad = loader.load_image, []
+
+    def load_image(path: Path, *args: Any) -> Any:
+        # The fifth, whichever it is, and that one from then on.
+        bad.append(path)
+        if len(bad) >= 5 and path == bad[4]:
+            raise ImageError(path, BadRecord("image_not_found", "there is no such file"))
+        return honest(path, *args)
+
+    patch.setattr(loader, "load_image", load_image)
+
+
 def _loss_overflows(patch: pytest.MonkeyPatch) -> None:
     honest, computed = train.Llava.forward, []
 
@@ -125,6 +140,7 @@ def _disk_fills_up(patch: pytest.MonkeyPatch) -> None:
 
 MISHAPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "picture": _picture_vanishes,
+    "picture gone": _picture_is_bad,
     "loss": _loss_overflows,
     "disk": _disk_fills_up,
 }
