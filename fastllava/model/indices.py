@@ -11,9 +11,10 @@ from fastllava.errors import UserError
 def check_on_host(batch: Batch, vocabulary: int) -> None:
     """Raises UserError for a token without a row in the embedding or the head, and for a list of rows that leaves the batch.
 
-    Looks at batches on the CPU alone: to read a GPU's numbers the host would have to wait, and there the loss is NaN.
+    Looks at batches on the CPU alone: to read a GPU's numbers the host would have to wait, and there the loss is NaN. The tensors
+    of a dry run, which are of a class of their own, hold no numbers.
     """
-    if batch.token_ids.device.type != "cpu":
+    if batch.token_ids.device.type != "cpu" or type(batch.token_ids) is not Tensor:
         return
     rows = len(batch.token_ids)
     for name, limit in (("text_rows", rows), ("patch_rows", rows + 1), ("supervised_rows", rows)):
