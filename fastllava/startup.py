@@ -68,6 +68,16 @@ def check_fp8(config: Config, device: torch.device, world: int) -> None:
     except ImportError as error:
         mend = "run pip install -e '.[torchao]', or write train.fp8=off"
         raise UserError(f"train.fp8: '{recipe}' needs torchao, which cannot be loaded ({error}); {mend}") from None
+    llm = read_origin(config.model).llama
+    widths = {
+        "hidden_size": llm.hidden_size,
+        "intermediate_size": llm.intermediate_size,
+        "num_attention_heads x head_dim": llm.num_attention_heads * llm.head_dim,
+        "num_key_value_heads x head_dim": llm.num_key_value_heads * llm.head_dim,
+    }
+    for name, width in widths.items():
+        if width % 16:
+            raise UserError(f"train.fp8: '{recipe}' needs multiples of 16, and {name} of model.llm is {width}; write train.fp8=off")
 
 
 def load_tokenizer(path: Path, legacy: bool | None, key: str) -> Tokenizer:

@@ -29,7 +29,7 @@ from fastllava.metrics import DeviceScalars, Metrics
 from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
-from fastllava.model.weights import load_llava
+from fastllava.model.weights import load_llava, read_origin
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
 from fastllava.parallel import Processes, attempt, peers, processes
 from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
@@ -136,7 +136,8 @@ def run(config: Config, console: Console | None = None) -> RunResult:
 def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     """The device and the kernels, once all is there that can be looked for before data and weights are read."""
     device, mode = choose_device(config, group.local_rank), config.train.compile
-    ops = choose_ops(config.kernels, device, COMPUTE_DTYPE[config.train.precision], compiled=mode != "off")
+    dtype, sizes = COMPUTE_DTYPE[config.train.precision], read_origin(config.model).sizes
+    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=sizes)
     set_tf32(config)
     check_compiler(mode, device)
     check_backends(config.log)

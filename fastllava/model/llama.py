@@ -16,7 +16,6 @@ from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
 from fastllava.model.ops import Ops
 from fastllava.model.recompute import recomputed
 from fastllava.model.repeat import apply
-from fastllava_kernels.indices import bounds
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,7 @@ class Llama(nn.Module):
         Without gradients there is nothing to `recompute`.
         """
         self.place_constants(x_TD.device)
-        # Bounds that are none make every row NaN, by way of its angles: the run stops, and no kernel leaves its rows.
-        cu_seqlens, nan_or_0 = bounds(cu_seqlens, x_TD.shape[0], max_seqlen)
-        angles = position_ids.float().unsqueeze(1) * self._frequencies + nan_or_0
+        angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
         recompute = recompute if torch.is_grad_enabled() else "none"

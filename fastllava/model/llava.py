@@ -18,7 +18,7 @@ from fastllava.model.indices import check_on_host
 from fastllava.model.llama import Llama
 from fastllava.model.ops import Ops, modules_by_room
 from fastllava.model.projector import Projector
-from fastllava_kernels.indices import inside, or_else
+from fastllava_kernels.indices import inside, nan_unless_bounds, or_else
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -122,4 +122,6 @@ def forward_batch(model: Llava, batch: Batch) -> Tensor:
         total, supervised = batch.token_ids.shape[0], batch.supervised_rows
         hidden = model.hidden(batch, or_else(supervised, total, 0))
         rows = torch.arange(hidden.shape[0], dtype=torch.int32, device=hidden.device).where(inside(supervised, total), -1)
-    return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, rows, batch.targets, batch.weights)
+    # Samples that are not those of the batch are a loss of NaN.
+    weights = batch.weights + nan_unless_bounds(batch.cu_seqlens, batch.token_ids.shape[0], batch.max_seqlen)
+    return model.ops.masked_linear_cross_entropy(hidden, model.llm.head_weight, rows, batch.targets, weights)

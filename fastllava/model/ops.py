@@ -9,7 +9,7 @@ from torch import nn
 
 from fastllava.errors import UserError
 from fastllava_kernels import choose, rooms
-from fastllava_kernels.room import REFERENCE
+from fastllava_kernels.room import REFERENCE, Sizes
 
 
 class Ops:
@@ -32,14 +32,16 @@ class Ops:
         def __getattr__(self, name: str) -> Any: ...
 
 
-def choose_ops(kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Ops:
+def choose_ops(
+    kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None
+) -> Ops:
     """The implementations that `kernels` (room -> name or "auto"; a room left out is "auto") gives on this device and dtype.
 
-    `compiled`: they become part of graphs of torch.compile. Raises UserError when one that was asked for by name cannot
-    run here.
+    `compiled`: they become part of graphs of torch.compile; `sizes`: of the model (`Origin.sizes`), which "auto" then heeds.
+    Raises UserError when one that was asked for by name cannot run here.
     """
     try:
-        return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype, compiled) for name, room in rooms().items()})
+        return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype, compiled, sizes) for name, room in rooms().items()})
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -16,16 +16,15 @@ def or_else(indices: Tensor, size: int, other: int) -> Tensor:
     return torch.where(inside(indices, size), indices, other).long()
 
 
-def bounds(cu_seqlens: Tensor, rows: int, longest: int) -> tuple[Tensor, Tensor]:
-    """(`cu_seqlens` held within 0 to `rows`, fp32 scalar: NaN where it did not cut `rows` into samples of at most `longest`, else 0).
+def nan_unless_bounds(cu_seqlens: Tensor, rows: int, longest: int) -> Tensor:
+    """fp32 scalar: 0 where `cu_seqlens` cuts `rows` into samples of at most `longest` rows one after another, else NaN.
 
-    Computed on the device, so that what is added to the scalar stops a run whose bounds are wrong, and no kernel that trusts
-    them leaves its rows.
+    Computed on the device, so that what it is added to stops a run whose bounds are wrong without a wait.
     """
     wide = cu_seqlens.long()
     lengths = wide.diff()
     wrong = (wide[0] != 0) | (wide[-1] != rows) | ((lengths < 0) | (lengths > longest)).any()
-    return cu_seqlens.clamp(0, rows), torch.where(wrong, torch.nan, 0.0)
+    return torch.where(wrong, torch.nan, 0.0)
 
 
 def check_rows(

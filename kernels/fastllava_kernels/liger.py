@@ -31,7 +31,9 @@ def needs_liger(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def takes(tensor: Tensor, interpretable: bool = False) -> bool:
     """Whether Liger's kernel runs on this tensor, not the same in plain PyTorch: on a GPU, and where Triton interprets one that it can."""
-    return tensor.is_cuda or (interpretable and INTERPRETED and _installed())
+    # The interpreter's bf16 is wrong.
+    interpreted = interpretable and INTERPRETED and tensor.dtype in (torch.float32, torch.float16)
+    return tensor.is_cuda or (interpreted and _installed())
 
 
 def dtype_of_statistics(x: Tensor) -> torch.dtype:

@@ -26,15 +26,29 @@ def runs_anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model that decide which implementation can run it."""
+
+    head_widths: Mapping[str, int]
+    """K of each part with attention, under the part's name in words for the user."""
+
+
+def fits_any(sizes: Sizes) -> str | None:
+    """The `unfit` of an implementation with no demands: None for every model."""
+    return None
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
 
     `function` has the signature of the room's reference. `unsupported(device, dtype)` is the reason why it cannot run
-    there, in words for the user, or None.
+    there, in words for the user, or None; `unfit(sizes)` the reason why it cannot run that model.
     """
 
     function: Callable[..., Any]
     unsupported: Callable[[torch.device, torch.dtype], str | None] = runs_anywhere
+    unfit: Callable[[Sizes], str | None] = fits_any
     untraceable: str | None = None
     """Why torch.compile cannot take it into one graph, in words for the user; None when it can."""
     interpretable: bool = False
@@ -85,25 +99,27 @@ def rooms() -> Mapping[str, Room]:
     return dict(sorted(found.items()))
 
 
-def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str:
+def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None) -> str:
     """The name of the implementation that runs: `wanted`, or for "auto" the first that can.
 
-    `compiled`: it becomes part of a graph of torch.compile. Raises ValueError in words for the user when `wanted` is no
-    implementation or cannot run: there is no silent fallback.
+    `compiled`: it becomes part of a graph of torch.compile; `sizes`: those of the model that it is to run. Raises ValueError in
+    words for the user when `wanted` is no implementation or cannot run: there is no silent fallback.
     """
     names = list(room.implementations)
     if wanted == "auto":
-        able = (n for n in names if why_not(room, n, device, dtype, compiled) is None)
+        able = (n for n in names if why_not(room, n, device, dtype, compiled, sizes) is None)
         return next(n for n in able if device.type in room.implementations[n].auto_on)
     if wanted not in room.implementations:
         raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(['auto', *names])}")
-    reason = why_not(room, wanted, device, dtype, compiled)
+    reason = why_not(room, wanted, device, dtype, compiled, sizes)
     if reason is not None:
         raise ValueError(f"kernels.{room.name}: '{wanted}' cannot run here ({reason}); write kernels.{room.name}=auto")
     return wanted
 
 
-def why_not(room: Room, name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> str | None:
-    """Why implementation `name` cannot run on `device` in `dtype`, or None."""
-    implementation = room.implementations[name]
-    return implementation.unsupported(device, dtype) or (implementation.untraceable if compiled else None)
+def why_not(
+    room: Room, name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None
+) -> str | None:
+    """Why implementation `name` cannot run on `device` in `dtype`, within a graph, or a model of these sizes; or None."""
+    one = room.implementations[name]
+    return one.unsupported(device, dtype) or (one.untraceable if compiled else None) or (one.unfit(sizes) if sizes else None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastllava_kernels import Implementation, Room, choose, rooms
+from fastllava_kernels.room import Sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -51,6 +52,35 @@ def test_choice(wanted: str, device: torch.device, dtype: torch.dtype, chosen: s
 def test_what_cannot_run_is_refused_with_the_reason_and_the_remedy(device: torch.device, dtype: torch.dtype, reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"kernels.op: 'fast' cannot run here ({reason}); write kernels.op=auto")):
         choose(ROOM, "fast", device, dtype)
+
+
+def no_wider_than_64(sizes: Sizes) -> str | None:
+    return next((f"its heads are {width} wide" for width in sizes.head_widths.values() if width > 64), None)
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(64, "narrow"), (100, "reference")])
+def test_auto_passes_on_from_what_cannot_run_the_model(width: int, chosen: str) -> None:
+    room = Room("op", "An op", {"narrow": Implementation(first, unfit=no_wider_than_64), "reference": Implementation(second)})
+    sizes = Sizes({"model.llm": 32, "model.vision_tower": width})
+    assert choose(room, "auto", CPU, torch.float32, sizes=sizes) == chosen
+    if chosen != "narrow":
+        with pytest.raises(ValueError, match=re.escape("'narrow' cannot run here (its heads are 100 wide); write kernels.op=auto")):
+            choose(room, "narrow", CPU, torch.float32, sizes=sizes)
+
+
+@pytest.mark.parametrize(("width", "flash"), [(128, True), (80, True), (96, True), (256, True), (100, False), (36, False), (264, False)])
+@pytest.mark.parametrize("part", ["model.llm", "model.vision_tower"])
+def test_flash_attention_is_for_heads_that_it_takes(part: str, width: int, flash: bool) -> None:
+    sizes = Sizes({"model.llm": 64, "model.vision_tower": 64} | {part: width})
+    for name, one in rooms()["attention"].implementations.items():
+        takes = flash or name in ("reference", "sdpa", "flex")
+        assert (one.unfit(sizes) is None) == takes
+        if not takes:
+            assert f"those of {part} are {width} wide" in str(one.unfit(sizes))
+
+
+def test_every_room_has_a_contract() -> None:
+    assert all(room.contract is not None for room in rooms().values())
 
 
 def test_unknown_implementation_is_refused_with_the_list() -> None:

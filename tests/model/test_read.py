@@ -308,6 +308,8 @@ def test_a_llava_that_was_trained_otherwise_is_refused(tiny, tmp_path, config, p
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; give a model of type llama, mistral, qwen2"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported; the decoder needs silu"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"head_dim": 33}, r"head_dim 33 is odd, and rotary positions turn pairs of columns; give a model whose head_dim"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 2}, r"num_attention_heads 6 does not divide hidden_size 32, and there is no"),
         ({"hidden_size": "32"}, r"hidden_size is '32'; a positive whole number is needed"),
         ({"rms_norm_eps": 0}, r"rms_norm_eps is 0; a positive number is needed"),
         (

@@ -82,7 +82,14 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
         given["num_key_value_heads"] = heads
     if heads % whole("num_key_value_heads"):
         raise UserError(f"{where}: num_key_value_heads {given['num_key_value_heads']} does not divide num_attention_heads {heads}")
+    if "head_dim" not in given and width % heads:
+        raise UserError(f"{where}: num_attention_heads {heads} does not divide hidden_size {width}, and there is no head_dim")
     given.setdefault("head_dim", width // heads)
+    if whole("head_dim") % 2:
+        raise UserError(
+            f"{where}: head_dim {given['head_dim']} is odd, and rotary positions turn pairs of columns; give a model whose head_dim "
+            "(hidden_size / num_attention_heads where it is not written) is even"
+        )
     theta, scaling = _rope(given, where)
     window = given.get("sliding_window") if family == "mistral" or given.get("use_sliding_window") else None
     if family == "mistral" and "sliding_window" in config and config["sliding_window"] is None:

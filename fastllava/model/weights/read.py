@@ -19,6 +19,7 @@ from fastllava.model.projector import Projector
 from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
+from fastllava_kernels.room import Sizes
 
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """The tensors with a row for each token."""
@@ -52,6 +53,12 @@ class Origin:
     """Rows of embedding and head on disk, where they are more than the decoder has: those beyond hold no text."""
     notes: tuple[str, ...] = ()
     """What was set aside in reading, a line each."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """What decides which implementations of the ops can run it."""
+        widths = {"model.llm": self.llama.head_dim, "model.vision_tower": self.clip.hidden_size // self.clip.num_attention_heads}
+        return Sizes(head_widths=widths)
 
 
 def read_origin(config: ModelConfig) -> Origin:

@@ -6,6 +6,26 @@ from importlib.util import find_spec
 import torch
 
 from fastllava_kernels.launch import needs_gpu
+from fastllava_kernels.room import Sizes
+
+WIDEST = 256
+"""Widest head that FlashAttention takes; widths are multiples of 8."""
+
+
+def needs_width_of_flash(sizes: Sizes) -> str | None:
+    """FlashAttention: heads as wide as its kernels take, in every part of the model."""
+    for part, width in sizes.head_widths.items():
+        if width % 8 or width > WIDEST:
+            return f"it takes heads whose width is a multiple of 8 up to {WIDEST}, and those of {part} are {width} wide"
+    return None
+
+
+def needs_width_of_flex(sizes: Sizes) -> str | None:
+    """FlexAttention: heads of 16 columns or more."""
+    for part, width in sizes.head_widths.items():
+        if width < 16:
+            return f"it takes heads from a width of 16 on, and those of {part} are {width} wide"
+    return None
 
 
 def needs_flash(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -17,9 +17,7 @@ from fastllava_kernels.contract import custom_op
 from fastllava_kernels.launch import on_device_of
 
 from . import eager
-
-WIDEST = 256
-"""Widest head that the kernels take; widths are multiples of 8."""
+from .availability import WIDEST
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 

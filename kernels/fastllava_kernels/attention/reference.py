@@ -16,7 +16,7 @@ def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, m
     each sample starts, then T; max_seqlen: rows of the longest sample.
 
     Raises ValueError when cu_seqlens is no such list. Implementations that do not read it on the host stay within the rows then,
-    and what they compute is of no use: whoever makes cu_seqlens on a device holds it against `indices.bounds`.
+    and what they compute is of no use: whoever makes cu_seqlens on a device adds `indices.nan_unless_bounds` to what follows.
     """
     # Reads cu_seqlens on the host: a reference may wait for the device, an implementation for training may not.
     lengths = lengths_of(cu_seqlens, q_THK.shape[0])
