@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastllava.config import Config, Stage
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
-from fastllava.model.weights import projector_file, read_origin, write_checkpoint, write_projector
+from fastllava.model.weights import projector_config, projector_file, read_origin, write_checkpoint, write_projector
 from fastllava.sharding import full_tensors
 from fastllava.summary import damage_of
 
@@ -79,14 +79,18 @@ def write_result(
 ) -> list[Path]:
     """Write what the stage leaves in output_dir, in the compute dtype as the original does; the files. Raises OSError.
 
-    pretrain: mm_projector.safetensors and mm_projector.bin. finetune: those and a whole checkpoint in the original's layout.
+    pretrain: mm_projector.safetensors, mm_projector.bin and the config.json that the original's loader wants beside them.
+    finetune: the first two and a whole checkpoint in the original's layout.
     `state` is `gather_result`'s where the model is sharded. `report` gets a line for whatever was left out or changed.
     """
     dtype = COMPUTE_DTYPE[config.train.precision]
     projector = None
     if state is not None:
         projector = {name.removeprefix("projector."): tensor for name, tensor in state.items() if name.startswith("projector.")}
-    files = write_projector(model.projector, config.output_dir, dtype, projector)
+    data, described = config.data, None
+    if config.stage == "pretrain":
+        described = projector_config(model, dtype, config.model, data.image_policy, data.max_tokens)
+    files = write_projector(model.projector, config.output_dir, dtype, projector, described)
     if config.stage == "pretrain":
         return [config.output_dir / name for name in files]
     files += write_checkpoint(

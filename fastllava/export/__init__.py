@@ -101,7 +101,8 @@ def _subject(checkpoint: Path, report: Callable[[str], object]) -> _Subject:
             f"CHECKPOINT: {checkpoint} holds the result of a run, but its {broken}; start its training again, which writes the result "
             "again from its last checkpoint, or bring the file back from a copy"
         )
-    if (checkpoint / "config.json").is_file():
+    # Stage pretrain's config.json tells the original's loader of a projector, and has no model beside it.
+    if (checkpoint / "config.json").is_file() and not (run is not None and run.stage == "pretrain"):
         return _of_folder(checkpoint, run, report)
     if run is None:
         raise UserError(f"CHECKPOINT: {checkpoint} holds no run_config.json and no config.json; {_REMEDY}")

@@ -18,6 +18,8 @@ from fastllava.model.weights.tokenizer_files import WrittenTokenizer
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of a LLaVA or of a loader, which say nothing about the decoder.
 _NOT_TEXT = ("_name_or_path", "architectures", "dtype", "torch_dtype", "rope_parameters", "image_aspect_ratio", "use_mm_proj")
+_HUBS = ("openai/", "laion/")
+"""Where the original's builder fetches a tower from that is no folder (llava/model/multimodal_encoder/builder.py)."""
 _NOT_TEXT_PREFIXES = ("mm_", "tune_", "freeze_", "unfreeze_", "tokenizer_", "image_grid")
 
 
@@ -123,6 +125,12 @@ def text_config(model: Llava) -> dict[str, Any]:
     return {**text, "model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
 
 
+def projector_config(model: Llava, dtype: torch.dtype, source: ModelConfig, image_policy: str, max_tokens: int) -> dict[str, Any]:
+    """config.json beside a projector alone: the original's loader reads it when the model of stage 1 is given with `--model-base`."""
+    found = _original_config(model, text_config(model), source, image_policy, max_tokens, Path())
+    return found | {"vocab_size": model.llm.config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
 def _original_config(
     model: Llava, text: Mapping[str, Any], source: ModelConfig, image_policy: str, max_tokens: int, home: Path
 ) -> dict[str, Any]:
@@ -153,12 +161,13 @@ def _original_config(
 
 
 def _tower_name(origin: Origin, source: ModelConfig, home: Path) -> str:
-    """What the original's builder will look the tower up by: a folder that is there, or the name of a hub model."""
+    """What the original's builder will look the tower up by: the name of a hub model where the folder ends in one, or that folder."""
     if source.vision_tower is not None:
-        return str(source.vision_tower.absolute())
+        name = "/".join(source.vision_tower.parts[-2:])
+        return name if name.startswith(_HUBS) else str(source.vision_tower.absolute())
     if origin.tower_folder is None:
         return str((home / "vision_tower").absolute())
-    if origin.mm_vision_tower and origin.mm_vision_tower.startswith(("openai/", "laion/")):
+    if origin.mm_vision_tower and origin.mm_vision_tower.startswith(_HUBS):
         return origin.mm_vision_tower
     return str(origin.tower_folder.absolute())
 

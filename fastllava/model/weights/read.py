@@ -18,7 +18,7 @@ from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
 from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
-from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
+from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
 from fastllava_kernels.room import Sizes
 
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -64,6 +64,7 @@ class Origin:
 def read_origin(config: ModelConfig) -> Origin:
     """What the folders of `config` say, without touching a tensor. Raises UserError, as `load_llava`."""
     folder, key = config.llm, "model.llm"
+    _refuse_adapter(folder)
     given = read_json(folder / "config.json", key)
     layout = layout_of(given)
     where = f"{key}: {folder}/config.json"
@@ -196,6 +197,18 @@ def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) ->
     )
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Raises UserError for a LoRA adapter, which is no model by itself, whether or not a config.json lies beside it."""
+    whole = any(folder.glob("*model*.safetensors*")) and not (folder / "adapter_model.safetensors").is_file()
+    if not (folder / "adapter_config.json").is_file() or whole or any(folder.glob("pytorch_model*.bin*")):
+        return
+    base = read_json(folder / "adapter_config.json", "model.llm").get("base_model_name_or_path")
+    raise UserError(
+        f"model.llm: {folder} holds a LoRA adapter (adapter_config.json), trained on {str(base)[:200]!r}, and no whole model; "
+        "merge it into that model first (peft: merge_and_unload, save_pretrained) and give the merged folder"
+    )
+
+
 def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str) -> None:
     """Refuse a whole LLaVA that was trained in a way this model does not compute, or with another setting than the config's."""
     if layout == "hf":
@@ -251,8 +264,23 @@ def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str,
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         remedy = "give weights that fit the config.json"
         if parts == {"projector"}:
-            remedy = "give a projector trained with this tower, this LLM and this model.projector_type"
+            remedy = _projector_remedy(files, wanted)
         raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
+
+
+def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor]) -> str:
+    """What the file of a projector holds, beside the names that are read, and what to do about it."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in files.stream()}
+    held = ", ".join(f"{name[:80]!r} {list(shape)}" for name, shape in list(shapes.items())[:6])
+    held = f"it holds {held}{' and more' if len(shapes) > 6 else ''}"
+    needed = {to_disk(name, "llava"): tuple(tensor.shape) for name, tensor in wanted.items()}
+    if sorted(shapes.values()) == sorted(needed.values()) and shapes.keys() != needed.keys():
+        return f"{held}: its shapes fit and its names do not; rename its tensors to {', '.join(needed)}"
+    layers = sum(len(shape) == 2 for shape in shapes.values())
+    if layers and layers != sum(len(shape) == 2 for shape in needed.values()) and layers <= 9:
+        kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
+        return f"{held}, which is a projector of {layers} layer{'s' if layers > 1 else ''}; write model.projector_type={kind}"
+    return f"{held}; give a projector trained with this tower, this LLM and this model.projector_type"
 
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,16 +29,25 @@ SHARD_BYTES = 5 * 10**9
 """A checkpoint's files are cut here, as transformers cuts them."""
 
 
-def write_projector(projector: Projector, folder: Path, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None) -> list[str]:
+def write_projector(
+    projector: Projector,
+    folder: Path,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> list[str]:
     """`mm_projector.safetensors` and `.bin` in `folder`: the original's keys (`model.mm_projector.0.weight`, ...) in `dtype`.
 
-    `state` stands for the projector's own state where that is sharded. The names of the files. Raises OSError.
+    `state` stands for the projector's own state where that is sharded; `config` is written as config.json beside it, for the
+    original's loader. The names of the files. Raises OSError.
     """
     state = projector.state_dict() if state is None else state
     tensors = {to_disk(f"projector.{name}", "llava"): _on_cpu(tensor, dtype) for name, tensor in state.items()}
     with _beside(folder, 2 * sum(tensor.nbytes for tensor in tensors.values())) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
         torch.save(tensors, beside / "mm_projector.bin")
+        if config is not None:
+            dump_json(config, beside / "config.json")
         return _names(beside)
 
 
