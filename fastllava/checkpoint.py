@@ -33,6 +33,7 @@ from fastllava.errors import UserError
 from fastllava.parallel import ALONE, Processes
 from fastllava.shards import read_shards, read_weights, write_shards
 from fastllava.spikes import checked, recent
+from fastllava.summary import SUMMARY_FILE
 
 RUN_CONFIG = "run_config.json"
 PROGRESS = "progress.json"
@@ -175,10 +176,10 @@ def newest(output_dir: Path, report: Any = print) -> Checkpoint | None:
 
 
 def begun_with(output_dir: Path) -> str | None:
-    """Digest of the prepared set that the run in `output_dir` was on at its newest readable checkpoint; nothing is verified."""
-    for folder in reversed(_numbered(output_dir)):
+    """Digest of the prepared set of the run in `output_dir`, by its newest readable checkpoint or its summary; nothing is verified."""
+    for path in (*(folder / _STATE for folder in reversed(_numbered(output_dir))), output_dir / SUMMARY_FILE):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return str(read_json_object(folder / _STATE)["prepared_digest"])
+            return str(read_json_object(path)["prepared_digest"])
     return None
 
 

@@ -105,6 +105,17 @@ def test_stopped_and_resumed_is_the_same(stop, values, tmp_path, spoil_once_prep
     assert checkpoint.newest(tmp_path / "run").set_aside == {9: 2}
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_finished_run_stays_one_when_its_picture_goes_or_comes_back(before, values, tmp_path):
+    values["train"] = {**values["train"], "checkpoint_steps": None}
+    picture, kept = tmp_path / "images" / "9.png", (tmp_path / "images" / "9.png").read_bytes()
+    if before:
+        picture.unlink()
+    train(values)
+    picture.write_bytes(kept) if before else picture.unlink()
+    assert "nothing to do" in train(values)[1]
+
+
 def test_a_line_by_hand_says_the_same(values, tmp_path, spoil_once_prepared):
     other = {**values, "output_dir": str(tmp_path / "by hand")}
     (tmp_path / "by hand").mkdir()
