@@ -25,7 +25,7 @@ from fastllava.model.compiled import check_compiler, compile_model
 from fastllava.model.ops import choose_ops
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
 from fastllava.stages import COMPUTE_DTYPE, prepare_stage
-from fastllava.startup import check_fp8, set_tf32
+from fastllava.startup import check_fp8, check_fp8_widths, set_tf32
 from fastllava.train import train_step
 
 DRAWN = 2048
@@ -130,6 +130,7 @@ class Fastllava:
         check_compiler(mode, device)
         check_low_bit(run.config.optim, world=1)
         check_fp8(run.config, device, world=1)
+        check_fp8_widths(run.config, run.size.llama)
         self.run, self.device = run, device
         self.model = build(run.size, choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off"), run.dtype, device, seed)
         self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)

@@ -19,6 +19,7 @@ from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board
 from fastllava.errors import UserError
 from fastllava.masking import masked
+from fastllava.model.llama import LlamaConfig
 from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
@@ -68,7 +69,13 @@ def check_fp8(config: Config, device: torch.device, world: int) -> None:
     except ImportError as error:
         mend = "run pip install -e '.[torchao]', or write train.fp8=off"
         raise UserError(f"train.fp8: '{recipe}' needs torchao, which cannot be loaded ({error}); {mend}") from None
-    llm = read_origin(config.model).llama
+
+
+def check_fp8_widths(config: Config, llm: LlamaConfig) -> None:
+    """Raises UserError when `train.fp8` asks for products whose widths are no multiples of 16, before any weight is read."""
+    recipe = config.train.fp8
+    if recipe == "off":
+        return
     widths = {
         "hidden_size": llm.hidden_size,
         "intermediate_size": llm.intermediate_size,

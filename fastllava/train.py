@@ -37,7 +37,7 @@ from fastllava.spikes import in_words as spike_in_words
 from fastllava.spikes import is_spike
 from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
 from fastllava.standstill import Phase
-from fastllava.startup import announce, check_fp8, choose_device, kernels_in_words, open_data, set_tf32, speaker
+from fastllava.startup import announce, check_fp8, check_fp8_widths, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
 from fastllava.summary import LOSS_PLOT, describe_result, plot_loss, write_summary
 from fastllava.throughput import Throughput
@@ -136,14 +136,15 @@ def run(config: Config, console: Console | None = None) -> RunResult:
 def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     """The device and the kernels, once all is there that can be looked for before data and weights are read."""
     device, mode = choose_device(config, group.local_rank), config.train.compile
-    dtype, sizes = COMPUTE_DTYPE[config.train.precision], read_origin(config.model).sizes
-    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=sizes)
+    dtype, origin = COMPUTE_DTYPE[config.train.precision], read_origin(config.model)
+    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=origin.sizes)
     set_tf32(config)
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)
     check_low_bit(config.optim, group.world)
     check_fp8(config, device, group.world)
+    check_fp8_widths(config, origin.llama)
     check_start(config)
     return device, ops
 

@@ -14,9 +14,9 @@ from fastllava.errors import UserError
 from fastllava.model.compiled import whole_graph
 from fastllava.model.layers import Linear
 from fastllava.model.repeat import apply
-from fastllava.model.weights import load_llava
+from fastllava.model.weights import load_llava, read_origin
 from fastllava.stages import prepare_stage
-from fastllava.startup import check_fp8
+from fastllava.startup import check_fp8, check_fp8_widths
 
 float8_linear = pytest.importorskip("torchao.float8.float8_linear", reason="torchao is not installed")
 fp8 = pytest.importorskip("fastllava.model.fp8")
@@ -164,6 +164,14 @@ def test_it_is_the_decoders_layers_alone(tiny):
     changed = {name for name, m in model.named_modules() if isinstance(m, Linear) and isinstance(m.product, fp8.Fp8Linear)}
     parts = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
     assert changed == {f"llm.model.layers.{layer}.{part}" for layer in range(2) for part in parts}
+
+
+def test_widths_that_do_not_fit_are_named_before_weights_are_read(tiny):
+    config = config_of(tiny, "rowwise")
+    llm = read_origin(config.model).llama
+    check_fp8_widths(config, llm)
+    with pytest.raises(UserError, match=r"train.fp8: 'rowwise' needs multiples of 16, and intermediate_size of model.llm is 40"):
+        check_fp8_widths(config, dataclasses.replace(llm, intermediate_size=40))
 
 
 def test_what_cannot_run_is_named(tiny, monkeypatch):
