@@ -151,9 +151,9 @@ def slow(seconds):
         loader.load_image = load_image
         honest = train.checkpoint.save
 
-        def save(*args):
+        def save(*args, **named):
             time.sleep(2 * SECONDS * (rank == 0))
-            return honest(*args)
+            return honest(*args, **named)
 
         train.checkpoint.save = save
 
