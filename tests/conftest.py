@@ -1,10 +1,12 @@
-"""What every test gets: no network, a cache of its own, one thread; and the golden data where they are."""
+"""What every test gets: no network, a cache of its own, one thread; and what the original implementation gave, recorded."""
 
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 # Before anything imports torch or transformers: small tensors are slower on several threads, and two workers share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +17,9 @@ if not Path("/dev/nvidiactl").exists():
 os.environ["WANDB_MODE"] = "disabled"
 
 REPO = Path(__file__).resolve().parents[1]
-
+GOLDEN = REPO / "tests" / "golden"
+LARGER = REPO.parent / "shared" / "golden"
+"""More recordings, for those who have them beside the checkout."""
 
 GPU_GONE = 75
 """Exit code of a process whose GPU a test left unusable."""
@@ -55,18 +59,28 @@ def repo() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of test data beside the checkout; skips where it is absent."""
-    folder = REPO.parent / "shared"
-    if not (folder / "golden").is_dir():
-        pytest.skip("no golden data of the original beside the checkout (../shared/golden)")
+def golden() -> Path:
+    """What the original implementation gave, recorded: see the README.md there."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session", params=["shipped", *(["larger"] if LARGER.is_dir() else [])])
+def each_golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recordings of this repository, then the larger ones where they are, laid out in the same way."""
+    if request.param == "shipped":
+        return GOLDEN
+    folder = tmp_path_factory.mktemp("golden")
+    for path in (*LARGER.iterdir(), LARGER.parent / "tokenizer"):
+        (folder / path.name).symlink_to(path)
     return folder
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    """What the original implementation gave, recorded; skips where it is absent."""
-    return shared / "golden"
+def golden_pixels(each_golden: Path) -> dict[str, np.ndarray]:
+    """The original's fp32 pixels by `size/policy/file`. The shipped file holds 8-bit levels, and each level's value by channel."""
+    pixels = load_file(each_golden / "pixels" / "pixels.safetensors")
+    table = pixels.pop("table", None)
+    return pixels if table is None else {name: table[np.arange(3)[:, None, None], level] for name, level in pixels.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -19,14 +19,14 @@ OPS = choose_ops({}, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
-def run(golden, shared, tmp_path_factory):
+def run(golden, tmp_path_factory):
     """The original's tiny stage 2 with tokenizer and tower, as a user would have it: folders `llava`, `clip`, `llm`."""
     root = tmp_path_factory.mktemp("export")
     shutil.copytree(golden / "trace" / "stage2", root / "llava")
     for name in ("clip", "llm"):
         shutil.copytree(golden / "trace" / name, root / name)
     for name in ("llava", "llm"):
-        shutil.copyfile(shared / "tokenizer" / "tokenizer.model", root / name / "tokenizer.model")
+        shutil.copyfile(golden / "tokenizer" / "tokenizer.model", root / name / "tokenizer.model")
         shutil.copyfile(golden / "trace" / "llm" / "tokenizer_config.json", root / name / "tokenizer_config.json")
     return root
 
@@ -64,17 +64,18 @@ def test_transformers_loads_the_hf_layout_whole(run, hf):
     assert not info["mismatched_keys"]
     original = load_file(run / "llava" / "model.safetensors")
     table = model.get_input_embeddings().weight
-    assert table.shape == (32064, 32)
-    assert torch.equal(table[:32000], original["model.embed_tokens.weight"])
+    old = original["model.embed_tokens.weight"]
+    assert table.shape == (704, 32)
+    assert torch.equal(table[:640], old)
     # New rows are defined: each the mean of the old ones.
-    torch.testing.assert_close(table[32000:], original["model.embed_tokens.weight"].mean(0).expand(64, -1))
-    torch.testing.assert_close(model.lm_head.weight[32063], original["lm_head.weight"].mean(0))
+    torch.testing.assert_close(table[640:], old.mean(0).expand(64, -1))
+    torch.testing.assert_close(model.lm_head.weight[703], original["lm_head.weight"].mean(0))
     config = model.config
-    assert (config.image_token_index, config.image_seq_length, config.vision_feature_layer) == (32000, 16, -2)
+    assert (config.image_token_index, config.image_seq_length, config.vision_feature_layer) == (640, 16, -2)
     assert config.vision_feature_select_strategy == "default"
 
 
-def test_the_processor_pads_and_tokenizes_as_training_does(run, hf, shared, tmp_path):
+def test_the_processor_pads_and_tokenizes_as_training_does(run, hf, golden, tmp_path):
     import numpy as np
     import transformers
     from PIL import Image
@@ -87,10 +88,10 @@ def test_the_processor_pads_and_tokenizes_as_training_does(run, hf, shared, tmp_
     assert (processor.patch_size, processor.num_additional_image_tokens) == (14, 1)
     assert processor.vision_feature_select_strategy == "default"
     ids = processor.tokenizer("USER: <image>\nWhat").input_ids
-    assert ids == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 5618]
+    assert ids == [1, 540, 319, 566, 540, 640, 540, 13, 585, 304]
     # Text after </s> has no leading space piece here: Vicuna's tokenizer says legacy=false.
-    assert processor.tokenizer("hi</s>USER: two").input_ids == [1, 7251, 2, 11889, 29901, 1023]
-    mine = Tokenizer.load(shared / "tokenizer" / "tokenizer.model", False)
+    assert processor.tokenizer("hi</s>USER: two").input_ids == [1, 332, 547, 2, 319, 566, 261, 559, 546]
+    mine = Tokenizer.load(golden / "tokenizer" / "tokenizer.model", False)
     again = Tokenizer.load(hf[0])
     assert (again.legacy, again.bos_id, again.eos_id) == (False, 1, 2)
     for text in ("x\n    indented  code", "東京 ½ 🙂", "tab\tand trailing  "):
@@ -98,7 +99,7 @@ def test_the_processor_pads_and_tokenizes_as_training_does(run, hf, shared, tmp_
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
     inputs = processor(text="USER: <image>\nWhat", images=picture, return_tensors="pt")
-    assert (inputs["input_ids"] == 32000).sum() == 16
+    assert (inputs["input_ids"] == 640).sum() == 16
     config = config_of(run, "finetune", projector="fresh")
     spec = read_image_spec(config.model)
     pixels = torch.from_numpy(load_image(tmp_path / "picture.png", "pad", spec, config.data))[None]
@@ -133,16 +134,17 @@ def v1_prompt(record):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_the_written_tokenizer_gives_the_originals_ids_on_whole_conversations(run, golden, tmp_path, legacy):
+def test_the_written_tokenizer_gives_the_originals_ids_on_whole_conversations(each_golden, tmp_path, legacy):
     from tokenizers import Tokenizer
 
     from fastllava.model.weights.tokenizer_json import from_sentencepiece
 
-    tokenizer = from_sentencepiece(run / "llm" / "tokenizer.model", {}, legacy, add_bos=True)
+    tokenizer = from_sentencepiece(each_golden / "tokenizer" / "tokenizer.model", {}, legacy, add_bos=True)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    records = json.loads((golden / "tokens" / "records.json").read_text())
-    expected = json.loads((golden / "tokens" / "expected.json").read_text())
+    image = tokenizer.token_to_id("<image>")
+    records = json.loads((each_golden / "tokens" / "records.json").read_text())
+    expected = json.loads((each_golden / "tokens" / "expected.json").read_text())
     wanted = {e["id"]: e["input_ids"] for e in expected if e["template"] == "v1" and e["legacy"] == legacy and "input_ids" in e}
     compared, different = 0, []
     for record in records:
@@ -150,7 +152,7 @@ def test_the_written_tokenizer_gives_the_originals_ids_on_whole_conversations(ru
         ids = wanted.get(record["id"])
         if prompt is None or ids is None or len(ids) >= 2048:
             continue
-        if tokenizer.encode(prompt).ids != [32000 if i == -200 else i for i in ids]:
+        if tokenizer.encode(prompt).ids != [image if i == -200 else i for i in ids]:
             different.append(record["id"])
         compared += 1
     assert compared > 100
@@ -163,7 +165,7 @@ def test_round_trip_llava_hf_llava_is_bitwise(run, hf, tmp_path):
     assert original.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in original.items())
     config = json.loads((tmp_path / "llava_again" / "config.json").read_text())
-    assert config["vocab_size"] == 32000
+    assert config["vocab_size"] == 640
     # The original's loader wants a folder for the tower, and gets one.
     assert config["mm_vision_tower"] == str(tmp_path / "llava_again" / "vision_tower")
     tower = load_file(tmp_path / "llava_again" / "vision_tower" / "model.safetensors")

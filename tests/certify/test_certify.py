@@ -186,10 +186,10 @@ def test_the_configured_variant_alone_is_compiled_and_has_the_configs_kernels(se
     assert (kernels["attention"], recompute, mode) == ("sdpa", "norms", "layer")
 
 
-def test_a_config_of_the_originals_runs_holds(shared, tmp_path):
+def test_a_config_of_the_originals_runs_holds(golden, tmp_path):
     from golden_trace import config_of
 
-    assert certified(config_of("pretrain", shared, tmp_path / "golden"), n_samples=2).holds
+    assert certified(config_of("pretrain", golden, tmp_path / "golden"), n_samples=2).holds
 
 
 def test_too_little_memory_is_one_line(settings, monkeypatch):

@@ -52,9 +52,9 @@ def chatml(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokeni
 
 
 @pytest.fixture(scope="session")
-def llama(shared: Path) -> Callable[[bool], Tokenizer]:
-    """Llama's own tokenizer by its `legacy`."""
-    both = {legacy: Tokenizer.load(shared / "tokenizer", legacy) for legacy in (False, True)}
+def llama(golden: Path) -> Callable[[bool], Tokenizer]:
+    """The recordings' tokenizer, of Llama's kind, by its `legacy`."""
+    both = {legacy: Tokenizer.load(golden / "tokenizer", legacy) for legacy in (False, True)}
     return both.__getitem__
 
 

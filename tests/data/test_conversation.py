@@ -119,33 +119,34 @@ def test_a_record_its_text_and_its_mask(llama: Callable[[bool], Tokenizer]) -> N
         "id": "000000033471",
         "image": "coco/train2017/000000033471.jpg",
         "conversations": [
-            {"from": "human", "value": "What colour is the bus?\n<image>"},
-            {"from": "gpt", "value": "Red"},
-            {"from": "human", "value": "Is it moving?"},
-            {"from": "gpt", "value": "No, it is parked."},
+            {"from": "human", "value": "What stands in the kitchen?\n<image>"},
+            {"from": "gpt", "value": "the yellow lamp"},
+            {"from": "human", "value": "How many lamps are in the kitchen?"},
+            {"from": "gpt", "value": "12"},
         ],
     }
     record = check_record(raw, 0)
     assert written("v1", record) == (
-        f"{USER} USER: <image>\nWhat colour is the bus? ASSISTANT:{{ Red</s>}}USER: Is it moving? ASSISTANT:{{ No, it is parked.</s>}}"
+        f"{USER} USER: <image>\nWhat stands in the kitchen? ASSISTANT:{{ the yellow lamp</s>}}"
+        "USER: How many lamps are in the kitchen? ASSISTANT:{ 12</s>}"
     )
     tokenizer = llama(False)
     encoded = encode_record(record, template("v1"), tokenizer, 2048)
     pieces = ["<image>" if i == IMAGE_ID else tokenizer.piece(i) for i in encoded.ids]
-    # The 34 ids before: <s>, the system prompt and ▁US ER.
+    # The 33 ids before: <s>, the system prompt and ▁ USER :.
     assert pieces[:2] == ["<s>", "▁A"]
-    first = "▁ <image> ▁ <0x0A> What ▁colour ▁is ▁the ▁bus ? ▁A SS IST ANT : ▁Red </s>"  # codespell:ignore ist
-    second = "USER : ▁Is ▁it ▁moving ? ▁A SS IST ANT : ▁No , ▁it ▁is ▁park ed . </s>"  # codespell:ignore ist
-    assert " ".join(pieces[34:]) == f"{first} {second}"
+    first = "▁ <image> ▁ <0x0A> W hat ▁stands ▁in ▁the ▁k i t c he n ? ▁A S SI STANT : ▁the ▁y ellow ▁l amp </s>"
+    second = "USER : ▁H ow ▁ man y ▁l amp s ▁are ▁in ▁the ▁k i t c he n ? ▁A S SI STANT : ▁ 1 2 </s>"
+    assert " ".join(pieces[33:]) == f"{first} {second}"
     supervised = [pieces[begin:end] for begin, end in encoded.supervised]
-    assert supervised == [["▁Red", "</s>"], ["▁No", ",", "▁it", "▁is", "▁park", "ed", ".", "</s>"]]
+    assert supervised == [["▁the", "▁y", "ellow", "▁l", "amp", "</s>"], ["▁", "1", "2", "</s>"]]
 
 
 def test_legacy_changes_what_follows_a_control_token(llama: Callable[[bool], Tokenizer]) -> None:
     both = [encode_record(two_rounds(), template("v1"), llama(legacy), 2048) for legacy in (False, True)]
     pieces = [[llama(False).piece(i) for i in encoded.ids if i != IMAGE_ID] for encoded in both]
     after = [row[row.index("</s>") + 1 :][:3] for row in pieces]
-    assert after == [["USER", ":", "▁Big"], ["▁US", "ER", ":"]]
+    assert after == [["USER", ":", "▁B"], ["▁", "USER", ":"]]
 
 
 def test_v0_supervises_the_first_two_tokens_of_a_question(llama: Callable[[bool], Tokenizer]) -> None:

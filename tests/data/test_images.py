@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
 
 from fastllava.batch import ImageSpec
 from fastllava.config import DataConfig
@@ -46,22 +45,22 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("policy", ["square", "pad"])
-def test_pixels_are_the_originals(golden: Path, limits: DataConfig, policy: str) -> None:
-    expected = {key: value for key, value in load_file(golden / "pixels" / "pixels.safetensors").items() if f"/{policy}/" in key}
+def test_pixels_are_the_originals(each_golden: Path, golden_pixels: dict[str, np.ndarray], limits: DataConfig, policy: str) -> None:
+    expected = {key: value for key, value in golden_pixels.items() if f"/{policy}/" in key}
     assert len(expected) >= 16
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
     as_column = [np.array(values, np.float32)[:, None, None] for values in (mean, std)]
     for key, value in expected.items():
         size, _, name = key.split("/")
-        pixels = load_image(golden / "pixels" / "images" / name, policy, ImageSpec(int(size), 1, mean, std), limits)
+        pixels = load_image(each_golden / "pixels" / "images" / name, policy, ImageSpec(int(size), 1, mean, std), limits)
         assert (pixels.dtype, pixels.shape) == (np.uint8, (3, int(size), int(size)))
         normalised = (pixels.astype(np.float32) / np.float32(255) - as_column[0]) / as_column[1]
         assert np.abs(normalised - value).max() == 0.0, key
 
 
-def test_all_golden_images_pass_the_check(golden: Path, limits: DataConfig) -> None:
-    assert [check_image(path, limits) for path in sorted((golden / "pixels" / "images").iterdir())] == [None] * 16
+def test_all_golden_images_pass_the_check(each_golden: Path, limits: DataConfig) -> None:
+    assert [check_image(path, limits) for path in sorted((each_golden / "pixels" / "images").iterdir())] == [None] * 16
 
 
 def one_colour(path: Path, limits: DataConfig) -> tuple[int, ...]:

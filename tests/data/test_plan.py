@@ -32,8 +32,8 @@ def make_plan(n=103, seed=1, world=1, **train):
     return Plan(lengths, config.data, config.train, COST, world)
 
 
-def test_group_by_modality_is_the_originals_order(golden):
-    expected = json.loads((golden / "sampler.json").read_text())
+def test_group_by_modality_is_the_originals_order(each_golden):
+    expected = json.loads((each_golden / "sampler.json").read_text())
     generator = torch.Generator().manual_seed(expected["seed"])
     order = group_by_modality(expected["lengths"], expected["batch_size"], expected["world"], generator)
     assert order == expected["indices"]

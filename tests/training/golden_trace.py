@@ -37,9 +37,9 @@ RUNS = {
 }
 
 
-def config_of(name: str, shared: Path, out: Path, **train: Any) -> dict[str, Any]:
+def config_of(name: str, golden: Path, out: Path, **train: Any) -> dict[str, Any]:
     """The config of one recorded run, its records in the order of the trace."""
-    run_, trace = RUNS[name], shared / "golden" / "trace"
+    run_, trace = RUNS[name], golden / "trace"
     steps = json.loads((trace / f"trace_{name}.json").read_text())["steps"]
     records = {record["id"]: record for record in json.loads((trace / f"{run_['records']}.json").read_text())}
     out.mkdir(parents=True)
@@ -50,7 +50,7 @@ def config_of(name: str, shared: Path, out: Path, **train: Any) -> dict[str, Any
         "model": {
             "llm": str(trace / "llm"),
             "vision_tower": str(trace / "clip"),
-            "tokenizer": str(shared / "tokenizer" / "tokenizer.model"),
+            "tokenizer": str(golden / "tokenizer" / "tokenizer.model"),
             "projector": str(trace / run_["model"]["projector"]),
         },
         "data": {"records": str(out / "records.json"), "images": str(trace / "images"), "shuffle": False, "legacy": False, "workers": 0},
@@ -59,9 +59,9 @@ def config_of(name: str, shared: Path, out: Path, **train: Any) -> dict[str, Any
     }
 
 
-def check_equal(name: str, shared: Path, out: Path, norm_tolerance: float = 1e-4) -> None:
-    """The issue's tolerances: loss 1e-5, gradient norm 1e-4, learning rate exact, final tensors 1e-4 in norm."""
-    trace = shared / "golden" / "trace"
+def check_equal(name: str, golden: Path, out: Path, norm_tolerance: float = 1e-4) -> None:
+    """Within the tolerances that equality means here: loss 1e-5, gradient norm 1e-4, learning rate exact, final tensors 1e-4 in norm."""
+    trace = golden / "trace"
     steps = json.loads((trace / f"trace_{name}.json").read_text())["steps"]
     rows = read_metrics(out / "run")
     assert [row["step"] for row in rows] == [step["step"] for step in steps]

@@ -43,10 +43,10 @@ def implementations(done: train.RunResult) -> dict[str, str]:
 
 @pytest.mark.parametrize("choice", rounds(RUNNABLE), ids=in_words)
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_kernels(name, choice, shared, tmp_path) -> None:
-    config = check_config({**config_of(name, shared, tmp_path / name), "kernels": choice})
+def test_kernels(name, choice, golden, tmp_path) -> None:
+    config = check_config({**config_of(name, golden, tmp_path / name), "kernels": choice})
     done = train.run(config)
-    check_equal(name, shared, tmp_path / name)
+    check_equal(name, golden, tmp_path / name)
     assert implementations(done).items() <= choice.items()
 
 
@@ -73,30 +73,30 @@ FIRST_STEPS = [*(("finetune", choice) for choice in WITHOUT_ROPE), *(("pretrain"
 
 @interpreted
 @pytest.mark.parametrize("choice", WITHOUT_ROPE, ids=in_words)
-def test_triton_kernels_train_the_projector(choice, shared, tmp_path, monkeypatch, training_tables) -> None:
-    used = run_interpreted(config_of("pretrain", shared, tmp_path / "pretrain"), monkeypatch, **choice)
-    check_equal("pretrain", shared, tmp_path / "pretrain")
+def test_triton_kernels_train_the_projector(choice, golden, tmp_path, monkeypatch, training_tables) -> None:
+    used = run_interpreted(config_of("pretrain", golden, tmp_path / "pretrain"), monkeypatch, **choice)
+    check_equal("pretrain", golden, tmp_path / "pretrain")
     assert used.items() >= {room: choice[room] for room in choice.keys() & used.keys()}.items()
 
 
 @interpreted
 @pytest.mark.parametrize(("name", "choice"), FIRST_STEPS, ids=in_words)
-def test_triton_kernels_give_the_first_loss_and_gradient_norm(name, choice, shared, tmp_path, monkeypatch, training_tables) -> None:
-    config = config_of(name, shared, tmp_path / name)
+def test_triton_kernels_give_the_first_loss_and_gradient_norm(name, choice, golden, tmp_path, monkeypatch, training_tables) -> None:
+    config = config_of(name, golden, tmp_path / name)
     records = Path(config["data"]["records"])
     records.write_text(json.dumps(json.loads(records.read_text())[: config["train"]["global_batch"]]))
     used = run_interpreted(config, monkeypatch, **choice)
     assert used.items() >= {room: choice[room] for room in choice.keys() & used.keys()}.items()
     (row,) = read_metrics(tmp_path / name / "run")
-    step = json.loads((shared / "golden" / "trace" / f"trace_{name}.json").read_text())["steps"][0]
+    step = json.loads((golden / "trace" / f"trace_{name}.json").read_text())["steps"][0]
     assert row["loss"] == pytest.approx(step["loss"], rel=1e-5)
     assert row["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("finetune", "layer"), ("pretrain", "step")])
-def test_compiled_by_inductor(name, mode, shared, tmp_path) -> None:
-    train.run(check_config(config_of(name, shared, tmp_path / name, compile=mode)))
-    check_equal(name, shared, tmp_path / name)
+def test_compiled_by_inductor(name, mode, golden, tmp_path) -> None:
+    train.run(check_config(config_of(name, golden, tmp_path / name, compile=mode)))
+    check_equal(name, golden, tmp_path / name)
 
 
 def test_every_implementation_that_runs_here_has_a_turn() -> None:
