@@ -39,7 +39,7 @@ def test_a_large_gradient_is_measured_piece_by_piece(monkeypatch):
 
 
 def verdicts(configured: dict[str, Figures], others: dict[str, Figures], truth: list[str], dtype: torch.dtype = FP32) -> dict[str, bool]:
-    """Of comparison "whole", by name."""
+    """The verdicts of the comparison "whole", by tensor name."""
     figures = dict.fromkeys(VARIANTS, others) | {"configured": configured}
     return {each.name: each.holds for each in judge(0, figures, truth, dtype) if each.comparison.name == "whole"}
 
@@ -116,7 +116,7 @@ KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 
 
 def large(wrong: str | None) -> Certificate:
-    """Of a decoder of forty layers and five steps; parameter `wrong` is off."""
+    """The certificate of a decoder of forty layers and five steps, in which the parameter `wrong` is off."""
     names = [f"llm.model.layers.{layer}.{kind}.{leaf}" for layer in range(40) for kind in KINDS for leaf in ("weight", "bias")]
     names += ["llm.model.embed_tokens.weight", "llm.lm_head.weight"]
     names += [f"projector.{2 * layer}.{leaf}" for layer in range(4) for leaf in ("weight", "bias")]

@@ -10,7 +10,7 @@ from fastllava.data.plan import Plan, SampleLengths
 
 
 def plan(n: int, texts: slice = slice(0, 0), **train) -> Plan:
-    """Of n samples with lengths of their own; those in `texts` have no image."""
+    """A plan of n samples with lengths of their own; those in `texts` have no image."""
     rng = np.random.default_rng(0)
     images = np.ones(n, np.int8)
     images[texts] = 0

@@ -37,7 +37,7 @@ def mix665k(seed: int = 0) -> SampleLengths:
 
 
 COST_7B = Cost(per_row=38_855_000_000, per_pair=1_572_864, per_image=430_000_000_000, per_supervised=786_432_000)
-"""Of stage 2 with 7B: operations, about."""
+"""About the operations of stage 2 with 7B."""
 
 
 @pytest.fixture(scope="module")

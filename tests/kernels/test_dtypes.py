@@ -51,7 +51,7 @@ def in_two_dtypes(value: Any, first: bool = True) -> Any:
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @every_implementation
 def test_autocast_changes_no_bit_and_no_dtype(room: str, name: str, inside: bool) -> None:
-    """Of results and gradients, also where backward runs inside it."""
+    """Results and gradients are the same, also where backward runs inside it."""
     args = usual(room, torch.float32)
     plain = outputs_and_gradients(function(room, name), args)
     out = None

@@ -283,7 +283,7 @@ def test_triton_takes_bf16_of_a_cpu_in_plain_pytorch() -> None:
 
 
 def op_arguments(room: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Of the op, and of the op of its backward."""
+    """The arguments of the op, and those of the op of its backward."""
     args = on_device(usual(room))
     if room == "splice":
         _, table, ids, text_rows, patch_rows = args

@@ -50,12 +50,12 @@ def weight_copy_bytes(llama: LlamaConfig, recompute: Recompute, dtype: torch.dty
 
 
 def _widths(llama: LlamaConfig) -> tuple[int, int]:
-    """Of all query heads, and of all key heads."""
+    """The width of all query heads together, and that of all key heads."""
     return llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
 
 
 def _layer(llama: LlamaConfig, rows: int, wanted: int, recompute: Recompute, dtype: torch.dtype, frozen: bool) -> int:
-    """Of one layer on `rows` rows whose result is computed for `wanted` of them."""
+    """The bytes that one layer keeps of `rows` rows when it computes the result for `wanted` of them."""
     width, inner = llama.hidden_size, llama.intermediate_size
     queries, keys = _widths(llama)
     if recompute == "full":

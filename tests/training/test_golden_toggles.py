@@ -32,7 +32,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter i
 
 
 def in_words(value: str | dict[str, str]) -> str:
-    """Of a parameter, for the test's id."""
+    """A parameter as it stands in the test's id."""
     return value if isinstance(value, str) else "-".join(dict.fromkeys(value.values()))
 
 
