@@ -26,12 +26,12 @@ GPU_GONE = 75
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For runs that go on where another was stopped."""
+    """Add --leave-out, for a run that goes on where another was stopped."""
     parser.addoption("--leave-out", type=Path, metavar="FILE", help="node ids of tests not to run, one a line")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without those of --leave-out."""
+    """Leave out the tests that --leave-out lists."""
     if (path := config.getoption("--leave-out")) is not None:
         names = set(path.read_text(encoding="utf-8").splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in names])

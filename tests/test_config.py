@@ -327,7 +327,7 @@ def _message(given: dict) -> str:
 
 
 def test_a_path_that_the_locale_cannot_write_is_the_files_own_name_in_utf_8(tmp_path, monkeypatch):
-    """As under LC_ALL=C with PYTHONUTF8=0, where names of files are ASCII to Python."""
+    """Under LC_ALL=C with PYTHONUTF8=0 names of files are ASCII to Python."""
     import os
 
     from fastllava.config import _as_path

@@ -73,7 +73,7 @@ def test_stage_2_starts_from_what_stage_1_leaves(size: str, repo: Path) -> None:
 
 @named(OFFICIAL)
 def test_values_that_the_stage_gives_anyway_are_the_stage_s(path: Path) -> None:
-    """What a config writes out for the reader is what it would get without, but for what suits the hardware: it cannot drift."""
+    """A value that a config writes out for the reader is the stage's own, but for what suits the hardware, so it cannot drift."""
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     whole = load_config(path)
     bare = load_config(

@@ -33,7 +33,7 @@ def run(golden, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf(run, tmp_path_factory):
-    """It in layout hf, and what export said."""
+    """The folder of `run` in layout hf, and what export said."""
     out, said = tmp_path_factory.mktemp("hf") / "out", []
     export(run / "llava", "hf", out, said.append)
     return out, said

@@ -138,7 +138,7 @@ def test_every_source_folder_is_a_package_and_is_packaged() -> None:
 
 
 def test_import_floors_name_every_module() -> None:
-    """And no module that is gone: a floor with a wrong name would hold nothing."""
+    """They name no module that is gone either: a floor with a wrong name would hold nothing."""
     floors = next(contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == "layers")["layers"]
     named = {name.strip(" ()") for floor in floors for name in re.split("[:|]", floor)}
     there = {path.stem if path.is_file() else path.name for path in (REPO / "fastllava").iterdir() if path.suffix == ".py" or path.is_dir()}

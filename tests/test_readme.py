@@ -90,7 +90,7 @@ def lay_out(root: Path) -> None:
 
 
 def fastllava(*words: str) -> tuple[int, str]:
-    """What the console script does with these words: its exit code and what it printed."""
+    """The exit code of the console script with these words, and what it printed."""
     printed = io.StringIO()
     before = sys.argv
     sys.argv = ["fastllava", *words]

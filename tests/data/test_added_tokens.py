@@ -56,7 +56,7 @@ def test_text_becomes_them_as_in_transformers(flags: dict[str, Any], model_file:
 
 
 def test_without_legacy_the_text_after_one_has_no_leading_space(model_file: Path, tmp_path: Path) -> None:
-    """As LlamaTokenizer of transformers 4.37.2: the space a text begins with comes first, even before an added token."""
+    """The space that a text begins with comes first, even before an added token, as in LlamaTokenizer of transformers 4.37.2."""
     loaded = Tokenizer.load(write(tmp_path, model_file, {}, False))
     pieces = [loaded.piece(i) for i in loaded.encode("<loc_1>red 正方形 red")]
     assert pieces[:2] == ["▁", "<loc_1>"]

@@ -239,7 +239,7 @@ TEXT = st.lists(st.one_of(st.text(max_size=12), LITERALS), min_size=1, max_size=
 def test_no_text_becomes_a_control_token_and_the_answers_are_what_is_supervised(
     rounds: list[tuple[str, str]], name: str, tokenizer: Tokenizer
 ) -> None:
-    """Whatever users write. A record is trained on as it reads, or refused with a reason."""
+    """Whatever users write, a record is trained on as it reads, or refused with a reason."""
     form = template(name)
     turns = [turn for question, answer in rounds for turn in (("human", question), ("gpt", answer))]
     record = Record("r", None, turns)

@@ -175,7 +175,7 @@ def test_the_limits_are_the_settings(tmp_path: Path, make_data: MakeData) -> Non
 
 
 def test_no_memory_is_spent_on_bombs(tmp_path: Path) -> None:
-    """In a process of its own: its peak memory must not grow by more than 32 MiB. The 20000 x 1 pixels would pad to 1.2 GB."""
+    """The peak memory of a process that checks them grows by at most 32 MiB. The 20000 x 1 pixels would pad to 1.2 GB."""
     (tmp_path / "bomb.png").write_bytes(png(20000, 20000, 1, data=b"\0" * 2501 * 20000))
     (tmp_path / "thin.png").write_bytes(png(20000, 1, data=b"\0" * 20001))
     webp = bytearray(saved(Image.new("RGB", (8, 8)), "WEBP", lossless=True))

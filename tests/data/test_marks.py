@@ -114,7 +114,7 @@ def test_the_begin_mark_is_a_token_where_texts_do_not_begin_with_it(tmp_path: Pa
 
 
 def test_a_control_token_named_as_unknown_refuses_nothing(tmp_path: Path) -> None:
-    """As GPT-2's, which knows every text."""
+    """GPT-2 names one so, and its vocabulary has pieces for every text."""
     config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     loaded = Tokenizer.load(byte_level(tmp_path, ["<|endoftext|>"], config))
     record = Record("r", None, [("human", "What?"), ("gpt", "A dog.")])

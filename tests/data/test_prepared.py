@@ -33,7 +33,7 @@ def record(number: int, image: bool | str = True, answer: str = "A dog.", **keys
 
 
 class Said(list[str]):
-    """Collects what is reported."""
+    """A reporter that keeps what it is told."""
 
     def __call__(self, line: str) -> None:
         self.append(line)
@@ -71,7 +71,7 @@ def test_rows_are_the_records(make_data: MakeData, tokenizer: Tokenizer, spec: I
 
 @pytest.mark.parametrize("max_tokens", [*range(30, 62), 2000])
 def test_the_cut_is_that_of_the_expanded_sequence(tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Against the expansion written out: a list of labels where the image takes 16 places."""
+    """The expansion is written out here: a list of labels in which the image takes 16 places."""
     encoded = encode_record(
         check_record(record(0, answer="a red dog near the blue house"), 0), template("mistral_instruct"), tokenizer, 2048
     )

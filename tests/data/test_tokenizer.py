@@ -83,7 +83,7 @@ WORDS = st.one_of(st.text(max_size=8), st.sampled_from([" ", "  ", "\n", "▁", 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=st.lists(WORDS, min_size=1, max_size=6), continues=st.booleans())
 def test_parts_give_the_ids_of_the_whole(parts: list[str], continues: bool, tokenizer: Tokenizer, model_file: Path) -> None:
-    """Against sentencepiece itself, on the joined text; a text after a control token begins after one more line end."""
+    """sentencepiece itself, on the joined text, is the judge; a text after a control token begins after one more line end."""
     whole = "".join(parts)
     try:
         whole.encode()

@@ -39,7 +39,7 @@ def waits(parent, begun):
 
 
 class Slow:
-    """In place of a Preparer: says which process it is, and takes its time."""
+    """A stand-in for a Preparer that says which process it is, and takes its time."""
 
     def __init__(self, seconds=0.0, dies=False):
         self.seconds, self.dies, self.board = seconds, dies, Board(2)

@@ -46,7 +46,7 @@ def sentencepiece_folder(folder, legacy):
 
 
 def byte_level_folder(folder, begins):
-    """As Llama 3's, which puts its beginning token itself, and as Qwen's, which has none."""
+    """A folder with a tokenizer as Llama 3's, which puts its beginning token itself, or as Qwen's, which has none."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -33,7 +33,7 @@ def installed():
 
 
 def allowed(repo, which):
-    """What pip is asked for: the first release line of the range, or the whole range, of which it takes the newest."""
+    """The requirement that pip gets: the first release line of the range, or the whole range, of which it takes the newest."""
     dependencies = tomllib.loads((repo / "pyproject.toml").read_text())["project"]["dependencies"]
     found = next(line for line in dependencies if line.startswith("transformers"))
     if which == "newest":

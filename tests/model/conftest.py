@@ -64,7 +64,7 @@ def image(seed: int) -> Tensor:
 
 
 def mixed_samples() -> list[TinySample]:
-    """With an image, without, several turns, two images, an image first and an image last."""
+    """Samples with an image, without one, of several turns, with two images, with an image first and with an image last."""
     return [
         TinySample([1, 7, IMAGE_ID, 13, 20, 21, 2], {5, 6}, [image(1)]),
         TinySample([1, 30, 31, 32, 33], {3, 4}),
@@ -149,7 +149,7 @@ def reference_ops(dtype: torch.dtype = torch.float32) -> Ops:
 
 
 class Tiny:
-    """What the tests build with; one object, as test modules cannot import each other."""
+    """The helpers that the tests build with, in one object, as test modules cannot import each other."""
 
     LLM = LLM
     CLIP = CLIP

@@ -76,7 +76,7 @@ BOUNDS = {
 @pytest.mark.parametrize("rows", ["supervised", "all"])
 @pytest.mark.parametrize("wrong", [*WRONG, *BOUNDS])
 def test_where_the_host_cannot_look_the_loss_is_nan(tiny, monkeypatch: pytest.MonkeyPatch, wrong: str, rows: str) -> None:
-    """As on a GPU: by the ops that read nothing on the host."""
+    """The ops that a GPU would use, which read nothing on the host, say it in the loss."""
     monkeypatch.setattr(llava, "check_on_host", lambda *_: None)
     model = tiny.load(projector="fresh")
     model.tower.requires_grad_(False)

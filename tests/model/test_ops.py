@@ -33,7 +33,7 @@ def test_what_cannot_run_is_an_error_in_the_words_of_the_config():
 
 @pytest.mark.parametrize(("width", "chosen"), [(128, "varlen"), (100, "reference")])
 def test_auto_passes_on_what_flash_attention_does_not_take(monkeypatch: pytest.MonkeyPatch, width: int, chosen: str) -> None:
-    """As on a GPU where FlashAttention runs."""
+    """The choice is that of a GPU where FlashAttention runs."""
     room = rooms()["attention"]
     anywhere = {name: replace(one, unsupported=runs_anywhere) if name == "varlen" else one for name, one in room.implementations.items()}
     monkeypatch.setattr(ops, "rooms", lambda: {"attention": replace(room, implementations=anywhere)})

@@ -25,7 +25,7 @@ def loss_and_gradients(model, batches):
 
 
 def assert_same(found, expected):
-    """Within 1e-5 of the norm, the loss and every gradient."""
+    """The loss and every gradient agree within 1e-5 of the norm."""
     assert torch.isfinite(found[0])
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert found[1].keys() == expected[1].keys()

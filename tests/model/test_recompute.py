@@ -111,7 +111,7 @@ def run(decoder, frozen, recompute, wanted):
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_bytes_kept(decoder, frozen, wanted):
-    """Within 2 % of what is foreseen, and falling from policy to policy as far as there is something to give back."""
+    """They lie within 2 % of what is foreseen, and fall from policy to policy as far as there is something to give back."""
     llama, x, _ = decoder
     found = {}
     for recompute in POLICIES:
@@ -131,7 +131,7 @@ def test_bytes_kept(decoder, frozen, wanted):
 
 @pytest.mark.parametrize("recompute", POLICIES)
 def test_bytes_while_a_layer_is_computed_again(decoder, recompute):
-    """Looked at when backward has reached the last layer's swiglu, which is after the whole layer is there again."""
+    """The moment is when backward has reached the last layer's swiglu: by then the whole layer is there again."""
     llama, x, _ = decoder
     found = []
 

@@ -30,7 +30,7 @@ LENGTHS = SampleLengths(np.full(96, 500, np.int32), np.full(96, 50, np.int32), n
 
 
 def tiny_gpu(mib: float) -> Gpu:
-    """One whose memory has `mib` for tensors."""
+    """A GPU whose memory has `mib` for tensors."""
     return Gpu("tiny", 1e12, mib * 2**20 / 0.95 + 1.5 * 2**30, 1e12, 1e11)
 
 

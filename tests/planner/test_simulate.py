@@ -45,7 +45,7 @@ def config_of(stage: str, precision: str, recompute: str, **optim: str) -> Confi
 
 
 def cpu_ops(dtype: torch.dtype) -> Ops:
-    """Those of a CPU that tensors without data can pass through too."""
+    """The ops of a CPU that fake tensors can pass through too."""
     return Ops({name: choose(room, "auto", CPU, dtype) for name, room in rooms().items()} | {"attention": "sdpa"})
 
 

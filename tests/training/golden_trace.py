@@ -60,7 +60,7 @@ def config_of(name: str, golden: Path, out: Path, **train: Any) -> dict[str, Any
 
 
 def check_equal(name: str, golden: Path, out: Path, norm_tolerance: float = 1e-4) -> None:
-    """Within the tolerances that equality means here: loss 1e-5, gradient norm 1e-4, learning rate exact, final tensors 1e-4 in norm."""
+    """Compare a run with its trace: loss within 1e-5, gradient norm 1e-4, learning rate exactly, final tensors 1e-4 in norm."""
     trace = golden / "trace"
     steps = json.loads((trace / f"trace_{name}.json").read_text())["steps"]
     rows = read_metrics(out / "run")

@@ -41,7 +41,7 @@ class Wandb(SimpleNamespace):
 
 
 def through(monkeypatch, config, fake: Wandb, first_step: int = 0, name: str = "wandb") -> Wandb:
-    """What `fake` was told by a run of two steps."""
+    """The calls that `fake` got from a run of two steps."""
     monkeypatch.setitem(sys.modules, name, fake)
     backend = Backend(name, config, first_step)
     for step in (first_step, first_step + 1):

@@ -54,7 +54,7 @@ GOES_ON = {("save", "full"), ("rotate", "full")}
 
 
 class Odd(Exception):
-    """One that does not survive pickling."""
+    """An error that does not survive pickling."""
 
     def __init__(self, one, other):
         super().__init__(f"{one} {other}")

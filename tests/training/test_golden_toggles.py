@@ -37,7 +37,7 @@ def in_words(value: str | dict[str, str]) -> str:
 
 
 def implementations(done: train.RunResult) -> dict[str, str]:
-    """By room, for the rooms that the run used."""
+    """The implementation of each room that the run used."""
     return {room: use["implementation"] for room, use in done.summary["kernels"].items()}
 
 

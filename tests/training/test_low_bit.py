@@ -38,7 +38,7 @@ def named(dtype=torch.float32):
 
 
 def gradients(steps, seed=1):
-    """By step and parameter; their size differs from row to row."""
+    """Gradients by step and parameter, whose size differs from row to row."""
     draws = torch.Generator().manual_seed(seed)
     shapes = [tuple(p.shape) for p in named().values()]
     return [

@@ -267,7 +267,7 @@ def wait_for_steps(output_dir, count, process):
 
 
 def test_the_step_never_waits_for_the_device(settings, monkeypatch):
-    """On the CPU: no `.item()`, `.tolist()` or nonzero in train_step but in the reference of attention, which says so."""
+    """On a CPU train_step calls no `.item()`, `.tolist()` or nonzero but in the reference of attention, which says so."""
     import fastllava.train as module
 
     waits = []

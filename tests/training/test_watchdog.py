@@ -45,7 +45,7 @@ def _run(rank, count, values, folder, deed):
 
 
 def ends(processes, tmp_path, within=10.0):
-    """Their exit codes, and what they said; those that have not ended are killed."""
+    """The exit codes of the processes, and what they said; those that have not ended are killed."""
     end = time.monotonic() + within
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
