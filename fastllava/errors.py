@@ -1,8 +1,12 @@
 """The one exception for a user's mistake: its message is one line that names the key or record, what was given and the remedy."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class UserError(Exception):
@@ -30,3 +34,9 @@ def first_of_machine_speaks() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             raise ToldElsewhere(str(error)) from None
         raise
+
+
+def or_download(folder: Path) -> str:
+    """End a message about a missing model folder with the command that downloads it, where the path may be a name on the hub."""
+    name = folder.as_posix()
+    return f", or download it: hf download {name} --local-dir {name}" if _HUB_NAME.fullmatch(name) else ""

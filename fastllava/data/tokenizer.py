@@ -14,7 +14,7 @@ from typing import Any
 from fastllava.data.added_tokens import Added, Found, Settings, Words, read_json, read_settings
 from fastllava.data.encoders import Encoder, JsonEncoder, SentencePieceEncoder, legacy_of_json
 from fastllava.data.patterns import check_patterns
-from fastllava.errors import UserError
+from fastllava.errors import UserError, or_download
 from fastllava.printable import quoted
 
 # Of transformers 4.37.2 (LlamaTokenizer, `legacy=None`), which the original pins; Vicuna v1.5 says false in its config.
@@ -77,7 +77,7 @@ class Tokenizer:
         elif path.is_file():
             found = path
         else:
-            raise UserError(f"{path}: no such file or folder; give the folder or file of a tokenizer")
+            raise UserError(f"{path}: no such file or folder; give the folder or file of a tokenizer{or_download(path)}")
         try:
             model = found.read_bytes()
         except OSError as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.weights import read_origin
 from fastllava.model.weights.configs import FAMILIES, family_of
@@ -352,6 +353,22 @@ def test_pixels_are_normalised_as_the_preprocessor_says_and_else_as_clip_publish
     )
     spec = tiny.load(vision_tower=folder).spec
     assert (spec.mean, spec.std, spec.size, spec.patches) == ((0.5, 0.5, 0.5), (0.1, 0.2, 0.3), 12, 9)
+
+
+def test_a_hub_s_name_that_is_no_folder_here_is_told_with_the_command_that_downloads_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, name in (("llm", "lmsys/vicuna-7b-v1.5"), ("vision_tower", "openai/clip-vit-large-patch14-336")):
+        told = rf"^model\.{key}: {name}/config\.json does not exist; .*, or download it: hf download {name} --local-dir {name}$"
+        refused(tiny, told, **{key: Path(name)})
+    with pytest.raises(UserError, match=r"--local-dir lmsys/vicuna-7b-v1\.5$"):
+        Tokenizer.load(Path("lmsys/vicuna-7b-v1.5"))
+    # Begun and not finished.
+    shutil.copytree(tiny.llm, tmp_path / "lmsys" / "vicuna", ignore=shutil.ignore_patterns("*.safetensors"))
+    refused(
+        tiny, r"^model\.llm: no weights in lmsys/vicuna; .*, or download it: hf download lmsys/vicuna --local-dir", llm=Path("lmsys/vicuna")
+    )
+    for path in (tmp_path / "nowhere", Path("nowhere"), Path("../models/vicuna"), Path("a/b/c")):
+        refused(tiny, r"^model\.llm: (?!.*hf download)", llm=path)
 
 
 def test_folders_that_are_no_models_are_refused_in_one_line(tiny, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastllava.errors import UserError
+from fastllava.errors import UserError, or_download
 
 SINGLE_AND_INDEX = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -48,7 +48,7 @@ class TensorFiles:
                 self._read_index(path / index)
                 return
         names = ", ".join(name for pair in SINGLE_AND_INDEX for name in pair)
-        raise UserError(f"{key}: no weights in {path}; it should hold one of {names}")
+        raise UserError(f"{key}: no weights in {path}; it should hold one of {names}{or_download(path)}")
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +130,8 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{key}: {path} does not exist; give the folder of a model in the Hugging Face format") from None
+        remedy = f"give the folder of a model in the Hugging Face format{or_download(path.parent)}"
+        raise UserError(f"{key}: {path} does not exist; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: {path} cannot be read as JSON ({_one_line(error)}); fetch it again") from None
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastllava.batch import ImageSpec
 from fastllava.config import ModelConfig
-from fastllava.errors import UserError
+from fastllava.errors import UserError, or_download
 from fastllava.model.clip import ClipConfig, ClipVision
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.llava import Llava
@@ -193,7 +193,7 @@ def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) ->
             return place
     raise UserError(
         f"model.vision_tower: is missing, and the tower {name!r} of {config.llm} is in none of "
-        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model, or put it there"
+        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model, or put it there{or_download(Path(name))}"
     )
 
 
