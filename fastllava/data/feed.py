@@ -27,6 +27,9 @@ _DEATHS = 3
 _DEATH_SECONDS = 2.0
 """A broken connection is seen before the end of the worker behind it is."""
 _CLOSE_SECONDS = 6.0
+_BEGIN_SECONDS = 15.0
+"""For a worker to begin, which takes milliseconds; three times that is less than the watchdog waits."""
+_LOOK_SECONDS = 0.005
 
 
 class WorkerDied(RuntimeError):
@@ -96,9 +99,10 @@ class Feed(Generic[Place]):
             num_workers=self._n_workers,
             prefetch_factor=4 if self._n_workers else None,
             pin_memory=self._pin,
-            worker_init_fn=partial(_in_worker, os.getpid()),
+            worker_init_fn=partial(_in_worker, os.getpid(), self._board),
         )
-        self._waiting, others = False, children()
+        self._waiting, self._begun, others = False, False, children()
+        self._board.clear()
         # What has been loaded by now is shared with the workers, until a garbage collector looks at it, here or there.
         gc.freeze()
         self._sigchld = signal.getsignal(signal.SIGCHLD)
@@ -117,6 +121,7 @@ class Feed(Generic[Place]):
         try:
             self._waiting = True
             self._check()
+            self._see_workers_begin()
             return next(self._built)
         except WorkerDied:
             raise
@@ -126,6 +131,20 @@ class Feed(Generic[Place]):
             raise
         finally:
             self._waiting = False
+
+    def _see_workers_begin(self) -> None:
+        """Wait for all workers to begin. Raises WorkerDied when one does not.
+
+        Python 3.11, not 3.12, may hang in the child within `os.fork`, when a library's thread (as gloo's, after a collective) holds the
+        lock of the interpreter's list of threads at that moment: once in some thousand forks (github.com/python/cpython/issues/112275).
+        """
+        end = time.monotonic() + _BEGIN_SECONDS
+        while not (self._begun or {worker.pid for worker in self._workers} <= self._board.begun()):
+            if time.monotonic() >= end:
+                raise WorkerDied(f"hanging ever since it was started {_BEGIN_SECONDS:.0f} s ago", None)
+            time.sleep(_LOOK_SECONDS)
+            self._check()
+        self._begun = True
 
     def _on_child(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:
@@ -146,6 +165,7 @@ class Feed(Generic[Place]):
             time.sleep(0.05)
 
 
-def _in_worker(parent: int, _: int) -> None:
+def _in_worker(parent: int, board: Board, _: int) -> None:
     begin_worker(parent)
+    board.begin()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Worker processes: they end when their parent goes or asks, and show on a board which sample they are at."""
+"""Worker processes: they end when their parent goes or asks, and show on a board that they have begun and which sample they are at."""
 
 import contextlib
 import ctypes
@@ -18,6 +18,8 @@ from torch.utils.data import get_worker_info
 
 STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that terminals, torchrun and schedulers send to a whole group: the parent answers for all."""
+STACKS = signal.SIGUSR1
+"""The signal at which a worker writes its stacks to stderr, for whoever wants to know where it hangs."""
 _LOOK_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 _TELLS_SENDER = hasattr(signal, "sigtimedwait")
@@ -30,8 +32,7 @@ def begin_worker(parent: int) -> None:
     Workers hold no state, so none has anything to finish.
     """
     signal.set_wakeup_fd(-1)
-    # For whoever wants to know where it hangs.
-    faulthandler.register(signal.SIGUSR1, file=2)
+    _answer_stacks()
     for number in STOPS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -72,14 +73,36 @@ def process_state(pid: int) -> str:
         return ""
 
 
+_held: list[bool] = []
+
+
 @contextmanager
 def stops_held() -> Iterator[None]:
-    """Processes that start within this block get no stop signal before `begin_worker`; the caller gets its own at the block's end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    """Processes that start within this block get no stop signal before `begin_worker`; the caller gets its own at the block's end.
+
+    Nor does STACKS end them: one that is forked answers it from its first moment on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, STACKS})
+    _held.append(True)
     try:
         yield
     finally:
+        _held.pop()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _answer_stacks() -> None:
+    faulthandler.register(STACKS, file=2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS})
+
+
+def _after_fork() -> None:
+    # What libraries do in a child before `begin_worker` may hang: a fork inherits locks, but not the threads that hold them.
+    if _held:
+        _answer_stacks()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def children() -> set[BaseProcess]:
@@ -97,7 +120,10 @@ def kill(workers: Iterable[BaseProcess]) -> None:
 
 
 class Board:
-    """In shared memory: the number of the sample, or of the record, that each worker is at. Without workers the caller is the one."""
+    """In shared memory: each worker that has begun, and the number of the sample or record that it is at.
+
+    Without workers the caller is the one.
+    """
 
     def __init__(self, workers: int) -> None:
         self._slots = multiprocessing.RawArray("q", 3 * max(1, workers))
@@ -107,17 +133,34 @@ class Board:
     @contextmanager
     def at(self, sample: int) -> Iterator[None]:
         """This worker reads `sample` within the block."""
-        slot, info = self.slot, get_worker_info()
-        slot = 3 * (slot if slot is not None else 0 if info is None else info.id)
-        self._slots[slot : slot + 3] = [self._slots[slot] + 1, os.getpid(), sample + 1]
+        slot = self._note(sample)
         try:
             yield
         finally:
             self._slots[slot + 2] = 0
 
+    def begin(self) -> None:
+        """This worker has started, and reads nothing yet."""
+        self._note(-1)
+
+    def clear(self) -> None:
+        """Forget all workers: those that were on the board have ended."""
+        self._slots[:] = [0] * len(self._slots)
+
+    def _note(self, sample: int) -> int:
+        """Write down that this worker reads `sample`; where."""
+        slot, info = self.slot, get_worker_info()
+        slot = 3 * (slot if slot is not None else 0 if info is None else info.id)
+        self._slots[slot : slot + 3] = [self._slots[slot] + 1, os.getpid(), sample + 1]
+        return slot
+
     def state(self) -> Sequence[int]:
         """Changes whenever a worker begins or ends a sample."""
         return list(self._slots)
+
+    def begun(self) -> set[int]:
+        """The ids of the processes that have begun."""
+        return set(self.state()[1::3]) - {0}
 
     def reading(self) -> dict[int, int]:
         """The number of the sample that each process, by its id, is reading now."""

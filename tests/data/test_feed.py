@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 from worker_processes import alive, feed_of, waits
 
+from fastllava.data import feed as feed_module
 from fastllava.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -46,6 +47,47 @@ def test_a_worker_that_is_killed_between_two_jobs_is_seen_within_a_second(tmp_pa
         assert [feed.take(number) for number in range(1, 20)] == list(range(1, 20))
     assert time.monotonic() - began < 4
     assert ["was killed by SIGKILL; started again" in line for line in said] == [True]
+
+
+def hangs_once(tmp_path, honest, how):
+    """A begin_worker that hangs the first time it is called, as a process does that was forked with a lock held."""
+
+    def begin_worker(parent):
+        if not (tmp_path / "pid").exists():
+            (tmp_path / "pid").write_text(str(os.getpid()))
+            how()
+        honest(parent)
+
+    return begin_worker
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("how", [lambda: time.sleep(3600), lambda: os.kill(os.getpid(), signal.SIGSTOP)])
+def test_a_worker_that_hangs_before_it_begins_is_replaced(workers, how, tmp_path, monkeypatch):
+    monkeypatch.setattr(feed_module, "_BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr(feed_module, "begin_worker", hangs_once(tmp_path, feed_module.begin_worker, how))
+    said = []
+    with closing(feed_of(workers=workers, said=said)) as feed:
+        assert [feed.take(number) for number in range(20)] == list(range(20))
+    assert said == ["data.workers: a worker was hanging ever since it was started 1 s ago; started again, nothing is lost"]
+    assert not alive(int((tmp_path / "pid").read_text()))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_hangs_before_it_begins_shows_its_stacks_when_asked(tmp_path, monkeypatch, capfd):
+    def here():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        (tmp_path / "lived").touch()
+        time.sleep(3600)
+
+    monkeypatch.setattr(feed_module, "_BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr(feed_module, "begin_worker", hangs_once(tmp_path, feed_module.begin_worker, here))
+    before = signal.getsignal(signal.SIGUSR1), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with closing(feed_of()) as feed:
+        assert feed.take(0) == 0
+    assert (tmp_path / "lived").exists()
+    assert "in begin_worker" in capfd.readouterr().err
+    assert (signal.getsignal(signal.SIGUSR1), signal.pthread_sigmask(signal.SIG_BLOCK, [])) == before
 
 
 def test_what_kills_workers_again_and_again_is_named():

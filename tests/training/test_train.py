@@ -356,6 +356,30 @@ def test_a_data_worker_that_is_killed_is_started_again_and_nothing_changes(setti
     assert rows[0] == rows[1] != []
 
 
+def test_a_data_worker_that_hangs_before_it_begins_is_replaced_and_nothing_changes(settings, tmp_path, monkeypatch, capsys):
+    from fastllava.data import feed
+
+    honest = feed.begin_worker
+
+    def begin_worker(parent):
+        if not (tmp_path / "hung").exists():
+            (tmp_path / "hung").touch()
+            time.sleep(3600)
+        honest(parent)
+
+    values = settings(data={"workers": 2})
+    train({**values, "output_dir": str(tmp_path / "whole")})
+    monkeypatch.setattr(feed, "_BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr(feed, "begin_worker", begin_worker)
+    assert run(check_config(values), Console(width=200)).summary["status"] == "complete"
+    assert capsys.readouterr().out.count("data.workers: a worker was hanging ever since it was started") == 1
+    kept = ("step", "loss", "grad_norm")
+    rows = [[[row[key] for key in kept] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")]
+    assert rows[0] == rows[1] != []
+    weights = [(tmp_path / name / "mm_projector.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
 def test_a_picture_that_kills_every_worker_is_named_and_nothing_is_lost(settings, tmp_path, monkeypatch):
     import fastllava.data.loader as module
 
