@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from fastllava.batch import ImageSpec
 from fastllava.errors import UserError
-from fastllava.model.clip import ClipConfig, ClipVision
-from fastllava.model.llama import Llama, LlamaConfig
+from fastllava.model.architecture import Architecture
+from fastllava.model.build import build_llava
+from fastllava.model.clip import ClipConfig
+from fastllava.model.execution import Execution
+from fastllava.model.layers import set_parameter
+from fastllava.model.llama import LlamaConfig
 from fastllava.model.llava import Llava
-from fastllava.model.ops import Ops
-from fastllava.model.projector import Projector
 from fastllava.model.twin import filled
 from fastllava.model.weights.configs import clip_config, image_spec, llama_config
 
@@ -81,6 +83,11 @@ class Size:
         return image_spec(self.clip, {}, "bench")
 
     @property
+    def architecture(self) -> Architecture:
+        """Its decoder and tower with LLaVA-1.5's projector."""
+        return Architecture(llama=self.llama, clip=self.clip, select_layer=SELECT_LAYER, projector_type=PROJECTOR, spec=self.spec)
+
+    @property
     def projector(self) -> list[tuple[int, int]]:
         """(outputs, inputs) of its products, as `Accounting` wants them."""
         width = self.llama.hidden_size
@@ -124,21 +131,17 @@ def write_configs(name: str, folder: Path) -> list[str]:
     return words
 
 
-def build(size: Size, ops: Ops, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Llava:
-    """Our model with random weights in `dtype`: N(0, 0.02^2), norms near one, the projector as PyTorch draws a Linear."""
-    with torch.device("meta"):
-        llm = Llama(size.llama, ops)
-        tower = ClipVision(size.clip, ops, SELECT_LAYER)
-        projector = Projector(PROJECTOR, size.clip.hidden_size, size.llama.hidden_size)
-    model = Llava(llm, tower, projector, size.spec, ops, dtype)
+def build(size: Size, execution: Execution, device: torch.device, seed: int = 0) -> Llava:
+    """Our model with random weights in the dtype of `execution`: N(0, 0.02^2), norms near one, the projector as PyTorch draws a Linear."""
+    model = build_llava(size.architecture, execution)
     generator = torch.Generator(device).manual_seed(seed)
-    drawn = projector.draw(seed)
+    drawn = model.projector.draw(seed)
     for name, parameter in list(model.named_parameters()):
         own = drawn.get(name.removeprefix("projector.")) if name.startswith("projector.") else None
         if own is None:
             own = torch.randn(parameter.shape, device=device, generator=generator) * STD
             own += "norm" in name and name.endswith("weight")
-        _set(model, name, own.to(device, dtype))
+        set_parameter(model, name, nn.Parameter(own.to(device, execution.dtype)))
     return model
 
 
@@ -179,18 +182,13 @@ def projector_as_sequential(size: Size, shared: Tensors) -> nn.Sequential:
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
     for name, _ in list(module.named_parameters()):
-        _set(module, name, shared[f"projector.{name}"])
+        set_parameter(module, name, nn.Parameter(shared[f"projector.{name}"]))
     return module
 
 
 def _filled(kind: Any, config: Any, attention: str, ours: Llava, layout: str, shared: Tensors) -> Any:
     config._attn_implementation = attention
     return filled(lambda: kind._from_config(config, dtype=ours.dtype, attn_implementation=attention), shared.__getitem__, layout).train()
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
 def recompute_layers(module: Any, reentrant: bool) -> None:

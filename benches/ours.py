@@ -21,10 +21,11 @@ from fastllava.data.loader import Sample, pack
 from fastllava.data.plan import Plan, Step
 from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars
-from fastllava.model.compiled import check_compiler, compile_model
+from fastllava.model.compiled import check_compiler
+from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.ops import choose_ops
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
-from fastllava.stages import COMPUTE_DTYPE, prepare_stage
+from fastllava.stages import prepare_stage
 from fastllava.startup import check_fp8, check_fp8_widths, set_tf32
 from fastllava.train import train_step
 
@@ -132,9 +133,9 @@ class Fastllava:
         check_fp8(run.config, device, world=1)
         check_fp8_widths(run.config, run.size.llama)
         self.run, self.device = run, device
-        self.model = build(run.size, choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off"), run.dtype, device, seed)
+        ops = choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off")
+        self.model = build(run.size, Execution.of(run.config, ops), device, seed)
         self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)
-        compile_model(self.model, mode)
         self.optimizer = build_optimizer(self.trained.items(), run.config.optim, run.config.train.seed)
         set_lr(self.optimizer, 0.0)
         self.guard = FiniteGuard(self.optimizer, device)

@@ -10,20 +10,17 @@ Both shares are of the dense bf16 peak, whatever the products are computed in: `
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastllava.config import Config, Recompute, Stage
+from fastllava.config import Config, Recompute, Rows, Stage
 from fastllava.data.balance import Cost
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.projector import Projector
 from fastllava.model.weights import read_origin
-
-Rows = Literal["supervised", "all"]
 
 REPEATED: Mapping[Recompute, Sequence[str]] = {
     "none": (),

@@ -20,6 +20,8 @@ from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
 Recompute = Literal["none", "norms", "selective", "full"]
+Rows = Literal["supervised", "all"]
+"""The rows of a sequence that something is computed for."""
 
 # Recipe of scripts/v1_5/{pretrain,finetune}.sh of the original (haotian-liu/LLaVA, c121f04).
 STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -163,7 +165,7 @@ class TrainConfig(Section):
         description="what of each decoder layer backward computes again, for memory: nothing (none), all but matrix products and attention "
         "(norms), the MLP too (selective), or everything but the layer's input (full)",
     )
-    last_layer: Annotated[Literal["supervised", "all"], SAME_TRAINING] = Field(
+    last_layer: Annotated[Rows, SAME_TRAINING] = Field(
         "supervised",
         description="rows whose queries and MLP the decoder's last layer computes: supervised, as nothing reads the others, or all",
     )

@@ -59,16 +59,19 @@ def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMe
     """Shard `model` in place over the processes of the run, its weights as they were read; nothing to do for one.
 
     `requires_grad` must say what trains. Parameters become DTensors on `device`; those left out of FSDP stay as they are.
-    `mesh` is `mesh_of` the run, made here when it is left out.
+    `mesh` is `mesh_of` the run, made here when it is left out. Raises UserError when a layer that would be sharded is part of a graph
+    with others.
     """
     config = sharding.config
     if sharding.processes.world == 1:
         return
     mesh, whole = mesh or mesh_of(sharding, device), _whole(model, config, device)
-    for layer in model.llm.model.layers:
-        if not whole.issuperset(layer.parameters()):
-            policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=policy, ignored_params=whole)
+    layers = [layer for layer in model.llm.model.layers if not whole.issuperset(layer.parameters())]
+    if layers and model.execution.compile == "step":
+        raise UserError("train.compile: 'step' makes one graph, and sharded layers are gathered one by one; write train.compile=layer")
+    policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=policy, ignored_params=whole)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=whole)
     for module in model.modules():

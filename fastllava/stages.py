@@ -3,17 +3,15 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fastllava.config import Config, Stage
 from fastllava.errors import UserError
+from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.llava import Llava
 from fastllava.model.weights import projector_config, projector_file, read_origin, write_checkpoint, write_projector
 from fastllava.sharding import full_tensors
 from fastllava.summary import damage_of
-
-COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_start(config: Config) -> None:
@@ -56,12 +54,6 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
     place(model)
     for part in parts:
         part.to(COMPUTE_DTYPE[config.optim.master])
-    model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
-    if config.train.fp8 != "off":
-        # Here, as only some runs need torchao.
-        from fastllava.model.fp8 import use_fp8
-
-        use_fp8(model, config.train.fp8)
     model.train()
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

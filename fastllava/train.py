@@ -26,7 +26,8 @@ from fastllava.errors import PeerLost, UserError
 from fastllava.fingerprint import fingerprint
 from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics
-from fastllava.model.compiled import check_compiler, compile_model
+from fastllava.model.compiled import check_compiler
+from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava, read_origin
@@ -35,7 +36,7 @@ from fastllava.parallel import Processes, attempt, peers, processes
 from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
 from fastllava.spikes import in_words as spike_in_words
 from fastllava.spikes import is_spike
-from fastllava.stages import COMPUTE_DTYPE, check_start, gather_result, prepare_stage, write_result
+from fastllava.stages import check_start, gather_result, prepare_stage, write_result
 from fastllava.standstill import Phase
 from fastllava.startup import announce, check_fp8, check_fp8_widths, choose_device, kernels_in_words, open_data, set_tf32, speaker
 from fastllava.stopping import stop_requests
@@ -102,7 +103,7 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         accounting = group.together(lambda: Accounting.of(config))
         plan = group.together(lambda: Plan(prepared, config.data, config.train, accounting.cost(), group.world))
         with memory.while_setting_up(config, group.world):
-            model = group.together(lambda: load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed))
+            model = group.together(lambda: load_llava(config.model, Execution.of(config, ops), config.train.seed))
         start = fingerprint(model, group)
         held = group.on_first(lambda: resume.look(config, prepared.digest, start, say))
         if held.summary is not None:
@@ -117,7 +118,6 @@ def run(config: Config, console: Console | None = None) -> RunResult:
             with group.alike():
                 trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
                 model.to(device)
-                compile_model(model, config.train.compile)
             optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
             announce(config, model, trained, prepared, plan, device, say)
             say(f"compile: {config.train.compile}; tf32: {'on' if config.train.tf32 else 'off'}; kernels: {kernels_in_words(model)}")

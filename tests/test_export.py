@@ -11,6 +11,7 @@ from fastllava import checkpoint
 from fastllava.config import ModelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.export import export
+from fastllava.model.execution import Execution
 from fastllava.model.llava import normalise
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava, read_image_spec, write_checkpoint, write_projector
@@ -203,7 +204,7 @@ def test_a_stage_1_result_is_exported_with_the_model_it_was_trained_with(run, go
     (folder / "run_config.json").write_text(json.dumps(config.model_dump(mode="json")))
     with pytest.raises(UserError, match=r"^CHECKPOINT: the run in .* has not ended; let it end, or give one of its checkpoint-N"):
         export(folder, "hf", tmp_path / "out")
-    trained = load_llava(ModelConfig(llm=run / "llm", vision_tower=run / "clip"), OPS, torch.float32, seed=3)
+    trained = load_llava(ModelConfig(llm=run / "llm", vision_tower=run / "clip"), Execution(OPS, torch.float32), seed=3)
     write_projector(trained.projector, folder, torch.float32)
     export(folder, "hf", tmp_path / "out", lambda line: None)
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -214,7 +215,7 @@ def test_a_stage_1_result_is_exported_with_the_model_it_was_trained_with(run, go
 
 def test_a_stage_2_output_dir_and_a_checkpoint_of_it_are_exported(run, tmp_path):
     config = config_of(run, "finetune", projector="fresh")
-    model = load_llava(config.model, OPS, torch.float32, seed=6)
+    model = load_llava(config.model, Execution(OPS, torch.float32), seed=6)
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("tower.")}
     with torch.no_grad():
         for parameter in trained.values():

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from benches.models import SELECT_LAYER, Size, size_named
+from benches.models import Size, size_named
 from benches.ours import Run, plan_run
 from benches.peer_registry import Settings
 from fastllava.config import Stage
 from fastllava.model.ops import reference_ops
-from fastllava.model.weights import Origin
 from fastllava.planner.gpus import RESERVED, USABLE
 from fastllava.planner.simulate import MicroBatch, bare_model, gpu_ops, simulate
 from fastllava.stages import trained_parts
@@ -62,12 +61,10 @@ def run_of(size: Size, layers: int, stage: Stage, samples: int, device: torch.de
 
 def bytes_of(run: Run, extra: Extra = nothing_else) -> float:
     """The most that lives at once in a step: by the planner, on tensors without data, for the largest micro-batch of the run."""
-    origin = Origin(
-        layout="llm", text=run.size.text, vision=run.size.vision, generation={}, preprocessor={}, tower_folder=None,
-        mm_vision_tower=None, image_token=None, select_layer=SELECT_LAYER, llama=run.size.llama, clip=run.size.clip, spec=run.size.spec,
-    )  # fmt: skip
-    model = bare_model(run.config, origin, reference_ops())
+    model = bare_model(run.config, run.size.architecture, reference_ops())
     trained = sum(p.numel() for part in trained_parts(model, run.config.stage) for p in part.parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    cost = simulate(run.config, origin, gpu_ops(run.config.kernels), MicroBatch.largest(run.plan, range(run.n_steps)), accumulates=True)
+    cost = simulate(
+        run.config, run.size.architecture, gpu_ops(run.config.kernels), MicroBatch.largest(run.plan, range(run.n_steps)), accumulates=True
+    )
     return cost.peak + extra(trained, frozen)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastllava.certify.judge import ALL, COMPARISONS, FLOOR, LOSS, SLACK, Comparison, Figures, Judged, kind_of
 from fastllava.certify.variants import TRUTH, VARIANTS
-from fastllava.stages import COMPUTE_DTYPE
+from fastllava.model.execution import COMPUTE_DTYPE
 
 _SENTENCE = "loss and every gradient of this run are as near to the truth as those of plain PyTorch in the same precision"
 _STEPS_SHOWN = 3

@@ -16,9 +16,9 @@ from fastllava.config import Config
 from fastllava.data.loader import read_sample, steps
 from fastllava.data.plan import Plan
 from fastllava.errors import UserError
+from fastllava.model.execution import Execution
 from fastllava.model.weights import load_llava
 from fastllava.parallel import ALONE
-from fastllava.stages import COMPUTE_DTYPE
 from fastllava.startup import Say, prepare_data
 from fastllava.train import check_run
 
@@ -48,7 +48,7 @@ def certify(
     _, spec, prepared = prepare_data(config, say)
     plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost())
     parts = choose(plan, n_steps, n_samples, config.train.seed)
-    base = load_llava(config.model, ops, COMPUTE_DTYPE[config.train.precision], config.train.seed)
+    base = load_llava(config.model, Execution.of(config, ops), config.train.seed)
     if truth is None:
         truth = "fp64" if device.type == "cpu" or config.train.precision == "fp32" else "fp32"
     variants = Variants(config, base, device, TRUTHS[truth], padded_batch)

@@ -16,12 +16,10 @@ from fastllava.certify.plain import PlainLlava, collate
 from fastllava.config import Config, without_levers
 from fastllava.data.loader import Sample, pack
 from fastllava.errors import UserError
-from fastllava.model.clip import ClipVision
-from fastllava.model.compiled import compile_model
-from fastllava.model.llama import Llama
+from fastllava.model.build import rebuilt
+from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, reference_ops
-from fastllava.model.projector import Projector
 from fastllava.stages import prepare_stage
 
 TRUTH = "truth"
@@ -87,12 +85,12 @@ class Variants:
             starts = range(0, len(contents.samples), step)
             padded = (collate(contents.samples[start : start + step], size) for start in starts)
             return accumulate(plain.trained(), [partial(plain.loss, batch) for batch in padded])
-        configured = variant == "configured"
-        model = with_ops(self.base, Ops(self.base.chosen) if configured else reference_ops())
-        trained = prepare_stage(model, self.config if configured else without_levers(self.config))
+        config, ops = self.config, Ops(self.base.chosen)
+        if variant != "configured":
+            config, ops = _plainly(config), reference_ops()
+        model = rebuilt(self.base, Execution.of(config, ops))
+        trained = prepare_stage(model, config)
         model.to(self.device)
-        if configured:
-            compile_model(model, self.config.train.compile)
         batches: Sequence[Batch] = contents.packed
         if variant == "single":
             batches = [pack([sample], self.base.spec, self.config.data.max_tokens) for sample in contents.samples]
@@ -130,18 +128,10 @@ def accumulate(trained: Mapping[str, nn.Parameter], losses: Sequence[Callable[[]
     return total, {name: found.pop(name).float() for name in list(found)}
 
 
-def with_ops(model: Llava, ops: Ops) -> Llava:
-    """A model of the same parts and the same weights, which both share, that computes with `ops`."""
-    with torch.device("meta"):
-        llm = Llama(model.llm.config, ops)
-        tower = ClipVision(model.tower.config, ops, model.origin.select_layer)
-        projector = Projector(model.projector.kind, model.projector.inputs, model.projector.outputs)
-    other = Llava(llm, tower, projector, model.spec, ops, model.dtype)
-    other.origin, other.projector_source = model.origin, model.projector_source
-    for name, weight in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        setattr(other.get_submodule(owner), leaf, nn.Parameter(weight.detach()))
-    return other
+def _plainly(config: Config) -> Config:
+    """`config` without levers and graphs."""
+    plain = without_levers(config)
+    return plain.model_copy(update={"train": plain.train.model_copy(update={"compile": "off"})})
 
 
 def _on_device(model: Llava, batch: Batch, device: torch.device) -> Tensor:

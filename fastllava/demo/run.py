@@ -21,6 +21,7 @@ from fastllava.demo.llm import make_llm
 from fastllava.demo.report import Example, print_accuracy, write_report
 from fastllava.demo.tower import make_tower
 from fastllava.errors import UserError
+from fastllava.model.execution import Execution
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.startup import choose_device, speaker
@@ -165,7 +166,7 @@ def _answers(source: ModelConfig, drawn: DrawnSet, config: Config) -> list[str]:
     """The answers of the model in `source` to all held-out questions, with the template and image policy of `config`."""
     device = choose_device(config)
     ops = choose_ops(config.kernels, device, torch.float32)
-    model = load_llava(source, ops, torch.float32, config.train.seed).to(device).requires_grad_(False)
+    model = load_llava(source, Execution(ops, torch.float32), config.train.seed).to(device).requires_grad_(False)
     tokenizer = Tokenizer.load(source.llm)
 
     def load(name: str) -> NDArray[np.uint8]:

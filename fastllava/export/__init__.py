@@ -16,6 +16,7 @@ from fastllava.errors import UserError
 from fastllava.export.chat_template import chat_template
 from fastllava.export.check import Check
 from fastllava.fingerprint import differences, fingerprint
+from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava, write_checkpoint
@@ -163,7 +164,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _load(subject: _Subject, report: Callable[[str], object]) -> Llava:
-    model = load_llava(subject.model, reference_ops(), subject.dtype, seed=0)
+    model = load_llava(subject.model, Execution(reference_ops(), subject.dtype), seed=0)
     if changed := differences(fingerprint(model), subject.start) if subject.start else {}:
         raise UserError(f"CHECKPOINT: it was trained on another model: {'; '.join(changed.values())}; bring back the model of then")
     parameters = dict(model.named_parameters())

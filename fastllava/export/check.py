@@ -19,6 +19,7 @@ from fastllava.data.loader import Sample, pack
 from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
+from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import disk_tensors, load_llava
@@ -87,7 +88,7 @@ class Check:
     def _reloaded(self, out: Path, vocabulary: Vocabulary, report: Report) -> None:
         tower = self._source.vision_tower or self._model.origin.tower_folder
         again = self._source.model_copy(update={"llm": out, "vision_tower": tower, "projector": None, "tokenizer": None})
-        reloaded = load_llava(again, reference_ops(), self._dtype, seed=0)
+        reloaded = load_llava(again, Execution(reference_ops(), self._dtype), seed=0)
         logits = self._ask(reloaded, self._asked)[:, : vocabulary.kept]
         if not torch.equal(logits, self._logits[:, : vocabulary.kept]):
             raise _failed("logits of the fixed image and prompt differ after reading it back")

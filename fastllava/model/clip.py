@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllava.errors import UserError
+from fastllava.model.compiled import Graph, eager
 from fastllava.model.layers import Embedding, LayerNorm, Linear
 from fastllava.model.ops import Ops
-from fastllava.model.repeat import apply
 
 
 @dataclass(frozen=True)
@@ -100,47 +100,57 @@ class ClipMLP(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Pre-norm attention and MLP on the rows of all images, `rows` of each; cu_seqlens: int32 [I+1], where each image starts."""
+    """Pre-norm attention and MLP on the rows of all images, computed by `compute`: `compute_block`, or a graph of it."""
 
-    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+    def __init__(self, config: ClipConfig, ops: Ops, compute: Callable[..., Tensor]) -> None:
         super().__init__()
         self.self_attn = ClipAttention(config, ops)
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
         self.mlp = ClipMLP(config, ops)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
 
+        self._compute = compute
+
     def forward(self, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-        x_RC = x_RC + self.self_attn(self.layer_norm1(x_RC), cu_seqlens, rows)
-        return x_RC + self.mlp(self.layer_norm2(x_RC))
+        """[R, C]; cu_seqlens: int32 [I+1], the row where each image starts; `rows` of each image."""
+        return self._compute(self, x_RC, cu_seqlens, rows)
+
+
+def compute_block(block: ClipBlock, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """What `block` computes."""
+    x_RC = x_RC + block.self_attn(block.layer_norm1(x_RC), cu_seqlens, rows)
+    return x_RC + block.mlp(block.layer_norm2(x_RC))
 
 
 class ClipEncoder(nn.Module):
-    """The blocks."""
+    """The blocks, which share one graph."""
 
-    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+    def __init__(self, config: ClipConfig, ops: Ops, graph: Graph) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ClipBlock(config, ops) for _ in range(config.num_hidden_layers))
+        compute = graph(compute_block)
+        self.layers = nn.ModuleList(ClipBlock(config, ops, compute) for _ in range(config.num_hidden_layers))
 
 
 class ClipTransformer(nn.Module):
     """Everything under `vision_model.`; the name pre_layrnorm is transformers'. post_layernorm is kept, and never run here."""
 
-    def __init__(self, config: ClipConfig, ops: Ops) -> None:
+    def __init__(self, config: ClipConfig, ops: Ops, graph: Graph) -> None:
         super().__init__()
         self.embeddings = ClipEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
-        self.encoder = ClipEncoder(config, ops)
+        self.encoder = ClipEncoder(config, ops, graph)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
 
 
 class ClipVision(nn.Module):
     """The tower; parameter names are transformers' own (`vision_model.encoder.layers.0...`).
 
-    `select_layer` counts transformers' hidden_states: 0 is before the first block, i after the i-th, -1 after the last.
+    `select_layer` counts transformers' hidden_states: 0 is before the first block, i after the i-th, -1 after the last. `graph` is
+    what becomes of the function that computes a block.
     Raises UserError when the tower has no such layer or an activation that is not CLIP's.
     """
 
-    def __init__(self, config: ClipConfig, ops: Ops, select_layer: int) -> None:
+    def __init__(self, config: ClipConfig, ops: Ops, select_layer: int, graph: Graph = eager) -> None:
         super().__init__()
         if config.hidden_act not in ("quick_gelu", "gelu"):
             raise UserError(f"model.vision_tower: hidden_act {config.hidden_act!r} in config.json; a CLIP tower has quick_gelu or gelu")
@@ -150,9 +160,7 @@ class ClipVision(nn.Module):
                 f"model.select_layer: {select_layer}, but this tower has hidden states {-states} to {states - 1}; write -2 for LLaVA-1.5's"
             )
         self.config, self.blocks_needed = config, select_layer % states
-        self.vision_model = ClipTransformer(config, ops)
-        self.run_block: Callable[..., Tensor] = apply
-        """Calls a block with its arguments; `compiled.compile_model` replaces it."""
+        self.vision_model = ClipTransformer(config, ops, graph)
 
     def idle_modules(self) -> set[nn.Module]:
         """Those whose output is not asked for; their weights are kept, so that a checkpoint is whole."""
@@ -166,5 +174,5 @@ class ClipVision(nn.Module):
         # All images' rows in one axis, which is never of size 1: compiled, one graph then serves any number of images.
         x = self.vision_model.pre_layrnorm(self.vision_model.embeddings(pixels).flatten(0, 1))
         for block in self.vision_model.encoder.layers[: self.blocks_needed]:
-            x = self.run_block(block, x, cu_seqlens, rows)
+            x = block(x, cu_seqlens, rows)
         return x.unflatten(0, (-1, rows))[:, 1:]

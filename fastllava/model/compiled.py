@@ -12,60 +12,52 @@ Loss and gradients are the eager ones up to the order of additions.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as shapes_config
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from fastllava.batch import Batch
+from fastllava.config import Compile
 from fastllava.errors import UserError
-from fastllava.model.llava import Llava, forward_batch
-from fastllava.model.repeat import apply
 
-Mode = Literal["off", "layer", "step"]
-
-GRAPHS: dict[Mode, int] = {"off": 0, "layer": 6, "step": 9}
+GRAPHS: dict[Compile, int] = {"off": 0, "layer": 6, "step": 9}
 """The most graphs that a run compiles."""
+
+Graph = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What becomes of a function of a model: itself, or its graphs."""
 
 # Above what any run needs; beyond it a whole graph is an error, never a fall back to eager.
 _RECOMPILE_LIMIT = 32
 
 
-def compile_model(model: Llava, mode: Mode, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Let `model` run its layers, or all of its forward, through torch.compile. Compiles at the first micro-batch.
-
-    A sharded layer is gathered and freed around its graph. Raises UserError for one graph of a model with sharded layers.
-    """
-    sharded = [layer for layer in model.llm.model.layers if isinstance(layer, FSDPModule)]
-    if mode == "layer":
-        model.tower.run_block = whole_graph(apply, backend)
-        if not sharded:
-            model.llm.run_layer = whole_graph(apply, backend)
-            return
-        graph = whole_graph(_inside, backend)
-        for layer in sharded:
-            layer.forward = partial(graph, layer)
-    elif mode == "step" and sharded:
-        raise UserError("train.compile: 'step' makes one graph, and sharded layers are gathered one by one; write train.compile=layer")
-    elif mode == "step":
-        graph = whole_graph(forward_batch, backend)
-
-        def run_batch(model: Llava, batch: Batch) -> Tensor:
-            # The size of an image never changes: with symbols in its place the shapes of patches take minutes to work out.
-            torch._dynamo.mark_static(batch.pixels, [1, 2, 3])
-            return graph(model, batch)
-
-        model.run_batch = run_batch
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as it is."""
+    return function
 
 
-def _inside(layer: nn.Module, *args: Any) -> Any:
-    """`layer(*args)` without what is hooked to it."""
-    return type(layer).forward(layer, *args)
+def for_layers(mode: Compile, backend: str | Callable[..., Any] = "inductor") -> Graph:
+    """What becomes of the functions that compute a decoder layer and a block of the tower."""
+    return (lambda function: whole_graph(function, backend)) if mode == "layer" else eager
+
+
+def for_batches(mode: Compile, backend: str | Callable[..., Any] = "inductor") -> Graph:
+    """What becomes of the function that computes the loss of a batch."""
+    return (lambda function: _graph_of_batches(function, backend)) if mode == "step" else eager
+
+
+def _graph_of_batches(function: FunctionType, backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    graph = whole_graph(function, backend)
+
+    def call(model: nn.Module, batch: Batch) -> Tensor:
+        # The size of an image never changes: with symbols in its place the shapes of patches take minutes to work out.
+        torch._dynamo.mark_static(batch.pixels, [1, 2, 3])
+        return graph(model, batch)
+
+    return call
 
 
 def whole_graph(function: FunctionType, backend: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +76,7 @@ def whole_graph(function: FunctionType, backend: str | Callable[..., Any]) -> Ca
     return call
 
 
-def check_compiler(mode: Mode, device: torch.device) -> None:
+def check_compiler(mode: Compile, device: torch.device) -> None:
     """Raises UserError when torch.compile cannot make code for `device` here, for want of a C++ compiler, say."""
     if mode == "off":
         return

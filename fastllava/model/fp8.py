@@ -22,9 +22,7 @@ from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingType
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import GemmInputRole, LinearMMConfig, ScaledMMConfig
 
-from fastllava.errors import UserError
-from fastllava.model.layers import Linear, linear
-from fastllava.model.llava import Llava
+from fastllava.model.layers import linear
 
 
 class Fp8Linear:
@@ -86,17 +84,3 @@ def _cast(x: Tensor, how: CastConfig, along: int, role: GemmInputRole, config: F
         axiswise_dim=get_maybe_axiswise_dim(along, how.scaling_granularity),
         round_scales_to_power_of_2=config.round_scales_to_power_of_2,
     )
-
-
-def use_fp8(model: Llava, recipe: str) -> None:
-    """Let the linear layers of the decoder's blocks compute in fp8; head, embedding, projector and tower stay as they are.
-
-    Raises UserError when a width is no multiple of 16, which products in fp8 need.
-    """
-    product = Fp8Linear(recipe)
-    for name, module in model.llm.model.layers.named_modules():
-        if isinstance(module, Linear):
-            if any(size % 16 for size in module.weight.shape):
-                shape = "x".join(map(str, module.weight.shape))
-                raise UserError(f"train.fp8: '{recipe}' needs multiples of 16, and {name} of model.llm is {shape}; write train.fp8=off")
-            module.product = product

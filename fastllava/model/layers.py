@@ -16,20 +16,32 @@ def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` in the place of the one with this dotted name, such as `model.layers.0.mlp.up_proj.weight`."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, parameter)
+
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`x @ weight.T + bias` of x [..., in], weight [out, in] and bias [out] or None, in some precision; [..., out] in the dtype of x."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` in the dtype of x."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`; weight [out, in], bias [out] or None. Not initialised: weights are read, or drawn by the projector."""
+    """`x @ weight.T + bias`, computed by `product`; weight [out, in], bias [out] or None.
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    Not initialised: weights are read, or drawn by the projector.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, product: Product = linear) -> None:
         super().__init__()
         self.weight = _empty(outputs, inputs)
         self.bias = _empty(outputs) if bias else None
-        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear
-        """Of x, weight and bias; `fp8.use_fp8` replaces it."""
+        self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)

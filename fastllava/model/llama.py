@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastllava.config import Recompute
-from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
+from fastllava.model.compiled import Graph, eager
+from fastllava.model.layers import AddRMSNorm, Embedding, Linear, Product, RMSNorm, linear
 from fastllava.model.ops import Ops
 from fastllava.model.recompute import recomputed
-from fastllava.model.repeat import apply
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Attention(nn.Module):
     gets a zero gradient and gives none to keys and values.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, product: Product) -> None:
         super().__init__()
         self.head_dim, self.ops = config.head_dim, ops.only("rope", "attention")
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias)
-        self.o_proj = Linear(queries, config.hidden_size, config.output_bias)
+        self.q_proj = Linear(config.hidden_size, queries, config.qkv_bias, product)
+        self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
+        self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
+        self.o_proj = Linear(queries, config.hidden_size, config.output_bias, product)
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """[T, D], or [M, D] of the wanted rows."""
@@ -116,63 +116,74 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, product: Product) -> None:
         super().__init__()
         self.ops = ops.only("swiglu")
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, product)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, product)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, product)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(self.ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP; with `wanted`, int64 [M], all that comes after keys and values is of those rows only."""
+    """Pre-norm attention and MLP, computed by `compute`: `compute_layer`, or a graph of it.
 
-    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+    Hooks of the layer, such as those that gather and free its shards, run around `compute`.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Ops, product: Product, compute: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.self_attn = Attention(config, ops)
-        self.mlp = MLP(config, ops)
+        self.self_attn = Attention(config, ops, product)
+        self.mlp = MLP(config, ops, product)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self._compute = compute
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none") -> Tensor:
-        """[T, D], or [M, D] of the wanted rows."""
-        # In here, so that a graph of this layer, or its shards, hold what is computed again.
-        if recompute == "none":
-            return self._compute(x_TD, packing, wanted)
-        return recomputed(self._compute, recompute, x_TD, packing, wanted)
+        """[T, D]; with `wanted`, int64 [M], [M, D]: all that comes after keys and values is of those rows only."""
+        return self._compute(self, x_TD, packing, wanted, recompute)
 
-    def _compute(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
+    def transform(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
+        """The same, with nothing computed again."""
         attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
         residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)
         return summed + self.mlp(normed)
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm: transformers' `model.`."""
+def compute_layer(layer: DecoderLayer, x_TD: Tensor, packing: Packing, wanted: Tensor | None, recompute: Recompute) -> Tensor:
+    """What `layer` computes. What is computed again is within a graph of this, and within the time that shards are gathered for."""
+    if recompute == "none":
+        return layer.transform(x_TD, packing, wanted)
+    return recomputed(layer.transform, recompute, x_TD, packing, wanted)
 
-    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+
+class Decoder(nn.Module):
+    """Embedding, layers, which share one graph, and final norm: transformers' `model.`."""
+
+    def __init__(self, config: LlamaConfig, ops: Ops, product: Product, graph: Graph) -> None:
         super().__init__()
+        compute = graph(compute_layer)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, ops, product, compute) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
 
 class Llama(nn.Module):
-    """The language model; parameter names are transformers' own (`model.layers.0...`, `lm_head.weight`)."""
+    """The language model; parameter names are transformers' own (`model.layers.0...`, `lm_head.weight`).
 
-    def __init__(self, config: LlamaConfig, ops: Ops) -> None:
+    `product` computes the linear layers of its blocks; `graph` is what becomes of the function that computes a block.
+    """
+
+    def __init__(self, config: LlamaConfig, ops: Ops, product: Product = linear, graph: Graph = eager) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, ops)
+        self.model = Decoder(config, ops, product, graph)
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it stays fp32 whatever dtype the module is cast to, and moves to the device once.
         self._frequencies = config.inverse_frequencies()
-        self.run_layer: Callable[..., Tensor] = apply
-        """Calls a layer with its arguments; `compiled.compile_model` replaces it."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -205,5 +216,5 @@ class Llama(nn.Module):
         recompute = recompute if torch.is_grad_enabled() else "none"
         for index, layer in enumerate(self.model.layers, start=1):
             last = index == len(self.model.layers)
-            x_TD = self.run_layer(layer, x_TD, packing, wanted if last else None, recompute)
+            x_TD = layer(x_TD, packing, wanted if last else None, recompute)
         return self.model.norm(x_TD)

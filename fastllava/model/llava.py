@@ -4,19 +4,21 @@ Shape letters: T packed rows, M supervised rows, I images, P patches an image, C
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastllava.batch import Batch, ImageSpec
-from fastllava.config import Recompute
+from fastllava.batch import Batch
 from fastllava.errors import UserError
+from fastllava.model.architecture import Architecture
 from fastllava.model.clip import ClipVision
+from fastllava.model.compiled import Graph, eager
+from fastllava.model.execution import Execution
 from fastllava.model.indices import check_on_host
 from fastllava.model.llama import Llama
-from fastllava.model.ops import Ops, modules_by_room
+from fastllava.model.ops import modules_by_room
 from fastllava.model.projector import Projector
 from fastllava_kernels.indices import inside, nan_unless_bounds, or_else
 
@@ -27,25 +29,34 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class Llava(nn.Module):
-    """The whole model. Which parameters train, and the dtype each is kept in, is up to the caller; it computes in `dtype`."""
+    """The whole model, as `build.build_llava` puts it together.
 
-    def __init__(self, llm: Llama, tower: ClipVision, projector: Projector, spec: ImageSpec, ops: Ops, dtype: torch.dtype) -> None:
+    Which parameters train, and the dtype each is kept in, is up to the caller; it computes in `dtype`.
+    """
+
+    def __init__(
+        self,
+        llm: Llama,
+        tower: ClipVision,
+        projector: Projector,
+        origin: Architecture,
+        execution: Execution,
+        projector_source: str = "fresh",
+        graph: Graph = eager,
+    ) -> None:
         super().__init__()
         self.llm, self.tower, self.projector = llm, tower, projector
-        self.spec, self.dtype = spec, dtype
-        self.ops = ops.only("projector_splice", "masked_linear_cross_entropy")
-        self.chosen = ops.chosen
+        self.origin: Any = origin
+        """Its architecture; `weights.Origin`, which says more, where it was read from folders."""
+        self.execution = execution
+        self.spec, self.dtype = origin.spec, execution.dtype
+        self.ops = execution.ops.only("projector_splice", "masked_linear_cross_entropy")
+        self.chosen = execution.ops.chosen
         """The implementation of every room, whether a module of this model uses it or not."""
-        self.recompute: Recompute = "none"
-        """What of each decoder layer backward computes again."""
-        self.last_layer: Literal["supervised", "all"] = "supervised"
-        """The rows for which the loss has the decoder's last layer computed."""
-        self.projector_source = "fresh"
+        self.projector_source = projector_source
         """The file or folder the projector was read from, or "fresh"."""
-        self.origin: Any = None
-        """`weights.Origin`: what the folders it was loaded from say about it."""
-        self.run_batch: Callable[[Llava, Batch], Tensor] = forward_batch
-        """Computes the loss of a batch; `compiled.compile_model` replaces it."""
+        self._compute: Callable[[Llava, Batch], Tensor] = graph(forward_batch)
+        spec = origin.spec
         # No buffer, so that no cast of the module rounds it.
         self._mean_std = torch.tensor((spec.mean, spec.std), dtype=torch.float32, device="cpu")
 
@@ -57,7 +68,7 @@ class Llava(nn.Module):
         that leads nowhere; on a GPU the loss is NaN then.
         """
         self._prepare(batch)
-        return self.run_batch(self, batch)
+        return self._compute(self, batch)
 
     def kernels(self) -> dict[str, dict[str, Any]]:
         """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower") run it."""
@@ -110,12 +121,12 @@ class Llava(nn.Module):
             batch.text_rows,
             batch.patch_rows,
         )
-        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.recompute, wanted)
+        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.execution.recompute, wanted)
 
 
 def forward_batch(model: Llava, batch: Batch) -> Tensor:
     """The loss of `Llava.forward`, which prepares what this needs."""
-    if model.last_layer == "all":
+    if model.execution.last_layer == "all":
         hidden, rows = model.hidden(batch), batch.supervised_rows
     else:
         # What is no row is not followed; the loss makes NaN of it.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.weights.config_files import text_config, tower_config
 from fastllava.model.weights.layouts import to_ours
@@ -48,8 +49,7 @@ def filled(make: Callable[[], Any], weight: Weight, layout: str) -> Any:
         source = to_ours(name, layout)
         if source is None:
             raise RuntimeError(f"{type(module).__name__} of this transformers has {name}, which is no weight of LLaVA")
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight(source)))
+        set_parameter(module, name, nn.Parameter(weight(source)))
     _make_buffers(module)
     return module
 

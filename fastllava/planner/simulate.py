@@ -19,17 +19,16 @@ from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config
 from fastllava.data.plan import Plan
 from fastllava.low_bit import check_low_bit
-from fastllava.model.clip import ClipVision
-from fastllava.model.llama import Llama
+from fastllava.model.architecture import Architecture
+from fastllava.model.build import build_llava
+from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
-from fastllava.model.projector import Projector
-from fastllava.model.weights import Origin
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, parameters
 from fastllava.parallel import Processes
 from fastllava.planner.tally import Tally
 from fastllava.sharding import Sharding, mesh_of, shard
-from fastllava.stages import COMPUTE_DTYPE, trained_parts
+from fastllava.stages import trained_parts
 from fastllava.train import train_step
 from fastllava_kernels import rooms
 from fastllava_kernels.room import REFERENCE
@@ -80,7 +79,7 @@ class StepCost:
         return sum(self.memory.values())
 
 
-def simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int = 1) -> StepCost:
+def simulate(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int = 1) -> StepCost:
     """The cost, on one of `world` GPUs, of a step's micro-batch that is this large, the optimizer's work included.
 
     `accumulates`: one of several of the step. It computes nothing, and needs no GPU, no weights and no other process.
@@ -88,13 +87,13 @@ def simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, 
     """
     check_low_bit(config.optim, world)
     with _stand_in_processes(world):
-        return _deep(config, origin, ops, micro_batch, accumulates, world)
+        return _deep(config, architecture, ops, micro_batch, accumulates, world)
 
 
-def _deep(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int) -> StepCost:
-    layers = origin.llama.num_hidden_layers
+def _deep(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int) -> StepCost:
+    layers = architecture.llama.num_hidden_layers
     depths = _SHALLOW if layers > max(_SHALLOW) else (layers, layers)
-    costs = {depth: _simulate(config, origin, ops, micro_batch, accumulates, world, depth) for depth in sorted(set(depths))}
+    costs = {depth: _simulate(config, architecture, ops, micro_batch, accumulates, world, depth) for depth in sorted(set(depths))}
     few, more = (costs[depth] for depth in depths)
     steps = (layers - depths[0]) / max(1, depths[1] - depths[0])
 
@@ -133,10 +132,12 @@ def gpu_ops(kernels: Mapping[str, str]) -> Ops:
     return Ops(chosen)
 
 
-def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int) -> StepCost:
+def _simulate(
+    config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int
+) -> StepCost:
     dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
-    llama = dataclasses.replace(origin.llama, num_hidden_layers=layers)
-    model = bare_model(config, dataclasses.replace(origin, llama=llama), ops)
+    llama = dataclasses.replace(architecture.llama, num_hidden_layers=layers)
+    model = bare_model(config, dataclasses.replace(architecture, llama=llama), ops)
     sharding = Sharding(Processes(world=world), config.parallel)
     mesh = mesh_of(sharding, device)
     with FakeTensorMode(allow_non_fake_inputs=True), Tally(sharded=world > 1) as tally:
@@ -156,7 +157,7 @@ def _simulate(config: Config, origin: Origin, ops: Ops, micro_batch: MicroBatch,
         if not accumulates and world == 1:
             for parameter in trained.values():
                 parameter.register_post_accumulate_grad_hook(lambda p: tally.name(p.grad, GRADIENTS))
-        guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, origin.spec)
+        guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, architecture.spec)
         tally.begin()
         # Two where there are several: a micro-batch also finds what the one before it has not given back yet.
         batches = [batch] * (2 if accumulates else 1)
@@ -175,14 +176,10 @@ def _first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def bare_model(config: Config, origin: Origin, ops: Ops) -> Llava:
+def bare_model(config: Config, architecture: Architecture, ops: Ops) -> Llava:
     """The model of a run, its parameters on the meta device."""
-    with torch.device("meta"):
-        llm, tower = Llama(origin.llama, ops), ClipVision(origin.clip, ops, config.model.select_layer)
-        projector = Projector(config.model.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
-    model = Llava(llm, tower, projector, origin.spec, ops, COMPUTE_DTYPE[config.train.precision])
-    model.recompute, model.last_layer = config.train.recompute, config.train.last_layer
-    return model
+    # torch.compile does not go on fake tensors, and fp8 allocates about what bf16 does.
+    return build_llava(architecture, dataclasses.replace(Execution.of(config, ops), compile="off", fp8="off"))
 
 
 def _place(model: Llava, config: Config, dtype: torch.dtype, tally: Tally) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.errors import UserError
+from fastllava.model.execution import Execution
 
 states, steps, fit, tests, child, ceilings = (
     bench_module(f"gpu.{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
@@ -166,7 +167,9 @@ def test_layers_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_are_those_of_the_planner() -> None:
     run = fit.run_of(models.SIZES["tiny"], 2, "finetune", 4, CPU, [])
-    weights = sum(each.numel() for each in models.build(models.SIZES["tiny"], fit.reference_ops(), torch.float32, CPU).llm.parameters())
+    weights = sum(
+        each.numel() for each in models.build(models.SIZES["tiny"], Execution(fit.reference_ops(), torch.float32), CPU).llm.parameters()
+    )
     # Weights, gradients and two moments, in fp32.
     found = fit.bytes_of(run, lambda trained, frozen: 1e9 * (trained > frozen > 0)) - 1e9
     assert found > 16 * weights

@@ -14,9 +14,10 @@ from fastllava.certify.run import certify
 from fastllava.config import check_config
 from fastllava.data import loader
 from fastllava.errors import UserError
-from fastllava.model.ops import choose_ops
+from fastllava.model.execution import COMPUTE_DTYPE, Execution
+from fastllava.model.ops import choose_ops, reference_ops
 from fastllava.model.weights import load_llava
-from fastllava.stages import COMPUTE_DTYPE, prepare_stage
+from fastllava.stages import prepare_stage
 from fastllava_kernels import rooms
 from fastllava_kernels.room import Implementation
 
@@ -46,7 +47,7 @@ def test_it_holds_in_fp32_for_all_that_trains(stage, llm, settings):
     assert certificate.holds, certificate.verdict()
     config = check_config(values)
     ops = choose_ops(config.kernels, torch.device("cpu"), torch.float32)
-    trained = prepare_stage(load_llava(config.model, ops, COMPUTE_DTYPE["fp32"], 0), config)
+    trained = prepare_stage(load_llava(config.model, Execution(ops, COMPUTE_DTYPE["fp32"]), 0), config)
     steps = {each.step for each in certificate.judged}
     assert len(steps) == n_steps
     for comparison in COMPARISONS:
@@ -118,26 +119,30 @@ def test_a_kernel_with_a_gradient_off_by_one_percent_is_found_and_named(precisio
 
 
 def test_a_weight_that_is_off_is_found(settings, monkeypatch):
-    def nudge(model: Any, mode: str) -> None:
-        with torch.no_grad():
-            parameter = model.llm.model.layers[0].mlp.up_proj.weight
-            parameter.data = parameter * 1.001
+    honest = module.rebuilt
 
-    monkeypatch.setattr(module, "compile_model", nudge)
+    def nudged(model: Any, execution: Any) -> Any:
+        other = honest(model, execution)
+        parameter = other.llm.model.layers[0].mlp.up_proj.weight
+        if execution.ops.chosen != reference_ops().chosen:
+            parameter.data = parameter * 1.001
+        return other
+
+    monkeypatch.setattr(module, "rebuilt", nudged)
     certificate = certified(settings())
     assert failing(certificate) == {"whole", "kernels"}
     assert "llm.model.layers.0.mlp.gate_proj.weight" in names_of(certificate, "whole")
 
 
 def test_modules_that_compute_otherwise_are_told_from_kernels_and_packing(settings, monkeypatch):
-    honest = module.with_ops
+    honest = module.rebuilt
 
-    def other(model: Any, ops: Any) -> Any:
-        changed = honest(model, ops)
+    def other(model: Any, execution: Any) -> Any:
+        changed = honest(model, execution)
         changed.llm.model.norm.eps *= 100
         return changed
 
-    monkeypatch.setattr(module, "with_ops", other)
+    monkeypatch.setattr(module, "rebuilt", other)
     assert failing(certified(settings())) == {"whole", "modules"}
 
 
@@ -177,13 +182,19 @@ def test_the_originals_weights_and_padding_do_not_matter(settings):
 
 
 def test_the_configured_variant_alone_is_compiled_and_has_the_configs_kernels(settings, monkeypatch):
-    seen = []
+    honest, seen = module.rebuilt, []
+
+    def watched(model: Any, execution: Execution) -> Any:
+        seen.append((execution.ops.chosen["attention"], execution.recompute, execution.compile))
+        return honest(model, dataclasses.replace(execution, compile="off"))
+
     monkeypatch.setattr("fastllava.train.check_compiler", lambda *_: None)
-    monkeypatch.setattr(module, "compile_model", lambda model, mode: seen.append((model.chosen, model.recompute, mode)))
+    monkeypatch.setattr(module, "rebuilt", watched)
     certificate = certified(settings(kernels={"attention": "sdpa"}, train={"compile": "layer", "recompute": "norms"}))
     assert certificate.holds, certificate.verdict()
-    ((kernels, recompute, mode),) = seen
-    assert (kernels["attention"], recompute, mode) == ("sdpa", "norms", "layer")
+    # The three variants with modules of this project, for the one step.
+    plainly = ("reference", "norms", "off")
+    assert seen == [plainly, plainly, ("sdpa", "norms", "layer")]
 
 
 def test_a_config_of_the_originals_runs_holds(golden, tmp_path):

@@ -15,6 +15,7 @@ from fastllava import cli
 from fastllava.certify import variants as module
 from fastllava.certify.judge import LOSS
 from fastllava.certify.variants import VARIANTS
+from fastllava.model.ops import reference_ops
 
 
 @pytest.fixture
@@ -71,10 +72,15 @@ def test_text_and_json_agree_and_nothing_else_is_written(write, tmp_path):
 
 
 def test_a_run_that_differs_exits_with_1_and_leaves_the_page(write, tmp_path, monkeypatch):
-    def nudge(model: Any, mode: str) -> None:
-        model.llm.model.norm.eps = 0.1
+    honest = module.rebuilt
 
-    monkeypatch.setattr(module, "compile_model", nudge)
+    def nudged(model: Any, execution: Any) -> Any:
+        other = honest(model, execution)
+        if execution.ops.chosen != reference_ops().chosen:
+            other.llm.model.norm.eps = 0.1
+        return other
+
+    monkeypatch.setattr(module, "rebuilt", nudged)
     result = run(write(), "--samples", "3", "--steps", "1", "--out", str(tmp_path / "elsewhere"))
     assert result.exit_code == 1, result.output
     page = (tmp_path / "elsewhere" / "certificate.txt").read_text()

@@ -11,6 +11,7 @@ from fastllava.certify.plain import PlainLlava, collate
 from fastllava.certify.variants import accumulate
 from fastllava.config import check_config
 from fastllava.data.loader import Sample, pack
+from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.stages import prepare_stage
@@ -37,7 +38,7 @@ CASES = {
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_loss_and_gradients_equal_the_trainers(case, stage, settings):
     config = check_config(settings(stage))
-    model = load_llava(config.model, reference_ops(), torch.float32, 0)
+    model = load_llava(config.model, Execution(reference_ops(), torch.float32), 0)
     plain = PlainLlava(model, config.stage, torch.float32, torch.device("cpu"), MAX_TOKENS)
     expected = accumulate(plain.trained(), [lambda: plain.loss(collate(CASES[case], 28))])
     trained = prepare_stage(model, config)
@@ -50,7 +51,7 @@ def test_loss_and_gradients_equal_the_trainers(case, stage, settings):
 
 def test_gradients_gathered_on_the_host_are_those_that_backward_leaves(settings):
     config = check_config(settings())
-    model = load_llava(config.model, reference_ops(), torch.float32, 0)
+    model = load_llava(config.model, Execution(reference_ops(), torch.float32), 0)
     trained = prepare_stage(model, config)
     batches = [pack(CASES[case], model.spec, MAX_TOKENS) for case in ("several images", "no image", "text cut")]
     loss, gathered = accumulate(trained, [lambda batch=batch: model(batch) for batch in batches])
@@ -64,7 +65,7 @@ def test_gradients_gathered_on_the_host_are_those_that_backward_leaves(settings)
 
 def test_the_weights_are_shared_and_none_is_changed(settings):
     config = check_config(settings())
-    model = load_llava(config.model, reference_ops(), torch.float32, 0)
+    model = load_llava(config.model, Execution(reference_ops(), torch.float32), 0)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     plain = PlainLlava(model, config.stage, torch.float32, torch.device("cpu"), MAX_TOKENS)
     accumulate(plain.trained(), [lambda: plain.loss(collate(CASES["several images"], 28))])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastllava.batch import IMAGE_ID, Batch
 from fastllava.config import ModelConfig
+from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
@@ -168,7 +169,7 @@ class Tiny:
         return ModelConfig(**{"llm": self.llm, "vision_tower": self.clip, **given})
 
     def load(self, dtype: torch.dtype = torch.float32, seed: int = 0, **given: Any) -> Llava:
-        return load_llava(self.config(**given), reference_ops(dtype), dtype, seed)
+        return load_llava(self.config(**given), Execution(reference_ops(dtype), dtype), seed)
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,19 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastllava.config import Recompute
+from fastllava.config import Compile, Recompute
 from fastllava.errors import UserError
-from fastllava.model.compiled import GRAPHS, Mode, check_compiler, compile_model
+from fastllava.model.compiled import GRAPHS, check_compiler
+from fastllava.model.execution import Execution
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 
 CPU = torch.device("cpu")
 
 
-def model_of(tiny, **kernels):
-    model = load_llava(tiny.config(projector="fresh"), choose_ops(kernels, CPU, torch.float32, compiled=True), torch.float32, 5)
+def model_of(tiny, **execution):
+    ops = choose_ops({}, CPU, torch.float32, compiled=True)
+    model = load_llava(tiny.config(projector="fresh"), Execution(ops, torch.float32, **execution), 5)
     model.tower.requires_grad_(False)
     return model
 
@@ -35,14 +37,12 @@ GROUPS = [[2, 3], [0, 2], [0, 1, 3], [5], [1], [1, 5], [0], [4, 2, 3], [3], [2],
     ("mode", "recompute", "groups"),
     [("layer", "none", 12), ("step", "none", 12), ("layer", "full", 2), ("step", "selective", 1)],
 )
-def test_few_graphs_give_the_eager_gradients(tiny, mode: Mode, recompute: Recompute, groups: int) -> None:
+def test_few_graphs_give_the_eager_gradients(tiny, mode: Compile, recompute: Recompute, groups: int) -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     samples = tiny.mixed()
     batches = [tiny.pack([samples[i] for i in group], weight=0.1) for group in GROUPS[:groups]]
-    eager, compiled = model_of(tiny), model_of(tiny)
-    eager.recompute = compiled.recompute = recompute
-    compile_model(compiled, mode, graphs)
+    eager, compiled = model_of(tiny, recompute=recompute), model_of(tiny, recompute=recompute, compile=mode, backend=graphs)
     expected, found = losses_and_gradients(eager, batches), losses_and_gradients(compiled, batches)
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(expected[0]), rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
@@ -52,10 +52,10 @@ def test_few_graphs_give_the_eager_gradients(tiny, mode: Mode, recompute: Recomp
 
 
 def test_off_compiles_nothing(tiny) -> None:
-    model = model_of(tiny)
-    plain = model.run_batch, model.llm.run_layer, model.tower.run_block
-    compile_model(model, "off")
-    assert (model.run_batch, model.llm.run_layer, model.tower.run_block) == plain
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    model_of(tiny, backend=graphs)(tiny.pack(tiny.mixed()))
+    assert graphs.frame_count == 0
 
 
 def test_an_op_that_cannot_be_traced_is_refused_by_name_and_passed_over_by_auto() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllava.model.execution import Execution
 from fastllava.model.layers import Linear
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
@@ -31,11 +32,11 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(("ops", "last_layer", "trained"), list(product(["reference", "gpu"], ["supervised", "all"], [False, True])))
 def test_no_input_of_a_frozen_linear_is_kept(tiny, ops, last_layer, trained):
     chosen = choose_ops({}, torch.device("cpu"), torch.bfloat16).chosen
-    model = load_llava(tiny.config(projector="fresh"), Ops(chosen | (GPU_OPS if ops == "gpu" else {})), torch.bfloat16, 5)
+    execution = Execution(Ops(chosen | (GPU_OPS if ops == "gpu" else {})), torch.bfloat16, last_layer=last_layer)
+    model = load_llava(tiny.config(projector="fresh"), execution, 5)
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     model.llm.requires_grad_(trained)
-    model.last_layer = last_layer
     linears = {name: module for name, module in model.llm.named_modules() if isinstance(module, Linear) and "layers" in name}
     # Held, so that no other tensor gets their place in memory.
     inputs: dict[str, torch.Tensor] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastllava.batch import Batch
 from fastllava.errors import UserError
 from fastllava.model import llava
+from fastllava.model.build import rebuilt
 from fastllava.model.indices import check_on_host
 
 VOCABULARY = 100
@@ -80,7 +81,7 @@ def test_where_the_host_cannot_look_the_loss_is_nan(tiny, monkeypatch: pytest.Mo
     monkeypatch.setattr(llava, "check_on_host", lambda *_: None)
     model = tiny.load(projector="fresh")
     model.tower.requires_grad_(False)
-    model.last_layer = rows
+    model = rebuilt(model, replace(model.execution, last_layer=rows))
     vocabulary = model.llm.config.vocab_size
     assert model(batch()).isfinite()
     given = WRONG[wrong][0] if wrong in WRONG else BOUNDS[wrong]

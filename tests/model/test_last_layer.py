@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastllava.model.build import rebuilt
+from fastllava.model.execution import Execution
 from fastllava.model.llama import MLP
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
@@ -15,15 +17,14 @@ GPU_OPS = {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", 
 
 
 def loss_and_gradients(model, batch, last_layer):
-    model.last_layer = last_layer
-    model.zero_grad(set_to_none=True)
+    model = rebuilt(model, replace(model.execution, last_layer=last_layer))
     loss = model(batch)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def model_of(tiny, ops, dtype):
-    model = load_llava(tiny.config(projector="fresh"), ops, dtype, 5)
+    model = load_llava(tiny.config(projector="fresh"), Execution(ops, dtype), 5)
     model.tower.requires_grad_(False)
     return model
 
@@ -70,12 +71,12 @@ def test_only_the_last_layer_s_mlp_sees_fewer_rows(tiny):
     batch = tiny.pack(tiny.mixed())
     rows, supervised = len(batch.token_ids), len(batch.targets)
     seen: list[int] = []
-    for module in model.llm.modules():
+    everything = rebuilt(model, replace(model.execution, last_layer="all"))
+    for module in (*model.llm.modules(), *everything.llm.modules()):
         if isinstance(module, MLP):
             module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     model(batch)
-    model.last_layer = "all"
-    model(batch)
+    everything(batch)
     model.logits(batch)
     assert seen == [rows, supervised] + [rows] * 4
     assert supervised < rows

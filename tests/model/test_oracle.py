@@ -8,6 +8,7 @@ import torch
 from fastllava.batch import IMAGE_ID
 from fastllava.config import ModelConfig
 from fastllava.errors import UserError
+from fastllava.model.execution import Execution
 from fastllava.model.llava import normalise
 from fastllava.model.weights import load_llava
 from fastllava.model.weights.layouts import to_ours
@@ -65,7 +66,7 @@ def oracle(tiny, variant, folder):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers_on_a_mixed_packed_batch(tiny, tmp_path, variant):
     theirs = oracle(tiny, variant, tmp_path)
-    ours = load_llava(ModelConfig(llm=tmp_path), tiny.ops, torch.float32, 0)
+    ours = load_llava(ModelConfig(llm=tmp_path), Execution(tiny.ops, torch.float32), 0)
     samples = tiny.mixed()
     batch = tiny.pack(samples)
     with torch.no_grad():
@@ -84,7 +85,7 @@ def test_logits_equal_transformers_on_a_mixed_packed_batch(tiny, tmp_path, varia
 
 def test_loss_equals_transformers(tiny, tmp_path):
     theirs = oracle(tiny, "llama_grouped_tied", tmp_path)
-    ours = load_llava(ModelConfig(llm=tmp_path), tiny.ops, torch.float32, 0)
+    ours = load_llava(ModelConfig(llm=tmp_path), Execution(tiny.ops, torch.float32), 0)
     sample = tiny.mixed()[2]
     ids, labels = [], []
     for index, token in enumerate(sample.ids):
@@ -99,7 +100,7 @@ def test_loss_equals_transformers(tiny, tmp_path):
 @pytest.mark.parametrize("variant", ["llama", "qwen2_grouped_tied"])
 def test_packed_gradients_equal_those_of_a_padded_batch_in_transformers(tiny, tmp_path, variant):
     theirs = oracle(tiny, variant, tmp_path)
-    ours = load_llava(ModelConfig(llm=tmp_path), tiny.ops, torch.float32, 0)
+    ours = load_llava(ModelConfig(llm=tmp_path), Execution(tiny.ops, torch.float32), 0)
     samples = tiny.mixed()
     rows, labels = [], []
     for sample in samples:

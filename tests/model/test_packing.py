@@ -1,7 +1,11 @@
 """Packed, one sample at a time and in several micro-batches: the same loss and the same gradients."""
 
+import dataclasses
+
 import pytest
 import torch
+
+from fastllava.model.build import rebuilt
 
 PARTS = ("llm", "projector")
 
@@ -100,8 +104,8 @@ def test_recompute_changes_no_bit(tiny, model):
     batch = tiny.pack(tiny.mixed())
     kept = loss_and_gradients(model, [batch])
     calls = []
+    model = rebuilt(model, dataclasses.replace(model.execution, recompute="full"))
     model.llm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.recompute = "full"
     again = loss_and_gradients(model, [batch])
     assert len(calls) == 2
     assert torch.equal(kept[0], again[0])

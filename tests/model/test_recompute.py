@@ -1,5 +1,7 @@
 """What backward computes again: the same bits, whole graphs, and the bytes that are kept, counted tensor by tensor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kept_bytes import activation_bytes, recomputed_bytes, weight_copy_bytes
@@ -7,10 +9,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastllava.model.compiled import whole_graph
+from fastllava.model.build import rebuilt
+from fastllava.model.compiled import for_layers
+from fastllava.model.execution import Execution
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
-from fastllava.model.repeat import apply
 from fastllava.model.weights import load_llava
 
 CPU = torch.device("cpu")
@@ -55,19 +58,18 @@ def loss_and_gradients(model, batch):
 @pytest.mark.parametrize("ops", ["reference", "gpu"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_same_bits(tiny, frozen, ops, last_layer):
-    model = load_llava(tiny.config(projector="fresh"), OPS if ops == "gpu" else tiny.ops, torch.float64, 5)
+    execution = Execution(OPS if ops == "gpu" else tiny.ops, torch.float64, last_layer=last_layer)
+    model = load_llava(tiny.config(projector="fresh"), execution, 5)
     model.tower.requires_grad_(False)
     model.llm.requires_grad_(not frozen)
-    model.last_layer = last_layer
     for group in ([0, 1, 2, 3], [5]):
         batch = tiny.pack([tiny.mixed()[i] for i in group], weight=0.1)
-        model.recompute = "none"
         expected = loss_and_gradients(model, batch)
-        for model.recompute in POLICIES[1:]:
-            found = loss_and_gradients(model, batch)
+        for recompute in POLICIES[1:]:
+            found = loss_and_gradients(rebuilt(model, replace(execution, recompute=recompute)), batch)
             assert torch.equal(found[0], expected[0])
             assert found[1].keys() == expected[1].keys()
-            assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items()), model.recompute
+            assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items()), recompute
 
 
 class Products(TorchDispatchMode):
@@ -152,11 +154,12 @@ def test_bytes_while_a_layer_is_computed_again(decoder, recompute):
 
 
 @pytest.mark.parametrize("recompute", ["norms", "selective"])
-def test_a_graph_keeps_the_same_bytes(decoder, recompute, monkeypatch):
-    llama, *_ = decoder
-    llama.to(torch.bfloat16)
+def test_a_graph_keeps_the_same_bytes(decoder, recompute):
+    eager, *given = decoder
     torch._dynamo.reset()
-    monkeypatch.setattr(llama, "run_layer", whole_graph(apply, "aot_eager"))
+    llama = Llama(eager.config, OPS, graph=for_layers("layer", "aot_eager"))
+    llama.load_state_dict(eager.state_dict())
+    llama.to(torch.bfloat16)
     parameters = {parameter.data_ptr() for parameter in llama.parameters()}
     kept: dict[int, int] = {}
 
@@ -166,7 +169,7 @@ def test_a_graph_keeps_the_same_bytes(decoder, recompute, monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        out = run(decoder, True, recompute, False)
+        out = run((llama, *given), True, recompute, False)
     assert sum(kept.values()) == pytest.approx(activation_bytes(llama.config, 200, recompute, torch.bfloat16, True), rel=1e-3)
     out.sum().backward()
 

@@ -13,15 +13,16 @@ from fastllava import low_bit
 from fastllava.batch import Batch, ImageSpec
 from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
-from fastllava.model.clip import ClipConfig, ClipVision
+from fastllava.model.architecture import Architecture
+from fastllava.model.build import build_llava
+from fastllava.model.clip import ClipConfig
+from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llama import Llama, LlamaConfig
-from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
-from fastllava.model.weights import Origin
 from fastllava.optim import FiniteGuard, build_optimizer
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
-from fastllava.stages import COMPUTE_DTYPE, prepare_stage
+from fastllava.stages import prepare_stage
 from fastllava.train import train_step
 from fastllava_kernels import choose, rooms
 
@@ -31,10 +32,8 @@ LLAMA = LlamaConfig(
     rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False, window=None,
 )  # fmt: skip
 CLIP = ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
-ORIGIN = Origin(
-    layout="llm", text={}, vision={}, generation={}, preprocessor={}, tower_folder=None, mm_vision_tower=None, image_token=None,
-    select_layer=-2, llama=LLAMA, clip=CLIP, spec=ImageSpec(28, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-)  # fmt: skip
+SPEC = ImageSpec(28, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+TINY = Architecture(llama=LLAMA, clip=CLIP, select_layer=-2, projector_type="mlp2x_gelu", spec=SPEC)
 SIZE = MicroBatch(rows=600, samples=6, images=3, supervised=60, longest=100)
 
 
@@ -70,7 +69,7 @@ def real_batch() -> Batch:
 def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
     """The most bytes at once in a step of two micro-batches."""
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = Llava(Llama(llama, ops), ClipVision(CLIP, ops, -2), Projector("mlp2x_gelu", 32, 96), ORIGIN.spec, ops, dtype).to(dtype)
+    model = build_llava(dataclasses.replace(TINY, llama=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     trained = prepare_stage(model, config)
@@ -96,7 +95,7 @@ def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
 def test_memory_is_within_a_twentieth_of_what_a_step_allocates(stage: str, precision: str, recompute: str) -> None:
     config = config_of(stage, precision, recompute)
     ops = cpu_ops(COMPUTE_DTYPE[config.train.precision])
-    predicted = simulate(config, ORIGIN, ops, SIZE, accumulates=True)
+    predicted = simulate(config, TINY, ops, SIZE, accumulates=True)
     taken = measured(config, ops)
     assert predicted.peak == pytest.approx(taken, rel=0.05)
 
@@ -107,7 +106,7 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_bit, "_PIECE", 16384)
     config, ops = config_of("finetune", "bf16", "full", state="8bit", master="bf16"), cpu_ops(torch.bfloat16)
     shallow = dataclasses.replace(LLAMA, num_hidden_layers=2)
-    predicted = simulate(config, dataclasses.replace(ORIGIN, llama=shallow), ops, SIZE, accumulates=True)
+    predicted = simulate(config, dataclasses.replace(TINY, llama=shallow), ops, SIZE, accumulates=True)
     assert predicted.peak == pytest.approx(measured(config, ops, shallow), rel=0.05)
     parameters = predicted.memory["gradients"] / 4
     assert predicted.memory["master weights"] == 2 * parameters
@@ -118,18 +117,18 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kinds_are_what_the_stage_keeps() -> None:
     parameters = sum(p.numel() for p in Llama(LLAMA, cpu_ops(torch.bfloat16)).parameters())
     parameters += sum(p.numel() for p in Projector("mlp2x_gelu", 32, 96).parameters())
-    memory = simulate(config_of("finetune", "bf16", "none"), ORIGIN, gpu_ops({}), SIZE, accumulates=True).memory
+    memory = simulate(config_of("finetune", "bf16", "none"), TINY, gpu_ops({}), SIZE, accumulates=True).memory
     assert memory["master weights"] == memory["gradients"] == 4 * parameters
     assert memory["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)
-    frozen = simulate(config_of("pretrain", "bf16", "none"), ORIGIN, gpu_ops({}), SIZE, accumulates=True).memory
+    frozen = simulate(config_of("pretrain", "bf16", "none"), TINY, gpu_ops({}), SIZE, accumulates=True).memory
     assert frozen["frozen weights"] > 2 * sum(p.numel() for p in Llama(LLAMA, cpu_ops(torch.bfloat16)).parameters())
     assert frozen["activations"] < memory["activations"]
 
 
 def test_eight_processes_hold_an_eighth_each() -> None:
     config = config_of("finetune", "bf16", "none")
-    alone = simulate(config, ORIGIN, gpu_ops({}), SIZE, accumulates=True)
-    shared = simulate(config, ORIGIN, gpu_ops({}), SIZE, accumulates=True, world=8)
+    alone = simulate(config, TINY, gpu_ops({}), SIZE, accumulates=True)
+    shared = simulate(config, TINY, gpu_ops({}), SIZE, accumulates=True, world=8)
     for kind in ("master weights", "optimizer", "gradients"):
         # But for what does not divide by eight, and a step count a parameter.
         assert shared.memory[kind] == pytest.approx(alone.memory[kind] / 8, rel=0.01)
@@ -143,7 +142,7 @@ def test_eight_processes_hold_an_eighth_each() -> None:
 
 def test_the_first_of_a_size_costs_what_it_does_again() -> None:
     """DTensor works out an op of new sizes once, on whole tensors: that must not look like memory."""
-    origin = dataclasses.replace(ORIGIN, llama=dataclasses.replace(LLAMA, hidden_size=88, head_dim=22, intermediate_size=888))
+    origin = dataclasses.replace(TINY, llama=dataclasses.replace(LLAMA, hidden_size=88, head_dim=22, intermediate_size=888))
     first, again = (
         simulate(config_of("finetune", "bf16", "none"), origin, gpu_ops({}), SIZE, accumulates=False, world=8).memory for _ in range(2)
     )
@@ -155,6 +154,6 @@ def test_a_frozen_decoder_is_sharded_or_whole_as_the_config_says() -> None:
     frozen = {}
     for way in ("replicate", "shard"):
         changed = config.model_copy(update={"parallel": config.parallel.model_copy(update={"frozen": way})})
-        frozen[way] = simulate(changed, ORIGIN, gpu_ops({}), SIZE, accumulates=False, world=8).memory["frozen weights"]
+        frozen[way] = simulate(changed, TINY, gpu_ops({}), SIZE, accumulates=False, world=8).memory["frozen weights"]
     weights = 2 * sum(p.numel() for p in Llama(LLAMA, gpu_ops({})).parameters())
     assert frozen["replicate"] - frozen["shard"] == pytest.approx(weights * 7 / 8, rel=0.01)

@@ -12,6 +12,7 @@ from fastllava.accounting import Accounting, Rows, Work, peak_flops
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, Recompute, Stage
 from fastllava.model.clip import ClipConfig
+from fastllava.model.execution import Execution
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
@@ -57,11 +58,10 @@ def test_within_one_percent_of_pytorch_s_counter(
 ) -> None:
     reference = dict.fromkeys(("masked_linear_cross_entropy", "projector_splice"), "reference")
     ops = Ops(choose_ops(reference, CPU, torch.float32).chosen | {"attention": attention_op})
-    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), ops, torch.float32, 0)
+    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), Execution(ops, torch.float32, recompute, last_layer), 0)
     model.requires_grad_(False)
     for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
         part.requires_grad_(True)
-    model.recompute, model.last_layer = recompute, last_layer
     # Of the whole square, as the counter knows no mask.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(batch_of(2)).backward()

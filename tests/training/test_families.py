@@ -12,6 +12,7 @@ from fastllava import checkpoint
 from fastllava.config import ModelConfig, check_config
 from fastllava.export import export
 from fastllava.metrics import read_metrics
+from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.train import run
@@ -60,7 +61,7 @@ def write_decoder(world, folder, **given):
 def weights_of(world, folder):
     """Every parameter of a whole LLaVA, by our name."""
     config = ModelConfig(llm=folder, vision_tower=world / "clip")
-    return dict(load_llava(config, reference_ops(), torch.float32, seed=0).named_parameters())
+    return dict(load_llava(config, Execution(reference_ops(), torch.float32), seed=0).named_parameters())
 
 
 def first_loss(settings, out, **model):

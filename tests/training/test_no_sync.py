@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastllava import low_bit
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, OptimConfig, Recompute, Stage
+from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
@@ -82,11 +83,10 @@ def batch_of(images: int) -> Batch:
 def model_of(world: Path, stage: Stage, recompute: Recompute) -> Llava:
     # bf16: in fp32 Triton's kernels would be interpreted.
     ops = Ops(choose_ops({}, torch.device("cpu"), torch.bfloat16).chosen | GPU_OPS)
-    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), ops, torch.bfloat16, 0)
+    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), Execution(ops, torch.bfloat16, recompute), 0)
     model.requires_grad_(False)
     for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
         part.float().requires_grad_(True)
-    model.recompute = recompute
     return model
 
 

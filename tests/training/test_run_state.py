@@ -14,6 +14,7 @@ from fastllava.config import check_config
 from fastllava.errors import UserError
 from fastllava.export import export
 from fastllava.fingerprint import differences, fingerprint
+from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.train import run
@@ -59,7 +60,7 @@ def change_config(folder, **changes):
 
 
 def load(values):
-    return load_llava(check_config(values).model, reference_ops(), torch.float32, 0)
+    return load_llava(check_config(values).model, Execution(reference_ops(), torch.float32), 0)
 
 
 def test_a_fingerprint_is_of_content_and_not_of_files(own, tmp_path):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fastllava.batch import ImageSpec
 from fastllava.config import ModelConfig
 from fastllava.errors import UserError, or_download
-from fastllava.model.clip import ClipConfig, ClipVision
-from fastllava.model.llama import Llama, LlamaConfig
+from fastllava.model.architecture import Architecture
+from fastllava.model.build import build_llava
+from fastllava.model.execution import Execution
+from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
-from fastllava.model.ops import Ops
-from fastllava.model.projector import Projector
 from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
@@ -25,9 +25,9 @@ TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
 """The tensors with a row for each token."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the folders said about the model; kept to be written again beside its weights."""
+@dataclass(frozen=True, kw_only=True)
+class Origin(Architecture):
+    """An architecture as folders describe it, and what else they say, kept to be written again beside the weights."""
 
     layout: Layout
     """Of model.llm: a plain LLM, or a whole LLaVA in the original or the llava-hf layout."""
@@ -45,10 +45,6 @@ class Origin:
     """The name an original checkpoint gives its tower."""
     image_token: int | None
     """The image's id in a llava-hf checkpoint; from there on its vocabulary holds no text."""
-    select_layer: int
-    llama: LlamaConfig
-    clip: ClipConfig
-    spec: ImageSpec
     rows: int = 0
     """Rows of embedding and head on disk, where they are more than the decoder has: those beyond hold no text."""
     notes: tuple[str, ...] = ()
@@ -107,6 +103,7 @@ def read_origin(config: ModelConfig) -> Origin:
         select_layer=config.select_layer,
         llama=llama,
         clip=clip,
+        projector_type=config.projector_type,
         spec=image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}"),
         rows=rows if isinstance(rows, int) else llama.vocab_size,
         notes=tuple(notes),
@@ -118,20 +115,14 @@ def read_image_spec(config: ModelConfig) -> ImageSpec:
     return read_origin(config).spec
 
 
-def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> Llava:
-    """The model of `config` on the CPU, every tensor rounded to `dtype` as it is read, one at a time.
+def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
+    """The model of `config` on the CPU, every tensor rounded to the dtype of `execution` as it is read, one at a time.
 
     The projector comes from model.projector, else from a whole LLaVA in model.llm, else it is drawn fresh from `seed`
     (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.
     Raises UserError when a file cannot be read, or a tensor is missing, unexpected or of another shape.
     """
-    origin = read_origin(config)
-    with torch.device("meta"):
-        llm = Llama(origin.llama, ops)
-        tower = ClipVision(origin.clip, ops, config.select_layer)
-        projector = Projector(config.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
-    model = Llava(llm, tower, projector, origin.spec, ops, dtype)
-    model.origin = origin
+    origin, dtype = read_origin(config), execution.dtype
     files = TensorFiles(config.llm, "model.llm")
     found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
     heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llama.tied else []
@@ -141,25 +132,24 @@ def load_llava(config: ModelConfig, ops: Ops, dtype: torch.dtype, seed: int) -> 
     if config.projector is not None and "projector" in parts:
         parts.remove("projector")
         found = {name: ours for name, ours in found.items() if not str(ours).startswith("projector.")}
+    path = projector_file(config.projector) if isinstance(config.projector, Path) else None
+    source = config.llm if "projector" in parts else path
+    model = build_llava(origin, execution, "fresh" if source is None else str(source))
     _fill(model, parts, files, found, dtype)
     for name in heads:
-        if not torch.equal(files.one(name)[: origin.llama.vocab_size].to(dtype), llm.head_weight):
+        if not torch.equal(files.one(name)[: origin.llama.vocab_size].to(dtype), model.llm.head_weight):
             raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
     if "tower" not in parts:
         if origin.tower_folder is None:
             raise UserError(f"model.vision_tower: is missing, and {config.llm} holds no weights of one; give the folder of its CLIP model")
         files = TensorFiles(origin.tower_folder, "model.vision_tower")
         _fill(model, {"tower"}, files, {name: to_ours(name, "clip") for name in files.names if not ignored(name)}, dtype)
-    if "projector" in parts:
-        model.projector_source = str(config.llm)
-    elif isinstance(config.projector, Path):
-        path = projector_file(config.projector)
+    if path is not None:
         files = TensorFiles(path, "model.projector")
         _fill(model, {"projector"}, files, {name: to_ours(name, "projector") for name in files.names}, dtype)
-        model.projector_source = str(path)
-    else:
-        for name, tensor in projector.draw(seed).items():
-            _set(projector, name, tensor.to(dtype))
+    elif source is None:
+        for name, tensor in model.projector.draw(seed).items():
+            set_parameter(model.projector, name, nn.Parameter(tensor.to(dtype)))
     return model
 
 
@@ -259,7 +249,7 @@ def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str,
                 problems.append(f"has {name} in {str(tensor.dtype).removeprefix('torch.')}, where floating-point numbers are needed")
             elif not problems:
                 # A copy, so that nothing goes on living in the file.
-                _set(model, ours, tensor.to(dtype, copy=True))
+                set_parameter(model, ours, nn.Parameter(tensor.to(dtype, copy=True)))
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         remedy = "give weights that fit the config.json"
@@ -281,11 +271,6 @@ def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor]) -> str:
         kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
         return f"{held}, which is a projector of {layers} layer{'s' if layers > 1 else ''}; write model.projector_type={kind}"
     return f"{held}; give a projector trained with this tower, this LLM and this model.projector_type"
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,0 +1,19 @@
+"""What decides a LLaVA's computation and the shapes of its weights, apart from the weights themselves."""
+
+from dataclasses import dataclass
+
+from fastllava.batch import ImageSpec
+from fastllava.model.clip import ClipConfig
+from fastllava.model.llama import LlamaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A decoder, a tower, and the projector between them."""
+
+    llama: LlamaConfig
+    clip: ClipConfig
+    select_layer: int
+    """The tower's hidden state that feeds the projector, as transformers counts them; -2 for LLaVA-1.5."""
+    projector_type: str
+    spec: ImageSpec

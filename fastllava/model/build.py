@@ -1,0 +1,45 @@
+"""The one place that builds a LLaVA: for training, for the planner's fake tensors, for a certificate, for benchmarks and for tests."""
+
+import torch
+from torch import nn
+
+from fastllava.model.architecture import Architecture
+from fastllava.model.clip import ClipVision
+from fastllava.model.compiled import for_batches, for_layers
+from fastllava.model.execution import Execution
+from fastllava.model.layers import Product, linear, set_parameter
+from fastllava.model.llama import Llama
+from fastllava.model.llava import Llava
+from fastllava.model.projector import Projector
+
+
+def build_llava(architecture: Architecture, execution: Execution, projector_source: str = "fresh") -> Llava:
+    """A LLaVA whose parameters lie on the meta device; `set_parameter`, or `to_empty`, gives them data.
+
+    Nothing about how it computes changes afterwards. `projector_source` is the file or folder that its projector comes from, or
+    "fresh". Raises UserError for a `select_layer` that the tower does not have and for a projector that does not fit.
+    """
+    graph = for_layers(execution.compile, execution.backend)
+    with torch.device("meta"):
+        llm = Llama(architecture.llama, execution.ops, _product(execution), graph)
+        tower = ClipVision(architecture.clip, execution.ops, architecture.select_layer, graph)
+        projector = Projector(architecture.projector_type, architecture.clip.hidden_size, architecture.llama.hidden_size)
+    batches = for_batches(execution.compile, execution.backend)
+    return Llava(llm, tower, projector, architecture, execution, projector_source, batches)
+
+
+def rebuilt(model: Llava, execution: Execution) -> Llava:
+    """The model of the same weights, which both share, that computes by `execution`; what trains in one trains in the other."""
+    other = build_llava(model.origin, execution, model.projector_source)
+    for name, weight in model.named_parameters():
+        set_parameter(other, name, nn.Parameter(weight.detach(), weight.requires_grad))
+    return other
+
+
+def _product(execution: Execution) -> Product:
+    if execution.fp8 == "off":
+        return linear
+    # Here, as only some runs need torchao.
+    from fastllava.model.fp8 import Fp8Linear
+
+    return Fp8Linear(execution.fp8)
