@@ -17,8 +17,8 @@ from fastllava.errors import UserError
 _LARGEST_JSON = 64 * 2**20
 _FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}
 _NUMBER = re.compile(r"os error (\d+)|\[errno (\d+)\]", re.IGNORECASE)
-_PYTORCH_WRITES = re.compile(r"inline_container|PytorchStreamWriter|file write failed")
-"""What PyTorch's writer of zip archives says, without a reason, when a write fails under it."""
+_WITHOUT_REASON = re.compile(r"inline_container|PytorchStreamWriter|file write failed|\d+ requested and \d+ written")
+"""What PyTorch's writer of zip archives and NumPy say, without a reason, when a write fails under them."""
 
 
 def sync(path: Path) -> None:
@@ -64,12 +64,10 @@ def write_failure(error: BaseException, folder: Path, needed: int = 0) -> OSErro
         if number in _FULL:
             return OSError(number, f"{_FULL[number].capitalize()}{_room(folder, needed)}")
         return chain[0] if isinstance(chain[0], OSError) else OSError(number, os.strerror(number))
-    if isinstance(chain[0], OSError):
-        return chain[0]
-    if any(_PYTORCH_WRITES.search(str(one)) for one in chain):
+    if any(_WITHOUT_REASON.search(str(one)) for one in chain):
         full = _free(folder) < max(needed, 2**20)
         return write_failure(OSError(errno.ENOSPC if full else errno.EIO, os.strerror(errno.EIO)), folder, needed)
-    return None
+    return chain[0] if isinstance(chain[0], OSError) else None
 
 
 def _errno(error: BaseException) -> int | None:

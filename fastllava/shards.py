@@ -3,6 +3,7 @@
 A tensor in a shard goes through torch.load(weights_only=True); what describes them, through `fastllava.dcp_metadata`.
 """
 
+import errno
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from fastllava.dcp_metadata import read_metadata
 from fastllava.disk import write_failure
 from fastllava.errors import UserError
+from fastllava.memory import is_out_of_memory
 from fastllava.parallel import ALONE, Processes
 
 
@@ -32,6 +34,8 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes)
         except CheckpointException as error:
             # It derives from BaseException, so an `except OSError` further up would let it through.
             causes = [cause for cause, _ in error.failures.values()]
+            if any(map(is_out_of_memory, causes)):
+                raise OSError(errno.ENOMEM, "not enough memory on the host; free some there, or write fewer data.workers") from None
             failures = [write_failure(cause, folder, sum(tensor.nbytes for tensor in tensors.values())) for cause in causes]
             raise next(filter(None, failures), OSError(_cause(error))) from None
 

@@ -22,7 +22,7 @@ from fastllava.data.loader import BadImage, BadImages, steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import write_json
-from fastllava.errors import PeerLost, UserError
+from fastllava.errors import PeerLost, ToldElsewhere, UserError
 from fastllava.fingerprint import fingerprint
 from fastllava.low_bit import check_low_bit
 from fastllava.metrics import DeviceScalars, Metrics
@@ -200,10 +200,12 @@ class Trainer:
             if self.group.world == 1 or not self._in_step:
                 self._save()
             raise self._in_words(error) from None
-        except Exception:
+        except Exception as error:
             # Between steps the others raise at the same place, so that all can keep what was trained.
             if not self._in_step:
                 self._save()
+            elif self.group.world > 1:
+                error.add_note(self._kept())
             raise
         if stop is not None:
             return self._stopped(stop)
@@ -407,13 +409,13 @@ class Trainer:
         raise self.group.voiced(error)
 
     def _in_words(self, error: UserError | OSError) -> UserError:
-        again = "and start the same command again"
         if isinstance(error, OSError):
-            full = UserError(f"output_dir: {self.config.output_dir} could not be written ({error}); make room {again}")
-            return full if self._in_step else self.group.voiced(full)
-        if self.group.first:
+            words = f"output_dir: {self.config.output_dir} could not be written ({error}); make room and start the same command again"
+            error = UserError(words) if self._in_step else self.group.voiced(UserError(words))
+        elif self.group.first:
             self._summarize("failed")
-        return error
+        alone = self._in_step and self.group.world > 1 and not isinstance(error, ToldElsewhere)
+        return UserError(f"{error}; {self._kept()}") if alone else error
 
     def _save_due(self) -> bool:
         train = self.config.train
@@ -434,17 +436,24 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._watch.now(Phase.WRITING)
         out = self.config.output_dir
-        try:
-            state, held = (self.prepared.digest, self.trained, self.optimizer, self.group), self.held
-            folder = checkpoint.save(out, self.next_step, self.config, *state, run=held.run, start=held.start, set_aside=self.plan.left_out)
-            damaged = held.checkpoint.passed_over if held.checkpoint else ()
-            self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints, folder, damaged))
-        except OSError as error:
-            self.say(f"checkpoint before step {self.next_step} could not be written ({error}); older ones are untouched, training goes on")
-            return False
+        with memory.while_writing(self.config):
+            try:
+                state, held = (self.prepared.digest, self.trained, self.optimizer, self.group), self.held
+                left_out = self.plan.left_out
+                folder = checkpoint.save(out, self.next_step, self.config, *state, run=held.run, start=held.start, set_aside=left_out)
+                damaged = held.checkpoint.passed_over if held.checkpoint else ()
+                self.group.on_first(lambda: checkpoint.keep_last(out, self.config.train.keep_checkpoints, folder, damaged))
+            except OSError as error:
+                why = f"could not be written ({error}); older ones are untouched, training goes on"
+                self.say(f"checkpoint before step {self.next_step} {why}")
+                return False
         self._saved_step = self.next_step
         self.say(f"wrote {folder}")
         return True
+
+    def _kept(self) -> str:
+        """What is left after an error within a step of several processes, which cannot save together then."""
+        return f"step {self.next_step} was not completed, and nothing is saved within a step of several processes: {self._goes_on()}"
 
     def _goes_on(self) -> str:
         """Where the same command begins, as far as checkpoints have been written."""

@@ -26,12 +26,16 @@ def test_a_full_disk_is_called_one_with_what_is_needed_and_free(error, tmp_path)
     assert found.value.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def test_pytorchs_archive_that_says_no_reason_is_judged_by_the_room_there_is(tmp_path):
-    error = "[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470"
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 576 vs 470"), OSError("512 requested and 0 written")],
+    ids=["PyTorch's archive", "numpy.save"],
+)
+def test_a_failed_write_without_a_reason_is_judged_by_the_room_there_is(error, tmp_path):
     with pytest.raises(OSError, match="No space left"), writing(tmp_path, 10**18):
-        raise RuntimeError(error)
+        raise error
     with pytest.raises(OSError, match="Input/output error"), writing(tmp_path, 1):
-        raise RuntimeError(error)
+        raise error
 
 
 def test_the_reason_below_is_found(tmp_path):

@@ -36,7 +36,7 @@ from fastllava.data.rows import SCHEMA, Preparer, count_keys, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board
-from fastllava.disk import sync
+from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 
 __all__ = ["PreparedRow", "PreparedSet", "prepare"]
@@ -129,12 +129,13 @@ def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: P
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    try:
-        _fill(partial, content, images, preparer, report)
-    except BaseException:
-        # A full disk above all: what is of no use makes room.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with writing(folder.parent):
+        try:
+            _fill(partial, content, images, preparer, report)
+        except BaseException:
+            # A full disk above all: what is of no use makes room.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if folder.exists():
         _put_aside(folder)
     partial.rename(folder)

@@ -51,6 +51,7 @@ MISHAPS = {
 TOLD = {"user": "it is so", "full": "No space left", "memory": "of memory|too much", "library": "Half", "bug": "unpack", "odd": "1 2"}
 GOES_ON = {("save", "full"), ("rotate", "full")}
 """The training does, and says so."""
+WITHIN_A_STEP = {"rate", "forward", "backward", "guard"}
 
 
 class Odd(Exception):
@@ -138,6 +139,8 @@ def check(phase, mishap, count, workers, settings, world, tmp_path):
     assert len(telling) <= 1, said
     if mishap in TOLD:
         assert re.search(TOLD[mishap], telling[0]), said
+        if count > 1 and phase in WITHIN_A_STEP:
+            assert re.search(r"nothing is saved within a step of several processes: the same command (begins at|goes on from)", telling[0])
 
 
 @pytest.mark.parametrize(("phase", "mishap"), [("fetch", "bug"), ("forward", "library"), ("record", "odd"), ("result", "full")])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastllava import checkpoint
+from fastllava import checkpoint, shards
 from fastllava.config import ParallelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.metrics import read_metrics
@@ -440,6 +441,31 @@ def test_a_state_that_has_moved_half_is_never_kept(error, settings, tmp_path, mo
     train({**values, "output_dir": str(tmp_path / "whole")})
     ours, theirs = (load_file(tmp_path / name / "mm_projector.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_checkpoint_that_finds_no_memory_is_said_and_the_training_goes_on(settings, tmp_path, monkeypatch, capsys):
+    honest, calls = shards.FileSystemWriter.write_data, []
+
+    def runs_out(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return honest(*args)
+
+    monkeypatch.setattr(shards.FileSystemWriter, "write_data", runs_out)
+    assert run(check_config(settings(train={"max_steps": 4, "checkpoint_steps": 2})), Console(width=500)).summary["status"] == "complete"
+    words = r"checkpoint before step 2 could not be written \(.*not enough memory on the host.*data\.workers\).*training goes on"
+    assert re.search(words, capsys.readouterr().out)
+    assert checkpoint.newest(tmp_path / "run").step == 4
+
+
+def test_a_save_that_finds_no_memory_ends_the_run_in_one_line(settings, tmp_path, monkeypatch):
+    def runs_out(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "_complete", runs_out)
+    with pytest.raises(UserError, match=r"output_dir: .* could not be written for want of memory; free memory on the host"):
+        train(settings(train={"max_steps": 4, "checkpoint_steps": 2}))
 
 
 def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkeypatch):
