@@ -81,7 +81,7 @@ def write_sheet(path: Path, examples: Sequence[Example]) -> None:
     """One PNG of pictures with question, answer before and after; the answer after is green when right, red when wrong."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * _COLUMNS, 3.4 * _ROWS), layout="constrained")
+    figure = Figure(figsize=(3 * _COLUMNS, 3.7 * _ROWS), layout="constrained")
     for axes, example in zip(figure.subplots(_ROWS, _COLUMNS).flat, examples, strict=False):
         with Image.open(example.image) as image:
             axes.imshow(image)
