@@ -1,4 +1,4 @@
-"""The table of README.md that `fastllava plan --json FILE` is behind: what is foreseen of runs that nobody has made."""
+"""The table of docs/planning.md that `fastllava plan --json FILE` is behind: what is foreseen of runs that nobody has made."""
 
 import json
 from collections.abc import Mapping
@@ -15,18 +15,23 @@ Stage = Mapping[str, Any]
 def table(results: Path = RESULTS) -> str:
     """Markdown: for each results/plan*.json a line a stage, and the sum."""
     lines = [
-        "| predicted | stage | samples | steps | recompute | rows a micro-batch | memory, GiB | s a step | MFU | hours | limited by |",
+        "| predicted | stage | samples | steps | recompute | tokens a micro-batch | memory, GiB | s a step | MFU | hours | limited by |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(results.glob("plan*.json")):
         stages = json.loads(path.read_text(encoding="utf-8"))
-        name = f"{stages[0]['world']} x {stages[0]['gpu']}"
+        name = _name(stages[0])
         lines += [_line(name, stage) for stage in stages]
         if len(stages) > 1 and all(stage["chosen"] for stage in stages):
             hours = sum(stage["hours"] for stage in stages)
             gpu_hours = sum(stage["gpu_hours"] for stage in stages)
             lines.append(f"| {name} | **both** | | | | | | | | **{hours:.1f}** | {gpu_hours:.0f} GPU-hours |")
     return "\n".join(lines)
+
+
+def _name(stage: Stage) -> str:
+    """Such as "7B on 8 x a100-80g"."""
+    return f"{sum(stage['parameters'].values()) / 1e9:.0f}B on {stage['world']} x {stage['gpu']}"
 
 
 def _line(name: str, stage: Stage) -> str:

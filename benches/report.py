@@ -1,4 +1,4 @@
-"""`fastllava bench report`: the tables that committed results are behind, in README.md and kernels/README.md."""
+"""`fastllava bench report`: the tables that committed results are behind, in docs/ and kernels/README.md."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Generated:
 
 
 TABLES: Sequence[Generated] = (
-    Generated("README.md", "plan", plan_report.table),
-    Generated("README.md", "bench peers", step_report.table),
-    Generated("README.md", "bench step", step_report.steps_table),
+    Generated("docs/planning.md", "plan", plan_report.table),
+    Generated("docs/benchmarks.md", "bench peers", step_report.table),
+    Generated("docs/benchmarks.md", "bench step", step_report.steps_table),
     Generated("kernels/README.md", "bench kernels", kernel_report.table),
 )
 

@@ -1,4 +1,4 @@
-"""What the results of `fastllava bench peers` and `step` look like: a chart of speed and memory, and the tables in README.md."""
+"""What the results of `fastllava bench peers` and `step` look like: a chart of speed and memory, and the tables in docs/benchmarks.md."""
 
 from collections.abc import Sequence
 from pathlib import Path

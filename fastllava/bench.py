@@ -142,7 +142,7 @@ def bench_ablate(
 def bench_report(
     charts: Annotated[Optional[Path], typer.Option(help="folder for the charts of all results, such as benches/results")] = None,  # noqa: UP045
 ) -> None:
-    """Write the tables of README.md and kernels/README.md anew from benches/results."""
+    """Write the tables of docs/ and kernels/README.md anew from benches/results."""
     report = bench_module("report")
     for path in (*report.write(), *(report.charts(charts) if charts is not None else ())):
         typer.echo(f"wrote {path}")

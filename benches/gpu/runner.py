@@ -2,7 +2,7 @@
 
 Each piece runs in a process of its own for at most 8 minutes and writes DIR/<piece>.jsonl and DIR/<piece>.log. What is stopped goes on
 the next time: DIR/state.jsonl says what is done. Rows are those of the other benches, so with DIR = benches/results/NAME
-`fastllava bench report` puts them into the tables of the READMEs.
+`fastllava bench report` puts them into the tables of the documents.
 """
 
 import json

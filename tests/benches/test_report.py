@@ -34,6 +34,7 @@ def test_plans_say_what_was_foreseen_or_that_nothing_fits(tmp_path: Path) -> Non
         "stage": "pretrain",
         "gpu": "a100-80g",
         "world": 8,
+        "parameters": {"trained": 20_000_000, "frozen": 7_040_000_000},
         "samples": 2560,
         "steps": 10,
         "room_bytes": 74 * 2**30,
@@ -45,7 +46,7 @@ def test_plans_say_what_was_foreseen_or_that_nothing_fits(tmp_path: Path) -> Non
     (tmp_path / "plan_a.json").write_text(json.dumps([fits, fits]))
     (tmp_path / "plan_b.json").write_text(json.dumps([fits, nothing]))
     lines = plan_report.table(tmp_path).splitlines()
-    assert lines[2] == "| 8 x a100-80g | pretrain | 2,560 | 10 | none | 16,384 | 60 of 74 | 2.50 | 61% | 1.5 | products |"
-    assert lines[4] == "| 8 x a100-80g | **both** | | | | | | | | **3.0** | 24 GPU-hours |"
-    assert lines[6] == "| 8 x a100-80g | finetune | 2,560 | 10 | - | - | - | - | - | - | memory: nothing fits |"
+    assert lines[2] == "| 7B on 8 x a100-80g | pretrain | 2,560 | 10 | none | 16,384 | 60 of 74 | 2.50 | 61% | 1.5 | products |"
+    assert lines[4] == "| 7B on 8 x a100-80g | **both** | | | | | | | | **3.0** | 24 GPU-hours |"
+    assert lines[6] == "| 7B on 8 x a100-80g | finetune | 2,560 | 10 | - | - | - | - | - | - | memory: nothing fits |"
     assert len(lines) == 7
