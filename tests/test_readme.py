@@ -1,4 +1,4 @@
-"""README: its commands run, in a small world laid out at the very paths they name, and what it says of files and keys is so."""
+"""README and docs: their commands run, in a small world laid out at the very paths they name, and what they say of files and keys is so."""
 
 import contextlib
 import io
@@ -14,34 +14,108 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import typer
 from PIL import Image
+from torch.distributed.run import get_args_parser
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from fastllava import cli
-from fastllava.config import keys
+from fastllava.config import keys, load_config
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.metrics import read_metrics
 from fastllava_kernels import rooms
 
 REPO = Path(__file__).resolve().parents[1]
-README = (REPO / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()]
+# In the order in which a newcomer reads them.
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "CONTRIBUTING.md"]
+TEXTS = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS["README.md"]
 
-# Not run here, and why.
+
+def commands(text: str) -> list[str]:
+    """The lines of a page's bash blocks."""
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands(text)))
+
+# Not run here, and why. Those of fastllava are still held to what its command line takes.
 ELSEWHERE = {
     "make demo": "minutes; tests/demo runs the demo, tests/test_house.py what make does",
     "make test": "is what runs this",
+    "make check": "minutes; .ci/run runs it",
+    "make dev": "has been done where this runs; tests/test_house.py tries what make does",
+    ".venv/bin/pre-commit install": "changes the clone's git hooks",
     "python3 -m venv .venv": "has been done where this runs; tests/test_house.py tries it as make does it",
     ".venv/bin/pip install -e .": "has been done where this runs; tests/test_house.py tries it as make does it",
+    "source .venv/bin/activate": "sets variables of the reader's shell",
 }
+ELSEWHERE_BEGINNING = {
+    "hf download ": "gigabytes; test_downloads_arrive_where_the_configs_look checks where they go",
+    "unzip ": "gigabytes; test_downloads_arrive_where_the_configs_look checks where they go",
+    "fastllava bench ": "minutes, and a GPU for one of them; tests/benches runs the benches",
+}
+PLANS_A_REAL_SIZE = " --size "
+"""A plan of a real size takes most of a minute; tests/planner runs smaller ones."""
+
+
+def reason_not_to_run(command: str) -> str | None:
+    """Why a command of the pages is not run by these tests, or None."""
+    if PLANS_A_REAL_SIZE in command:
+        return "most of a minute; tests/planner plans smaller models"
+    return ELSEWHERE.get(command) or next((why for start, why in ELSEWHERE_BEGINNING.items() if command.startswith(start)), None)
+
+
+def words_of_fastllava(command: str) -> list[str] | None:
+    """The words after `fastllava` of a command, alone or under torchrun; None for other programs."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        at = words.index("fastllava")
+        given = get_args_parser().parse_args([*words[1:at], "fastllava"])
+        assert given.no_python, f"{command}: fastllava is a console script, so torchrun needs --no-python"
+        words = words[at:]
+    return words[1:] if Path(words[0]).name == "fastllava" else None
 
 
 def test_every_command_is_run_or_said_to_be_run_elsewhere() -> None:
-    ours = [command for command in COMMANDS if "fastllava " in command]
-    assert sorted(COMMANDS) == sorted([*ours, *ELSEWHERE])
-    assert len(ours) >= 8
-    for name in ("train", "prepare", "inspect", "export", "toggles"):
-        assert any(f"fastllava {name}" in command for command in ours)
+    run = [command for command in COMMANDS if reason_not_to_run(command) is None]
+    assert [command for command in run if words_of_fastllava(command) is None] == []
+    assert [command for command in ELSEWHERE if command not in COMMANDS] == []
+    assert len(run) >= 10
+    for name in ("train", "prepare", "plan", "certify", "inspect", "export", "toggles"):
+        assert any(f"fastllava {name}" in command for command in run), name
+
+
+def test_commands_that_are_not_run_are_ones_that_the_command_line_takes() -> None:
+    for command in COMMANDS:
+        words = words_of_fastllava(command)
+        if words is None or reason_not_to_run(command) is None:
+            continue
+        group = typer.main.get_command(cli.app)
+        while isinstance(group, typer.core.TyperGroup):
+            name, group, words = group.resolve_command(typer.Context(group), words)
+        assert group is not None, command
+        group.make_context(name, words)
+
+
+def test_downloads_arrive_where_the_configs_look() -> None:
+    first, second = (load_config(REPO / "configs" / f"llava15_7b_{stage}.yaml") for stage in ("pretrain", "finetune"))
+    arrived = set()
+    for words in (shlex.split(command) for command in COMMANDS if command.startswith("hf download ")):
+        folder, (name, *files) = (
+            Path(words[words.index("--local-dir") + 1]),
+            words[2 : words.index(next(w for w in words if w[:2] == "--"))],
+        )
+        if "dataset" not in words:
+            assert str(folder) == name, "the configs call a model by the name of its hub"
+        arrived |= {folder, *(folder / file for file in files)}
+    assert {first.model.llm, first.model.vision_tower, first.data.records, second.data.records} <= arrived
+    (unzip,) = (shlex.split(command) for command in COMMANDS if command.startswith("unzip "))
+    assert Path(unzip[2]) in arrived
+    assert Path(unzip[unzip.index("-d") + 1]) == first.data.images
+    folders = re.findall(r"^\|.*GB \| `([\w/]+)` \|", README, re.MULTILINE)
+    assert {Path(folder).parent for folder in folders} == {second.data.images}
+    assert sorted(Path(folder).name for folder in folders) == ["coco", "gqa", "ocr_vqa", "textvqa", "vg"]
 
 
 def conversation(i: int, question: str, answer: str) -> list[dict[str, str]]:
@@ -122,10 +196,10 @@ def within(world: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
 def test_commands_run_in_order(within: Callable[..., tuple[int, str]], world: Path) -> None:
     for command in COMMANDS:
-        if command in ELSEWHERE:
+        if reason_not_to_run(command) is not None:
             continue
-        program, *words = shlex.split(command)
-        assert Path(program).name == "fastllava"
+        words = words_of_fastllava(command)
+        assert words is not None, command
         code, printed = within(*words)
         assert code == 0, f"{command}\n{printed}"
         assert printed.strip(), command
@@ -138,16 +212,17 @@ def test_commands_run_in_order(within: Callable[..., tuple[int, str]], world: Pa
         assert (folder / "config.json").is_file(), folder
         assert list(folder.glob("model*.safetensors")), folder
 
-    said = re.search(r"A line of `metrics.jsonl` holds (.*?)\.\n", README, re.DOTALL)
+    said = re.search(r"A line of `metrics.jsonl` holds (.*?)\.\n", TEXTS["docs/what-a-run-leaves.md"], re.DOTALL)
     assert said is not None
     row = read_metrics(second)[0]
     assert set(re.findall(r"`(\w+)`", said[1])) == row.keys() | {"mfu", "hfu", "peak_memory_bytes"}
 
 
 def test_worked_example(within: Callable[..., tuple[int, str]], world: Path) -> None:
-    """The record of README, its rendering and the mask under it, read from README itself."""
-    record = re.search(r"```json\n(.*?)```", README, re.DOTALL)
-    rendered = re.search(r"```text\n(.*)\n( *)(\^+)\n```", README)
+    """The record of docs/bad-records.md, its rendering and the mask under it, read from the page itself."""
+    page = TEXTS["docs/bad-records.md"]
+    record = re.search(r"```json\n(.*?)```", page, re.DOTALL)
+    rendered = re.search(r"```text\n(.*)\n( *)(\^+)\n```", page)
     assert record is not None
     assert rendered is not None
     (world / "example.jsonl").write_text(json.dumps(json.loads(record[1])) + "\n")
@@ -169,24 +244,19 @@ def test_worked_example(within: Callable[..., tuple[int, str]], world: Path) -> 
     assert tokenizer.decode(ids[where + 1 :]).strip() == closing.strip().removesuffix("</s>")
 
 
-def test_the_files_it_names_exist() -> None:
-    texts = README + (REPO / "kernels" / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:tests|configs|kernels|benches)/[\w./]+)`", texts)) | {
-        "CHANGELOG.md",
-        ".ci/run",
-        "pyproject.toml",
-        "LICENSE",
-    }
+def test_the_files_they_name_exist() -> None:
+    everything = "\n".join([*TEXTS.values(), (REPO / "kernels" / "README.md").read_text(encoding="utf-8")])
+    named = set(re.findall(r"`((?:fastllava|tests|configs|kernels|benches|docs)/[\w./-]+)`", everything))
     assert [name for name in sorted(named) if not (REPO / name).exists()] == []
-    assert len(named) > 10
+    assert len(named) > 30
 
 
-def test_the_config_keys_it_names_exist() -> None:
+def test_the_config_keys_they_name_exist() -> None:
     known = set(keys()) | {f"kernels.{name}" for name in rooms()}
-    for document in (README, (REPO / "CHANGELOG.md").read_text(encoding="utf-8")):
-        named = set(re.findall(r"\b((?:model|data|optim|train|log)\.[a-z]\w+)\b(?!\.\w)", document)) - {"model.safetensors"}
-        assert named
-        assert named <= known
+    for name, text in {**TEXTS, "CHANGELOG.md": (REPO / "CHANGELOG.md").read_text(encoding="utf-8")}.items():
+        named = set(re.findall(r"\b((?:model|data|optim|train|log|parallel)\.[a-z]\w+)\b(?!\.\w)", text)) - {"model.safetensors"}
+        assert named <= known, name
+        assert named or name not in ("README.md", "docs/config.md")
 
 
 def test_the_kernels_readme_lists_every_room() -> None:
