@@ -33,7 +33,7 @@ check: dev  ## lint, format, types, import floors, spelling, kernels compiled fo
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	$(BIN)/python -m fastllava_kernels.aot --check kernels/aot.md
+	$(BIN)/python -m fastllava_kernels._tuning.aot --check kernels/aot.md
 	@$(BIN)/python -m fastllava.schema .venv/schema.json
 	@cmp .venv/schema.json configs/schema.json || { echo "configs/schema.json is out of date: run make schema"; exit 1; }
 

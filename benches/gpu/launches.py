@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from benches.kernel_judging import as_list, cotangents, leaves
-from fastllava_kernels import rooms, tuning
-from fastllava_kernels.masked_linear_cross_entropy.kernel import LARGEST_ROW
-from fastllava_kernels.tune import Noted
+from fastllava_kernels import rooms
+from fastllava_kernels._tuning import tuning
+from fastllava_kernels._tuning.tune import Noted
+from fastllava_kernels.masked_linear_cross_entropy.kernel_loss_rows import LARGEST_ROW
 from fastllava_kernels.workload import Shape
 
 TRITON = "triton"
@@ -46,7 +47,7 @@ def exercise(room: str, device: str, dtype: str) -> None:
 @contextmanager
 def noted(device: torch.device) -> Iterator[Mapping[str, Noted]]:
     """Every kernel runs with the configuration it has anyway, and is noted."""
-    configs = {name: Noted(tuning.config(name, 1, device)) for name in tuning.kernels()}
+    configs = {name: Noted(tuning.config(kernel, 1, device)) for name, kernel in tuning.kernels().items()}
     with ExitStack() as stack:
         for name, config in configs.items():
             stack.enter_context(tuning.override(name, config))

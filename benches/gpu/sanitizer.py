@@ -14,7 +14,8 @@ from benches.gpu.launches import MARK, TRITON, small_shapes
 from benches.peer_trials import CANNOT
 from benches.results import Row
 from benches.world import world
-from fastllava_kernels import rooms, tuning
+from fastllava_kernels import rooms
+from fastllava_kernels._tuning import tuning
 
 TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck")

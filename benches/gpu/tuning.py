@@ -1,6 +1,6 @@
 """Piece `tuning` of `fastllava bench gpu`: each kernel's configurations by time, into tables beside the results, not into the source.
 
-To take them over, copy DIR/tables/<arch>.json to kernels/fastllava_kernels/tables/ and write kernels/aot.md anew.
+To take them over, copy DIR/tables/<arch>.json to kernels/fastllava_kernels/_tuning/tables/ and write kernels/aot.md anew.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from benches.gpu.context import Context, Piece, say
 from benches.peer_trials import CANNOT
 from benches.results import Row
 from benches.world import world
-from fastllava_kernels import aot, tune, tuning
-from fastllava_kernels.tuning import ANY, Config
+from fastllava_kernels._tuning import aot, tune, tuning
+from fastllava_kernels._tuning.tuning import ANY, Config
 
 TABLES = "tables"
 """Folder beside the results."""
@@ -26,7 +26,7 @@ def measure_tuning(context: Context, unit: str) -> None:
     kernel, arch = tuning.kernels()[unit], tuning.architecture(context.device)
     chosen: dict[str, Config] = {}
     for bound in (*kernel.buckets, None):
-        now = {key: value for key, value in tuning.config(unit, bound or 2**31, context.device).items() if key not in tuning.FUSION}
+        now = {key: value for key, value in tuning.config(kernel, bound or 2**31, context.device).items() if key not in tuning.FUSION}
         row: Row = {"kernel": unit, "room": kernel.room, "arch": arch, "triton": aot.triton_minor(), "bucket": str(bound or ANY)}
         row |= {
             "before": now,

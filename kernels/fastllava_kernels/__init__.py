@@ -1,5 +1,8 @@
-"""The ops of fastllava, one folder ("room") each; `rooms()` finds them. Depends on torch and triton only."""
+"""The ops of fastllava, one folder ("room") each; `rooms()` finds them. Depends on torch and triton only.
 
-from fastllava_kernels.room import Implementation, Room, choose, rooms
+Importing it, and asking a room for its name, summary or the names of its implementations, imports neither of the two.
+"""
 
-__all__ = ["Implementation", "Room", "choose", "rooms"]
+from fastllava_kernels.room import REFERENCE, Implementation, Room, Sizes, choose, rooms
+
+__all__ = ["REFERENCE", "Implementation", "Room", "Sizes", "choose", "rooms"]

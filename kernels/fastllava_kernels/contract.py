@@ -1,11 +1,11 @@
-"""What every implementation of a room keeps to, said once: its inputs' sizes and dtypes, autocast, and which inputs get a gradient.
+"""What every implementation of a room keeps to: its inputs' sizes and dtypes, autocast, which inputs get a gradient, and its accuracy.
 
 `Room` puts every implementation behind its `Contract`, so that all of them answer alike where an input is no good.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+"""How much farther from fp64 truth than the reference in the same dtype an implementation may be: ||got - truth|| / ||truth||."""
 
 
 def in_autocast(tensor: Tensor) -> bool:
@@ -84,6 +87,8 @@ class Contract:
     """Parameters that get no gradient; one that is wanted raises RuntimeError in backward, in every implementation."""
     one_dtype: bool = True
     """Every floating input is rounded to the first one's dtype, which is the results'. Otherwise the docstring says what is rounded."""
+    slack: Mapping[torch.dtype, float] = field(default_factory=lambda: SLACK)
+    """The distance to fp64 truth beyond the reference's that is allowed, by dtype."""
 
     def kept(self, room: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` behind this contract."""

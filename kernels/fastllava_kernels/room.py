@@ -1,21 +1,27 @@
-"""What a room is, and how one is found and chosen.
+"""What a room is, how one is found, and how an implementation is chosen; imports neither torch nor Triton.
 
 A room is a package `fastllava_kernels/<op>/` whose `__init__.py` defines `ROOM`. Its folder name is also its config key
 (`kernels.<op>`), test id, benchmark argument and results row. `reference.py` in the same folder is the specification.
+The names of its implementations are known at once; their code is imported when it is asked for.
 """
+
+from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
-
-import torch
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import fastllava_kernels
-from fastllava_kernels.contract import Contract
-from fastllava_kernels.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastllava_kernels.contract import Contract
+    from fastllava_kernels.workload import Workload
 
 REFERENCE = "reference"
 
@@ -57,8 +63,32 @@ class Implementation:
     """Device types on which `auto` may take it; by name it runs wherever it can."""
 
 
-SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
-"""How much farther from fp64 truth than the reference in the same dtype an implementation may be: ||got - truth|| / ||truth||."""
+class Implementations(Mapping[str, Implementation]):
+    """The implementations of a room's folder by name; iterating over the names imports nothing.
+
+    `<name>` is the `IMPLEMENTATION` of `<name>_op.py`, or of `reference.py`, put behind the `CONTRACT` of `reference.py`.
+    """
+
+    def __init__(self, room: str, names: Sequence[str]) -> None:
+        self._room, self._names, self._loaded = room, tuple(names), dict[str, Implementation]()
+
+    def __getitem__(self, name: str) -> Implementation:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._loaded:
+            one = _module(self._room, name if name == REFERENCE else f"{name}_op").IMPLEMENTATION
+            contract = _module(self._room, REFERENCE).CONTRACT
+            self._loaded[name] = replace(one, function=contract.kept(self._room, one.function))
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -68,21 +98,34 @@ class Room:
     name: str
     summary: str
     implementations: Mapping[str, Implementation]
-    slack: Mapping[torch.dtype, float] = field(default_factory=lambda: SLACK)
-    contract: Contract | None = None
-    """What every implementation keeps to; each is put behind it."""
 
-    @property
-    def workload(self) -> Workload:
-        """Shapes, inputs and costs, from the room's workload.py."""
-        return importlib.import_module(f"fastllava_kernels.{self.name}.workload").WORKLOAD
+    @classmethod
+    def of_folder(cls, name: str, summary: str, implementations: Sequence[str]) -> Room:
+        """The room of the folder `name` with a file for each of these implementations."""
+        return cls(name, summary, Implementations(name, implementations))
 
     def __post_init__(self) -> None:
         if REFERENCE not in self.implementations:
             raise ValueError(f"room {self.name}: no implementation named '{REFERENCE}'; every room has one")
-        if self.contract is not None:
-            kept = {name: replace(one, function=self.contract.kept(self.name, one.function)) for name, one in self.implementations.items()}
-            object.__setattr__(self, "implementations", kept)
+
+    @property
+    def contract(self) -> Contract:
+        """What every implementation keeps to, from the room's reference.py."""
+        return _module(self.name, REFERENCE).CONTRACT
+
+    @property
+    def slack(self) -> Mapping[torch.dtype, float]:
+        """How much farther from fp64 truth than the reference an implementation may be, by dtype."""
+        return self.contract.slack
+
+    @property
+    def workload(self) -> Workload:
+        """Shapes, inputs and costs, from the room's workload.py."""
+        return _module(self.name, "workload").WORKLOAD
+
+
+def _module(room: str, name: str) -> ModuleType:
+    return importlib.import_module(f"fastllava_kernels.{room}.{name}")
 
 
 @cache
@@ -90,7 +133,7 @@ def rooms() -> Mapping[str, Room]:
     """Every room by name, in alphabetical order, found by looking at the folders of this package."""
     found = {}
     for module in pkgutil.iter_modules(fastllava_kernels.__path__):
-        if not module.ispkg:
+        if not module.ispkg or module.name.startswith("_"):
             continue
         room = importlib.import_module(f"fastllava_kernels.{module.name}").ROOM
         if room.name != module.name:

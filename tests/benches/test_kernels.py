@@ -19,7 +19,7 @@ from fastllava import cli
 from fastllava.bench import bench_module
 from fastllava.errors import UserError
 from fastllava_kernels import Implementation, Room, rooms
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 from fastllava_kernels.workload import Cost
 
@@ -28,7 +28,7 @@ kernels, report, results, timing, ceilings, judging, kernel_peers, world = (
 )
 CPU = torch.device("cpu")
 REPO = Path(__file__).resolve().parents[2]
-COMPILED = {"compiled", "flex"}
+COMPILED = {"compiled"}
 """Implementations that start a C++ compiler on a CPU; their rooms' own tests run them."""
 
 KEYS = {

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastllava_kernels._tuning import tuning
+
 
 def recorded(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[tuple[str, torch.device | None]]:
-    """Grows by (kernel, device of the guard it is within, or None) at each launch of one of the modules' `KERNELS`."""
+    """Grows by (kernel, device of the guard it is within, or None) at each launch of a kernel that one of the modules defines."""
     guards: list[torch.device] = []
     launched: list[tuple[str, torch.device | None]] = []
 
@@ -35,6 +37,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[tupl
     for module in modules:
         monkeypatch.setattr(module, "on_device_of", Guard)
         for name, jit in list(vars(module).items()):
-            if any(jit is kernel.function for kernel in module.KERNELS):
+            if any(jit is kernel.function for kernel in tuning.kernels().values()):
                 monkeypatch.setattr(module, name, Launcher(name, jit))
     return launched

@@ -13,7 +13,7 @@ from judging import FP64, distances, outputs_and_gradients, rounded
 from truths import truth_of
 
 from fastllava_kernels import Implementation, Room, rooms
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 
 # Inputs are rounded to the dtype before truth sees them, so this is what the computation itself may lose.

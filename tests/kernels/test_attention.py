@@ -13,12 +13,13 @@ from judging import FP64, draw, leaves, outputs_and_gradients, rounded
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from truths import truth_of
 from truths.attention import attention_inputs
 
 from fastllava_kernels import choose, rooms
-from fastllava_kernels.attention import availability, block_mask, eager, flash, memory_efficient
+from fastllava_kernels.attention import availability, eager, flash, xformers_op
+from fastllava_kernels.attention.flash import Packed
+from fastllava_kernels.attention.varlen_op import Varlen
 from fastllava_kernels.room import REFERENCE
 
 ROOM = rooms()["attention"]
@@ -34,11 +35,16 @@ def function(name: str) -> Any:
 
 
 def op(name: str) -> Any:
+    assert ROOM.implementations[name], "loading it defines the op"
     return getattr(torch.ops.fastllava, f"attention_{name}").default
 
 
 def case(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return rounded(CASES[name], dtype, dtype)
+
+
+def learning_nothing(args: Any) -> tuple[Any, ...]:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -121,11 +127,6 @@ def test_flash_attention_on_a_cpu_is_refused_with_the_reason(name: str) -> None:
         choose(ROOM, name, CPU, torch.bfloat16)
 
 
-def test_flex_on_a_cpu_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=re.escape("'flex' cannot run here (FlexAttention has no backward on a CPU)")):
-        choose(ROOM, "flex", CPU, torch.float32)
-
-
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -136,7 +137,6 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(ROOM, "auto", GPU, torch.bfloat16) == "varlen"
     assert choose(ROOM, "auto", GPU, torch.bfloat16, compiled=True) == "varlen"
-    assert choose(ROOM, "flex", GPU, torch.float32) == "flex"
     # FlashAttention has no fp32: auto keeps the precision that was asked for.
     assert choose(ROOM, "auto", GPU, torch.float32) == REFERENCE
     assert choose(ROOM, "auto", GPU, torch.float32, compiled=True) == "sdpa"
@@ -219,7 +219,7 @@ def as_if_on_gpu(monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) ->
 
 
 @pytest.mark.parametrize("name", ["ragged", "ragged, not causal", "grouped"])
-@pytest.mark.parametrize(("switch", "library"), [(None, flash.Varlen(None)), ("FA3", flash.Varlen("FA3")), ("FA4", flash.Varlen("FA4"))])
+@pytest.mark.parametrize(("switch", "library"), [(None, Varlen(None)), ("FA3", Varlen("FA3")), ("FA4", Varlen("FA4"))])
 def test_varlen_attn_is_given_what_it_wants(
     name: str, switch: str | None, library: flash.Library, as_if_on_gpu: dict[str, Any], switched: list[str | None]
 ) -> None:
@@ -227,10 +227,11 @@ def test_varlen_attn_is_given_what_it_wants(
     expected = outputs_and_gradients(function(REFERENCE), (q, k, v, cu_seqlens, max_seqlen, causal))
     q, k, v = q.detach(), k.detach(), v.detach()
     with flash.same_bits_twice():
-        out, lse = library.forward(q, k, v, cu_seqlens, max_seqlen, causal)
+        packed = Packed(q, k, v, cu_seqlens, max_seqlen, causal)
+        out, lse = library.forward(packed)
         assert switched[-1] == switch
         flash.activate("another")
-        grads = library.backward(draw(*out.shape, seed=99).float(), q, k, v, out, lse, cu_seqlens, max_seqlen, causal)
+        grads = library.backward(draw(*out.shape, seed=99).float(), packed, out, lse)
     assert switched[-1] == switch
     assert not torch.are_deterministic_algorithms_enabled()
     assert as_if_on_gpu["forward"][:2] == as_if_on_gpu["backward"][:2] == (max_seqlen, max_seqlen)
@@ -250,7 +251,7 @@ def test_grouped_heads_on_pytorch_2_11(as_if_on_gpu: dict[str, Any], monkeypatch
 
     monkeypatch.setattr(module, "varlen_attn", varlen_attn)
     q, k, v, cu_seqlens, max_seqlen, causal = case("grouped")
-    out, _ = flash.Varlen(None).forward(q.detach(), k.detach(), v.detach(), cu_seqlens, max_seqlen, causal)
+    out, _ = Varlen(None).forward(Packed(q.detach(), k.detach(), v.detach(), cu_seqlens, max_seqlen, causal))
     torch.testing.assert_close(out, function(REFERENCE)(q, k, v, cu_seqlens, max_seqlen, causal))
 
 
@@ -274,7 +275,7 @@ def test_xformers_is_given_what_it_wants(name: str, monkeypatch: pytest.MonkeyPa
     expected = outputs_and_gradients(function(REFERENCE), (q, k, v, cu_seqlens, max_seqlen, causal))
     q, k, v = q.detach(), k.detach(), v.detach()
     forward, backward = fmha.flash.FwOp, fmha.flash.BwOp
-    assert memory_efficient.operators() == (forward, backward)
+    assert xformers_op.operators() == (forward, backward)
 
     def apply_forward(inputs: Any, needs_gradient: bool) -> Any:
         converted, cu_q, max_q, _, max_k, _ = fmha.flash._convert_input_format(inputs, supports_mqa=True)
@@ -296,10 +297,11 @@ def test_xformers_is_given_what_it_wants(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fmha, "_ensure_op_supports_or_raise", lambda *_: None)
     monkeypatch.setattr(backward, "OPERATOR", kernel)
     monkeypatch.setattr(backward, "SUPPORTED_DTYPES", {torch.float32})
-    library = memory_efficient.Xformers()
+    library = xformers_op.Xformers()
     switched.append("FA3")
-    out, lse = library.forward(q, k, v, cu_seqlens, max_seqlen, causal)
-    grads = library.backward(draw(*out.shape, seed=99).float(), q, k, v, out, lse, cu_seqlens, max_seqlen, causal)
+    packed = Packed(q, k, v, cu_seqlens, max_seqlen, causal)
+    out, lse = library.forward(packed)
+    grads = library.backward(draw(*out.shape, seed=99).float(), packed, out, lse)
     assert switched[-1] is None
     for one, other in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -319,89 +321,8 @@ def test_shapes_on_a_gpu_that_is_not_there(name: str) -> None:
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
-def lists(counts: Tensor, numbers: Tensor) -> list[list[int]]:
-    return [row[:count].sort().values.tolist() for count, row in zip(counts[0, 0].tolist(), numbers[0, 0], strict=True)]
-
-
-def same_lists(one: BlockMask, other: BlockMask) -> bool:
-    return all(
-        lists(getattr(one, f"{kind}_num_blocks"), getattr(one, f"{kind}_indices"))
-        == lists(getattr(other, f"{kind}_num_blocks"), getattr(other, f"{kind}_indices"))
-        for kind in ("kv", "full_kv", "q", "full_q")
-    )
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "lengths",
-    [[1], [8], [4, 4], [30, 1, 13], [0, 9, 0, 0, 16, 3, 0], [2, 2, 2, 40], [7, 32]],
-    ids=lambda lengths: "-".join(map(str, lengths)),
-)
-def test_block_lists_are_those_of_every_pair_looked_at(lengths: list[int], causal: bool) -> None:
-    rows = sum(lengths)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (sample[query] == sample[key]) & ((query >= key) if causal else (query >= 0))
-
-    expected = create_block_mask(sees, None, None, rows, rows, device="cpu", BLOCK_SIZE=8)
-    assert same_lists(block_mask.block_mask(cu_seqlens, rows, causal, 8), expected)
-    # Offsets padded to a fixed number of samples change nothing.
-    padded = torch.cat((cu_seqlens, cu_seqlens[-1:].expand(3)))
-    assert same_lists(block_mask.block_mask(padded, rows, causal, 8), expected)
-
-
-@pytest.fixture
-def flex_frames(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """FlexAttention traced as for a GPU and run without code being generated."""
-    torch._dynamo.reset()
-    frames = CompileCounter()
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=True, backend=frames)
-    monkeypatch.setattr(block_mask, "_compiled", lambda: compiled)
-    return frames
-
-
-def learning_nothing(args: Any) -> tuple[Any, ...]:
-    """FlexAttention on a CPU refuses tensors that take a gradient."""
-    return tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-
-
-@torch.no_grad()
-def test_flex_forward_and_its_number_of_graphs(flex_frames: CompileCounter) -> None:
-    for lengths in ([3, 6], [9, 9, 1], [140, 3, 0, 8], [20, 200], [5, 5, 5, 5, 5]):
-        args = learning_nothing(rounded(attention_inputs(lengths, 4, 2, True), torch.float32, torch.float32))
-        torch.testing.assert_close(function("flex")(*args), function(REFERENCE)(*args))
-    # One for rows that fit in a block, one for more.
-    assert flex_frames.frame_count == 2
-    for name in ("ragged, not causal", "no sample", "empty samples between"):
-        torch.testing.assert_close(function("flex")(*learning_nothing(case(name))), function(REFERENCE)(*case(name)))
-
-
-@torch.no_grad()
-def test_flex_is_part_of_a_larger_graph() -> None:
-    torch._dynamo.reset()
-    frames = CompileCounter()
-    compiled = torch.compile(lambda *args: function("flex")(*args) + 1, fullgraph=True, backend=frames)
-    args = learning_nothing(case("grouped"))
-    torch.testing.assert_close(compiled(*args), function(REFERENCE)(*args) + 1)
-    assert frames.frame_count == 1
-
-
-def test_a_block_mask_is_made_once_for_all_layers_and_again_when_the_packing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(block_mask, "block_mask", lambda *args: made.append(args) or object())
-    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
-    first = block_mask._remembered(cu_seqlens, 5, True)
-    assert block_mask._remembered(cu_seqlens, 5, True) is first
-    cu_seqlens[1] = 2
-    assert block_mask._remembered(cu_seqlens, 5, True) is not first
-    block_mask._remembered(cu_seqlens.clone(), 5, True)
-    assert len(made) == 3
-
-
 @on_gpu
-@pytest.mark.parametrize("name", ["varlen", "xformers", "fa3", "fa4", "flex"])
+@pytest.mark.parametrize("name", FLASH)
 def test_same_bits_twice_on_a_gpu_and_samples_may_change_places(name: str) -> None:
     """Eight samples of up to 700 rows: several blocks each, which FlashAttention's backward may add in any order."""
     if ROOM.implementations[name].unsupported(GPU, torch.bfloat16) is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from truths import truth_of
 
 from fastllava_kernels import Room, rooms
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,10 +7,12 @@ import torch
 from judging import draw
 from torch import Tensor
 
-from fastllava_kernels import Room, matmul, plain, rooms, rows
+from fastllava_kernels import Room, rooms
+from fastllava_kernels._device import plain
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.indices import nan_unless_bounds, or_else
-from fastllava_kernels.launch import INTERPRETED
-from fastllava_kernels.masked_linear_cross_entropy import eager, kernel
+from fastllava_kernels.masked_linear_cross_entropy import eager, kernel_loss_rows
+from fastllava_kernels.projector_splice import kernel_place
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOSS = "masked_linear_cross_entropy"
@@ -75,8 +77,8 @@ def test_a_supervised_row_that_is_none_is_a_nan_loss(room: str, name: str, row: 
         assert function(room, name)(hidden, head, whole(1, row), whole(4, 3), torch.ones(2, device=DEVICE)).isnan()
 
 
-@pytest.mark.parametrize("vocabulary", [VOCABULARY, kernel.LARGEST_ROW + 1])
-@pytest.mark.parametrize("code", [eager, kernel], ids=["torch", "triton"])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, kernel_loss_rows.LARGEST_ROW + 1])
+@pytest.mark.parametrize("code", [eager, kernel_loss_rows], ids=["torch", "triton"])
 def test_the_loss_s_kernels_write_nothing_beside_their_rows(code: Any, vocabulary: int) -> None:
     logits = framed(torch.zeros(3, vocabulary))
     targets = whole(2, vocabulary + 3, -100)
@@ -141,16 +143,16 @@ def test_a_row_named_twice_leaves_no_memory_of_others_in_the_result(room: str, n
 def test_kernels_of_rows_read_and_write_their_rows_only() -> None:
     strange = whole(2, -1, 5, 2**32 + 1, -(2**63))
     out, source = framed(torch.zeros(5, 3)), numbers(5, 3).detach()
-    rows.scatter_rows(source, strange, out[40:45])
-    matmul.linear(source, torch.eye(3, device=DEVICE), torch.zeros(3, device=DEVICE), out[40:45], strange)
-    rows.embed_rows(source, whole(0, 1, 9, -3, 4), strange, out[40:45])
+    kernel_place.ROWS.scatter_rows(source, strange, out[40:45])
+    kernel_place.LINEAR.linear_place(source, torch.eye(3, device=DEVICE), torch.zeros(3, device=DEVICE), strange, out[40:45])
+    kernel_place.ROWS.embed_rows(source, whole(0, 1, 9, -3, 4), strange, out[40:45])
     assert out[42].isnan().all()
     out[42] = 0.0
     assert torch.equal(out, framed(torch.zeros(5, 3)))
-    gathered, total = rows.gather_rows(framed(source)[40:45], strange, True)
+    gathered, total = kernel_place.gather_rows(framed(source)[40:45], strange, True)
     assert torch.equal(gathered, torch.cat((source[2:3], torch.zeros(4, 3, device=DEVICE))))
     assert torch.equal(total, source[2])
-    for code in (rows, plain):
+    for code in (kernel_place, plain):
         gradient = code.embedding_gradient(
             source, torch.zeros(4, 3, device=DEVICE), whole(3, -1, 1, 4, 2**32 + 1), whole(0, 1, 2, 3, 4, -1, 7)
         )

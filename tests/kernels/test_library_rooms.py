@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounter
 from truths import truth_of
 
 from fastllava_kernels import choose, rooms
-from fastllava_kernels import liger as liger_module
-from fastllava_kernels.compiled import compiled
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels._device import liger as liger_module
+from fastllava_kernels._device.compiled import compiled
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 
 LIGER = ["add_rms_norm", "layer_norm", "rms_norm", "rope", "swiglu"]
@@ -46,6 +46,7 @@ def liger(room: str) -> Any:
 
 def ops_of(room: str) -> tuple[Any, Any]:
     """The custom op and its backward."""
+    assert liger(room), "loading it defines the ops"
     return getattr(torch.ops.fastllava, f"{room}_liger").default, getattr(torch.ops.fastllava, f"{room}_liger_backward").default
 
 
@@ -246,7 +247,7 @@ def test_auto_compiles_on_a_gpu_only(room: str) -> None:
 
 
 def test_without_a_cxx_compiler_compiled_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastllava_kernels import compiled as module
+    from fastllava_kernels._device import compiled as module
 
     module._has_cxx_compiler.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")

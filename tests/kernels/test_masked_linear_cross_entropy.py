@@ -13,15 +13,15 @@ from torch import Tensor
 from truths.masked_linear_cross_entropy import CASES, loss_inputs, truth
 
 from fastllava_kernels import rooms
-from fastllava_kernels.launch import INTERPRETED
-from fastllava_kernels.masked_linear_cross_entropy import chunked, eager, kernel
-from fastllava_kernels.masked_linear_cross_entropy.op import masked_linear_cross_entropy_torch, masked_linear_cross_entropy_triton
+from fastllava_kernels._device.launch import INTERPRETED
+from fastllava_kernels.masked_linear_cross_entropy import chunked, eager, kernel_loss_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-CODES = {"triton": kernel, "torch": eager}
-OPS = {"triton": masked_linear_cross_entropy_triton, "torch": masked_linear_cross_entropy_torch}
-REFERENCE = rooms()["masked_linear_cross_entropy"].implementations["reference"].function
+CODES = {"triton": kernel_loss_rows, "torch": eager}
+ROOM = rooms()["masked_linear_cross_entropy"]
+OPS = {name: ROOM.implementations[name].function for name in CODES}
+REFERENCE = ROOM.implementations["reference"].function
 
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_code = pytest.mark.parametrize("code", CODES.values(), ids=CODES)
@@ -43,7 +43,7 @@ GAPS = [0.0, -1.0, -5.0, -10.0, -13.8, -16.2, -18.0, -30.0, -100.0, 5.0, 30.0, 9
 """-16.2 and fewer: p = 1 - 1e-7 and closer to 1, where log(sum) - z_y in fp32 is 0."""
 
 
-@pytest.mark.parametrize("vocabulary", [2, 101, kernel.LARGEST_ROW + 3])
+@pytest.mark.parametrize("vocabulary", [2, 101, kernel_loss_rows.LARGEST_ROW + 3])
 @every_code
 def test_rows_keep_their_digits_however_confident(code: Any, vocabulary: int) -> None:
     logits, targets = logits_of(GAPS, vocabulary)
@@ -339,12 +339,12 @@ def test_rows_beyond_2_to_the_31_elements(vast: Tensor) -> None:
     d_hidden = vast.as_strided((5, 16), (2**30, 1))
     d_hidden[[0, 4]] = 0.0
     rows, targets = torch.tensor([4], dtype=torch.int32), torch.tensor([0])
-    kernel.scatter_rows(torch.ones(1, 16), torch.zeros(1), torch.tensor(1.0), torch.ones(1, 16), rows, targets, d_hidden)
+    kernel_loss_rows.scatter_rows(torch.ones(1, 16), torch.zeros(1), torch.tensor(1.0), torch.ones(1, 16), rows, targets, d_hidden)
     assert torch.equal(d_hidden[4], torch.ones(16, dtype=torch.float16))
     assert torch.equal(d_hidden[0], torch.zeros(16, dtype=torch.float16))
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = recorded(monkeypatch, kernel)
-    outputs_and_gradients(masked_linear_cross_entropy_triton, on_device(CASES["usual"]))
+    launched = recorded(monkeypatch, kernel_loss_rows)
+    outputs_and_gradients(OPS["triton"], on_device(CASES["usual"]))
     assert launched == [(name, torch.empty(0, device=DEVICE).device) for name in ("_loss_row", "_scatter_row", "_scale")]

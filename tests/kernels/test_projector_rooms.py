@@ -14,7 +14,7 @@ from torch import Tensor
 from truths import truth_of
 
 from fastllava_kernels import rooms
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import SLACK
 
 CUDA = torch.cuda.is_available()

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from fastllava_kernels import Implementation, Room, choose, rooms
+from fastllava_kernels._tuning import tuning
 from fastllava_kernels.room import Sizes
 
+COMPOSED = {"projector_splice": ("projector_mlp", "splice")}
+"""Rooms whose reference is made of others'."""
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -73,7 +76,7 @@ def test_auto_passes_on_from_what_cannot_run_the_model(width: int, chosen: str) 
 def test_flash_attention_is_for_heads_that_it_takes(part: str, width: int, flash: bool) -> None:
     sizes = Sizes({"model.llm": 64, "model.vision_tower": 64} | {part: width})
     for name, one in rooms()["attention"].implementations.items():
-        takes = flash or name in ("reference", "sdpa", "flex")
+        takes = flash or name in ("reference", "sdpa")
         assert (one.unfit(sizes) is None) == takes
         if not takes:
             assert f"those of {part} are {width} wide" in str(one.unfit(sizes))
@@ -94,7 +97,7 @@ def test_a_room_without_reference_cannot_be_built() -> None:
 
 
 def test_rooms_are_the_folders(repo) -> None:
-    folders = sorted(path.parent.name for path in (repo / "kernels" / "fastllava_kernels").glob("*/__init__.py"))
+    folders = sorted(path.parent.name for path in (repo / "kernels" / "fastllava_kernels").glob("[!_]*/__init__.py"))
     assert list(rooms()) == folders
     assert len(folders) >= 8
     for name, room in rooms().items():
@@ -105,10 +108,48 @@ def test_rooms_are_the_folders(repo) -> None:
 
 @pytest.mark.parametrize("name", rooms())
 def test_a_room_s_files_are_named_as_the_op_is_found(repo, name: str) -> None:
-    """One word leads to everything: folder, reference and function have one name, and no file shadows triton."""
+    """One word leads to everything: folder, reference and function, config word and file have one name; no file shadows triton."""
     folder = repo / "kernels" / "fastllava_kernels" / name
     assert f"def {name}(" in (folder / "reference.py").read_text(encoding="utf-8")
     assert not (folder / "triton.py").exists()
+    words = {path.name.removesuffix("_op.py") for path in folder.glob("*_op.py")}
+    assert sorted(rooms()[name].implementations) == sorted({"reference"} | words)
+
+
+@pytest.mark.parametrize("name", rooms())
+def test_a_room_s_kernels_are_named_after_it(name: str) -> None:
+    """In the tables, in aot.md and in results; a room with an implementation `triton` has some."""
+    own = [kernel for kernel in tuning.kernels() if kernel.startswith(f"{name}.")]
+    assert bool(own) == ("triton" in rooms()[name].implementations)
+
+
+def test_names_are_known_without_torch() -> None:
+    """A config, `--help` and `--version` need the names only."""
+    code = (
+        "import sys; from fastllava_kernels import rooms; "
+        "print({name: (room.summary, *room.implementations, 'auto' in room.implementations) for name, room in rooms().items()}); "
+        "print(sorted({'torch', 'triton', 'numpy'} & sys.modules.keys()))"
+    )
+    said, imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert ast.literal_eval(said) == {name: (room.summary, *room.implementations, False) for name, room in rooms().items()}
+    assert imported == "[]"
+
+
+def test_an_implementation_is_imported_when_it_is_asked_for_and_no_other() -> None:
+    code = (
+        "import sys; from fastllava_kernels import rooms; rooms()['swiglu'].implementations['reference']; "
+        "print(sorted(name for name in sys.modules if name.startswith('fastllava_kernels.swiglu.')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(ran.stdout) == ["fastllava_kernels.swiglu.reference"]
+
+
+def test_a_name_that_is_no_implementation_is_none_of_the_mapping() -> None:
+    found = rooms()["swiglu"].implementations
+    assert "kernel_swiglu" not in found
+    with pytest.raises(KeyError, match="fast"):
+        found["fast"]
+    assert len(found) == len(list(found)) == 4
 
 
 @pytest.mark.parametrize("name", rooms())
@@ -120,7 +161,7 @@ def test_references_run_anywhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", rooms())
 def test_no_room_knows_another(repo, name: str) -> None:
-    """What rooms share is a module beside them; a room is a folder."""
+    """What rooms share lies in _device and _tuning. An op that is two others, one after the other, is specified by their references."""
     imported = set()
     for path in (repo / "kernels" / "fastllava_kernels" / name).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -133,11 +174,16 @@ def test_no_room_knows_another(repo, name: str) -> None:
     assert not [module for module in imported if module.startswith("..")], "rooms are imported by their whole name or not at all"
     assert "fastllava_kernels.room" in imported
     others = [f"fastllava_kernels.{other}" for other in rooms() if other != name]
-    assert not [module for module in imported if any(module == other or module.startswith(f"{other}.") for other in others)]
+    met = {module for module in imported if any(module == other or module.startswith(f"{other}.") for other in others)}
+    references = tuple(f"fastllava_kernels.{other}.reference" for other in COMPOSED.get(name, ()))
+    assert not [module for module in met if not module.startswith(references)]
 
 
 def test_rooms_open_without_triton() -> None:
     """Triton is there on Linux only; elsewhere the other implementations train."""
-    code = "import sys; sys.modules['triton'] = None; from fastllava_kernels import rooms; print(len(rooms()))"
+    code = (
+        "import sys; sys.modules['triton'] = None; from fastllava_kernels import rooms; "
+        "print(sum(callable(one.function) for room in rooms().values() for one in room.implementations.values()))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.stdout.strip() == str(len(rooms())), ran.stderr
+    assert ran.stdout.strip() == str(sum(len(room.implementations) for room in rooms().values())), ran.stderr

@@ -10,11 +10,11 @@ from launches import recorded
 from truths import truth_of
 
 from fastllava_kernels import rooms
-from fastllava_kernels.rope import kernel as rope_kernel
-from fastllava_kernels.swiglu import kernel as swiglu_kernel
+from fastllava_kernels.rope import kernel_rotate
+from fastllava_kernels.swiglu import kernel_swiglu
 
 ROOMS = ("rope", "swiglu")
-KERNELS = {"rope": rope_kernel, "swiglu": swiglu_kernel}
+KERNELS = {"rope": kernel_rotate, "swiglu": kernel_swiglu}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 every_room = pytest.mark.parametrize("room", ROOMS)
@@ -64,8 +64,8 @@ def test_layout_in_memory_changes_no_bit(room: str) -> None:
 
 def test_heads_of_a_row_need_no_copy_wherever_the_rows_lie() -> None:
     q = torch.zeros(5, 3, 12)[:, :2]
-    assert rope_kernel._heads_contiguous(q) is q
-    assert rope_kernel._heads_contiguous(q.mT) is not q
+    assert kernel_rotate._heads_contiguous(q) is q
+    assert kernel_rotate._heads_contiguous(q.mT) is not q
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(3, 1, 6), (5, 5, 10), (1, 1, 2)])
@@ -87,7 +87,7 @@ def test_sizes_that_fill_no_block(heads: int, key_heads: int, width: int) -> Non
 def test_swiglu_writes_its_elements_and_none_beside_them() -> None:
     buffers = [torch.full((40,), float("nan"), device=DEVICE) for _ in range(2)]
     gate, up, grad = (torch.randn(21, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(3))
-    swiglu_kernel._launch("swiglu.backward", swiglu_kernel._backward, grad, gate, up, buffers[0][:21], buffers[1][:21])
+    kernel_swiglu._launch("swiglu.backward", kernel_swiglu._backward, grad, gate, up, buffers[0][:21], buffers[1][:21])
     for buffer in buffers:
         assert buffer[:21].isfinite().all()
         assert buffer[21:].isnan().all()

@@ -11,9 +11,10 @@ import pytest
 import torch
 import triton
 
-from fastllava_kernels import aot, rooms, tune, tuning
-from fastllava_kernels.aot import Resources
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels import rooms
+from fastllava_kernels._device.launch import INTERPRETED
+from fastllava_kernels._tuning import aot, tune, tuning
+from fastllava_kernels._tuning.aot import Resources
 
 RUNNING = aot.triton_minor()
 
@@ -37,19 +38,23 @@ def test_every_kernel_that_is_launched_is_described(repo: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["interpreter", *aot.ARCHITECTURES])
-def test_every_kernel_is_in_every_table(arch: str) -> None:
-    assert set(tuning.read_table(arch)) == set(tuning.kernels())
-    for kernel, _, _, config in tuning.flatten(tuning.read_table(arch)):
+def test_every_kernel_has_a_configuration_and_no_table_repeats_a_first_candidate(arch: str) -> None:
+    found = list(tuning.configurations(arch))
+    assert {kernel for kernel, *_ in found} == set(tuning.kernels())
+    for kernel, _, _, config in found:
         assert config in tuning.kernels()[kernel].candidates[arch], "an entry that the code does not offer"
+    for name in tuning.read_table(arch):
+        first = tuning.kernels()[name].candidates[arch][0]
+        assert any(kernel == name and config != first for kernel, _, _, config in found), "a kernel that the table need not have"
 
 
 @pytest.mark.parametrize("kernel", tuning.kernels().values(), ids=tuning.kernels())
 def test_a_kernel_names_its_room_and_a_size_of_its_workload(kernel: tuning.Kernel) -> None:
-    assert kernel.name.split(".")[0] in rooms() or kernel.room in rooms()
     assert kernel.rows in rooms()[kernel.room].workload.shapes[tune.SIZE]
 
 
-TABLE = {"op": {"3.6": {"1024": {"B": 1}, "4096": {"B": 2}, "any": {"B": 3}}, "3.8": {"any": {"B": 4}}}}
+OP = tuning.Kernel("op.forward", None, {}, {}, {"interpreter": [{"B": 77}]}, "rows")
+TABLE = {"op.forward": {"3.6": {"1024": {"B": 1}, "4096": {"B": 2}, "any": {"B": 3}}, "3.8": {"any": {"B": 4}}}}
 
 
 @pytest.mark.parametrize(
@@ -58,38 +63,53 @@ TABLE = {"op": {"3.6": {"1024": {"B": 1}, "4096": {"B": 2}, "any": {"B": 3}}, "3
 )
 def test_which_entry_is_taken(monkeypatch: pytest.MonkeyPatch, version: str, rows: int, wanted: int) -> None:
     monkeypatch.setattr(tuning, "read_table", lambda arch: TABLE)
-    monkeypatch.setattr(tuning, "_versions", tuning._versions.__wrapped__)
+    monkeypatch.setattr(tuning, "_buckets", tuning._buckets.__wrapped__)
     monkeypatch.setattr(triton, "__version__", version)
-    assert tuning.config("op", rows, torch.device("cpu"))["B"] == wanted
+    assert tuning.config(OP, rows, torch.device("cpu"))["B"] == wanted
 
 
 def test_without_any_the_largest_bucket_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "read_table", lambda arch: {"op": {"3.6": {"16": {"B": 1}, "128": {"B": 2}}}})
-    monkeypatch.setattr(tuning, "_versions", tuning._versions.__wrapped__)
-    assert tuning.config("op", 1000, torch.device("cpu"))["B"] == 2
+    monkeypatch.setattr(tuning, "read_table", lambda arch: {"op.forward": {"3.6": {"16": {"B": 1}, "128": {"B": 2}}}})
+    monkeypatch.setattr(tuning, "_buckets", tuning._buckets.__wrapped__)
+    assert tuning.config(OP, 1000, torch.device("cpu"))["B"] == 2
 
 
-def test_a_kernel_without_table_is_an_error_that_names_the_command() -> None:
-    with pytest.raises(KeyError, match=r"no kernel .nothing.: run python -m fastllava_kernels\.tune"):
-        tuning.config("nothing", 1, torch.device("cpu"))
+@pytest.mark.parametrize("table", [{}, {"other.forward": {"3.6": {"any": {"B": 1}}}}])
+def test_a_kernel_that_the_table_leaves_out_runs_with_its_first_candidate(
+    monkeypatch: pytest.MonkeyPatch, table: dict[str, object]
+) -> None:
+    monkeypatch.setattr(tuning, "read_table", lambda arch: table)
+    monkeypatch.setattr(tuning, "_buckets", tuning._buckets.__wrapped__)
+    assert tuning.config(OP, 1000, torch.device("cpu")) == {"B": 77, **tuning.FUSION}
+
+
+def test_a_table_with_a_kernel_that_the_code_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "read_table", lambda arch: {"rope.gone": {}})
+    with pytest.raises(ValueError, match=r"tables/sm_90.json has rope.gone, which the code has not: run the tuner"):
+        list(tuning.configurations("sm_90"))
 
 
 def test_an_override_ends_with_its_block() -> None:
-    name = next(iter(tuning.kernels()))
-    before = tuning.config(name, 1, torch.device("cpu"))
+    name, kernel = next(iter(tuning.kernels().items()))
+    before = tuning.config(kernel, 1, torch.device("cpu"))
     with tuning.override(name, {"num_warps": 77}):
-        assert tuning.config(name, 1, torch.device("cpu"))["num_warps"] == 77
-    assert tuning.config(name, 1, torch.device("cpu")) == before
+        assert tuning.config(kernel, 1, torch.device("cpu"))["num_warps"] == 77
+    assert tuning.config(kernel, 1, torch.device("cpu")) == before
 
 
-def test_a_written_table_keeps_what_other_versions_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = next(iter(tuning.kernels()))
+def test_a_written_table_keeps_what_other_versions_say_and_nothing_that_the_code_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name, kernel), (other, _) = list(tuning.kernels().items())[:2]
+    first = dict(kernel.candidates["sm_90"][0])
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     (tmp_path / "sm_90.json").write_text(json.dumps({name: {"1.0": {"any": {"num_warps": 2}}}, "gone": {}}))
-    tune.write("sm_90", {name: {"any": {"num_warps": 8}}})
+    tune.write("sm_90", {name: {"any": first}, other: {"any": tuning.kernels()[other].candidates["sm_90"][0]}})
     table = json.loads((tmp_path / "sm_90.json").read_text())
-    assert table[name] == {"1.0": {"any": {"num_warps": 2}}, RUNNING: {"any": {"num_warps": 8}}}
-    assert "gone" not in table
+    assert table == {name: {"1.0": {"any": {"num_warps": 2}}, RUNNING: {"any": first}}}
+    (tmp_path / "sm_90.json").write_text("{}")
+    tune.write("sm_90", {name: {"any": first}})
+    assert json.loads((tmp_path / "sm_90.json").read_text()) == {}
 
 
 FITS = Resources(registers=128, shared=1000, spilled=0, tensor_core=4, async_copy=4)
@@ -121,7 +141,7 @@ def without_interpreter(code: str) -> subprocess.CompletedProcess[str]:
 def test_the_gate_sees_spills_in_machine_code() -> None:
     """A row of 32,768 logits in four warps does not fit 255 registers a thread; in 16 it does."""
     code = """
-from fastllava_kernels import aot, tuning
+from fastllava_kernels._tuning import aot, tuning
 kernel = tuning.kernels()["masked_linear_cross_entropy.row"]
 for warps in (4, 16):
     found = aot.compile_kernel(kernel, {"num_warps": warps, "num_stages": 1}, "sm_90")
@@ -139,7 +159,7 @@ for warps in (4, 16):
 def test_a_description_that_lost_a_parameter_is_refused() -> None:
     code = """
 import dataclasses
-from fastllava_kernels import aot, tuning
+from fastllava_kernels._tuning import aot, tuning
 kernel = tuning.kernels()["masked_linear_cross_entropy.row"]
 aot.compile_kernel(dataclasses.replace(kernel, constants={}), {"num_warps": 16, "num_stages": 1}, "sm_90")
 """
@@ -158,7 +178,7 @@ def test_the_committed_table_holds_every_entry(repo: Path) -> None:
     lines = [line for line in committed.splitlines() if line.startswith("| ") and " sm_" in line]
     assert len(lines) == len(aot.entries())
     for entry in aot.entries():
-        assert any(line.startswith(f"| {entry.kernel} | {entry.arch} | Triton {entry.minor} | {entry.bucket} |") for line in lines)
+        assert any(line.startswith(f"| {entry.kernel} | {entry.arch} | {entry.tuned} | {entry.bucket} |") for line in lines)
 
 
 def test_another_triton_is_held_to_the_limits_only() -> None:

@@ -12,8 +12,9 @@ from fastllava import train
 from fastllava.config import check_config
 from fastllava.metrics import read_metrics
 from fastllava.model.ops import Ops, choose_ops
-from fastllava_kernels import rooms, tuning
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels import rooms
+from fastllava_kernels._device.launch import INTERPRETED
+from fastllava_kernels._tuning import tuning
 from fastllava_kernels.room import why_not
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -54,7 +55,7 @@ def test_kernels(name, choice, golden, tmp_path) -> None:
 def training_tables():
     """The configurations of an H100 in place of the interpreter's, whose small blocks would take minutes."""
     with ExitStack() as stack:
-        for kernel, _, _, chosen in tuning.flatten(tuning.read_table("sm_90")):
+        for kernel, _, _, chosen in tuning.configurations("sm_90"):
             stack.enter_context(tuning.override(kernel, chosen))
         yield
 

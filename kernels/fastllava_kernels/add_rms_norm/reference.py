@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastllava_kernels.contract import fits
+from fastllava_kernels.contract import Contract, fits
+from fastllava_kernels.room import Implementation
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -18,3 +19,7 @@ def check(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> No
     """Raises ValueError for sizes that do not fit."""
     good = x_TD.ndim == 2 and residual_TD.shape == x_TD.shape and weight_D.shape == x_TD.shape[1:]
     fits(good, "add_rms_norm", "x and residual are [T, D] and weight [D]", x_TD, residual_TD, weight_D)
+
+
+CONTRACT = Contract(check)
+IMPLEMENTATION = Implementation(add_rms_norm)

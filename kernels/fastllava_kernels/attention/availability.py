@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from fastllava_kernels.launch import needs_gpu
+from fastllava_kernels._device.launch import needs_gpu
 from fastllava_kernels.room import Sizes
 
 WIDEST = 256
@@ -17,14 +17,6 @@ def needs_width_of_flash(sizes: Sizes) -> str | None:
     for part, width in sizes.head_widths.items():
         if width % 8 or width > WIDEST:
             return f"it takes heads whose width is a multiple of 8 up to {WIDEST}, and those of {part} are {width} wide"
-    return None
-
-
-def needs_width_of_flex(sizes: Sizes) -> str | None:
-    """FlexAttention: heads of 16 columns or more."""
-    for part, width in sizes.head_widths.items():
-        if width < 16:
-            return f"it takes heads from a width of 16 on, and those of {part} are {width} wide"
     return None
 
 
@@ -58,11 +50,6 @@ def needs_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
     return (
         None if _xformers_has_flash() else "the installed xformers has no FlashAttention for this PyTorch: install the release made for it"
     )
-
-
-def needs_flex(device: torch.device, dtype: torch.dtype) -> str | None:
-    """FlexAttention: a GPU from A100 on, for it has no backward on a CPU."""
-    return "FlexAttention has no backward on a CPU" if device.type != "cuda" else needs_gpu(device, dtype)
 
 
 def _needs(version: str, generations: set[int], package: str, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""FlashAttention as ops: PyTorch's varlen_attn (version 2) or, after its process-wide switch, versions 3 and 4; xformers' too.
+"""What the implementations over FlashAttention share: the ops, PyTorch's switch between its versions, and the same bits twice.
 
 Dao et al. 2022 to 2024, arXiv 2205.14135, 2307.08691, 2407.08608. Nothing of size n x n is held and no length is read on
 the host; kept are the inputs, the output and the log of each row's sum of exponentials. Without a GPU the ops run eager.py.
@@ -6,15 +6,14 @@ the host; kept are the inputs, the output and the log of each row's sum of expon
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 
+from fastllava_kernels._device.launch import on_device_of
 from fastllava_kernels.contract import custom_op
-from fastllava_kernels.launch import on_device_of
 
 from . import eager
 from .availability import WIDEST
@@ -22,103 +21,28 @@ from .availability import WIDEST
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
 
+class Packed(NamedTuple):
+    """The arguments of the room, as a library gets them: contiguous, on a GPU, with no bound beyond the rows."""
+
+    q_THK: Tensor
+    k_TGK: Tensor
+    v_TGK: Tensor
+    cu_seqlens: Tensor
+    """int32 [S+1]"""
+    max_seqlen: int
+    causal: bool
+
+
 class Library(Protocol):
     """What computes on CUDA tensors."""
 
-    def forward(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, given: Packed) -> tuple[Tensor, Tensor]:
         """(attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
         ...
 
-    def backward(
-        self,
-        grad_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        out_THK: Tensor,
-        lse_HT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad_THK: Tensor, given: Packed, out_THK: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         ...
-
-
-class Varlen:
-    """torch.nn.attention.varlen.varlen_attn by the FlashAttention that `switch` names; None is PyTorch's own."""
-
-    def __init__(self, switch: str | None) -> None:
-        self.switch = switch
-
-    def forward(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-        activate(self.switch)
-        # PyTorch 2.11 takes grouped heads without being told, and has no such argument.
-        grouped = q_THK.shape[1] != k_TGK.shape[1] and "enable_gqa" in signature(varlen_attn).parameters
-        options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
-        out_THK, lse_HT = varlen_attn(
-            q_THK,
-            k_TGK,
-            v_TGK,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            return_aux=AuxRequest(lse=True),
-            window_size=_window(causal),
-            **options,
-        )
-        return out_THK, lse_HT
-
-    def backward(
-        self,
-        grad_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        out_THK: Tensor,
-        lse_HT: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        # Importing it defines the ops.
-        import torch.nn.attention.varlen
-
-        activate(self.switch)
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q_THK.device)
-        return torch.ops.torch_attn._varlen_attn_backward(
-            grad_THK,
-            q_THK,
-            k_TGK,
-            v_TGK,
-            out_THK,
-            lse_HT,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            causal,
-            no_dropout,
-            None,
-            list(_window(causal)),
-        )
-
-
-def _window(causal: bool) -> tuple[int, int]:
-    """Rows seen before and after a row; -1 is all. varlen_attn is causal when nothing after is seen."""
-    return (-1, 0) if causal else (-1, -1)
-
-
-def _within(cu_seqlens: Tensor, q_THK: Tensor) -> Tensor:
-    """int32, with no bound beyond the rows: the kernels follow whatever stands there."""
-    return cu_seqlens.clamp(0, q_THK.shape[0]).int()
 
 
 def activate(wanted: str | None) -> None:
@@ -166,7 +90,7 @@ def define(name: str, library: Library) -> Attention:
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.forward(q_THK, k_TGK, v_TGK, cu_seqlens, causal)
         with on_device_of(q_THK), same_bits_twice():
-            return library.forward(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal)
+            return library.forward(Packed(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal))
 
     @forward.register_fake
     def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -189,8 +113,8 @@ def define(name: str, library: Library) -> Attention:
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.backward(grad_THK, q_THK, k_TGK, v_TGK, cu_seqlens, causal)
         with on_device_of(q_THK), same_bits_twice():
-            bounds = _within(cu_seqlens, q_THK)
-            return library.backward(grad_THK, q_THK, k_TGK, v_TGK, out_THK, lse_HT, bounds, max_seqlen, causal)
+            given = Packed(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal)
+            return library.backward(grad_THK, given, out_THK, lse_HT)
 
     @backward.register_fake
     def _(grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +137,6 @@ def define(name: str, library: Library) -> Attention:
     return attention
 
 
-varlen = define("varlen", Varlen(None))
-fa3 = define("fa3", Varlen("FA3"))
-fa4 = define("fa4", Varlen("FA4"))
+def _within(cu_seqlens: Tensor, q_THK: Tensor) -> Tensor:
+    """int32, with no bound beyond the rows: the kernels follow whatever stands there."""
+    return cu_seqlens.clamp(0, q_THK.shape[0]).int()

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels.contract import fits, whole
+from fastllava_kernels.contract import Contract, fits, whole
+from fastllava_kernels.room import Implementation
 
 from .lengths import lengths_of
 
@@ -42,3 +43,7 @@ def check(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_s
     fits(good and q_THK.shape[1] % k_TGK.shape[1] == 0, "attention", what, *given)
     good = cu_seqlens.ndim == 1 and whole(cu_seqlens) and cu_seqlens.shape[0] > (1 if q_THK.shape[0] else 0)
     fits(good, "attention", what, *given)
+
+
+CONTRACT = Contract(check)
+IMPLEMENTATION = Implementation(attention, untraceable="it reads the samples' lengths on the host")

@@ -1,4 +1,4 @@
-"""Implementation `torch` of masked_linear_cross_entropy: the kernel's arithmetic in plain PyTorch, on any device."""
+"""The kernels' arithmetic of masked_linear_cross_entropy in plain PyTorch, on any device."""
 
 import torch
 from torch import Tensor

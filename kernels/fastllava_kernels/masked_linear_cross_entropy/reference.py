@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels.contract import fits, whole
+from fastllava_kernels.contract import Contract, fits, whole
 from fastllava_kernels.indices import inside, or_else
+from fastllava_kernels.room import Implementation
 
 
 def masked_linear_cross_entropy(
@@ -39,3 +40,7 @@ def check(hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets
     fits(supervised_rows.shape == targets_M.shape == weights_M.shape and weights_M.ndim == 1, room, what, *given)
     fits(whole(supervised_rows, targets_M) and weights_M.is_floating_point(), room, what, *given)
     fits(hidden_TD.shape[0] > 0 or not supervised_rows.shape[0], room, "there is no row to supervise", hidden_TD, supervised_rows)
+
+
+CONTRACT = Contract(check, no_gradient=("weights_M",), one_dtype=False)
+IMPLEMENTATION = Implementation(masked_linear_cross_entropy)

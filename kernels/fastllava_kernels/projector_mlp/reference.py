@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels import mlp
+from fastllava_kernels._device import mlp
+from fastllava_kernels.contract import Contract
+from fastllava_kernels.room import Implementation
 
 
 def projector_mlp(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -26,3 +28,7 @@ def projector_mlp(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) 
 def check(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Raises ValueError for sizes that do not fit."""
     mlp.check_layers("projector_mlp", features_PC, layers)
+
+
+CONTRACT = Contract(check, one_dtype=False)
+IMPLEMENTATION = Implementation(projector_mlp)

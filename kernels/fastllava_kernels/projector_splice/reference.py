@@ -1,16 +1,18 @@
-"""Reference of projector_splice: Linear -> exact GELU -> Linear ..., then every row to its place.
+"""Reference of projector_splice: projector_mlp and then splice, whose references it is made of.
 
 The original does this in `prepare_inputs_labels_for_multimodal` (llava/model/llava_arch.py), with a padded row a sample.
 """
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels import mlp
-from fastllava_kernels.indices import check_rows, inside, or_else
+from fastllava_kernels._device import mlp
+from fastllava_kernels.contract import Contract
+from fastllava_kernels.indices import check_rows
+from fastllava_kernels.projector_mlp.reference import projector_mlp
+from fastllava_kernels.room import Implementation
+from fastllava_kernels.splice.reference import splice
 
 
 def projector_splice(
@@ -21,7 +23,7 @@ def projector_splice(
     text_rows: Tensor,
     patch_rows: Tensor,
 ) -> Tensor:
-    """The packed hidden states [T, D], in the features' dtype.
+    """The packed hidden states [T, D], in the features' dtype: `splice(projector_mlp(features, layers), embedding, ...)`.
 
     features: [P, C], C of the vision tower; layers: (weight [out, in], bias [out]) of each Linear, an erf GELU between
     two, none for the identity; embedding: [V, D]; token_ids: int64 [T]; text_rows: int32, the rows that take
@@ -32,17 +34,7 @@ def projector_splice(
     NaN in every implementation and on every device: a text row whose id is outside the table (-200 too, the mark of an image),
     and a row that neither list names, as when an entry is no row. An entry that is no row is not followed.
     """
-    projected = features_PC
-    for index, (weight, bias) in enumerate(layers):
-        projected = F.linear(F.gelu(projected) if index else projected, weight.to(projected.dtype), bias.to(projected.dtype))
-    rows, vocabulary = token_ids_T.shape[0], embedding_VD.shape[0]
-    ids = token_ids_T.index_select(0, or_else(text_rows, rows, 0)) if rows else token_ids_T
-    text = F.embedding(or_else(ids, vocabulary, 0), embedding_VD).to(projected.dtype)
-    text = text.masked_fill(~inside(ids, vocabulary).unsqueeze(1), torch.nan)
-    # One row more than T is the bin for patches that are cut: no shape depends on how many there are.
-    hidden = projected.new_full((rows + 1, embedding_VD.shape[1]), torch.nan)
-    hidden = hidden.index_copy(0, or_else(text_rows, rows, rows), text)
-    return hidden.index_copy(0, or_else(patch_rows, rows, rows), projected)[:rows]
+    return splice(projector_mlp(features_PC, layers), embedding_VD, token_ids_T, text_rows, patch_rows)
 
 
 def check(
@@ -56,3 +48,7 @@ def check(
     """Raises ValueError for sizes that do not fit."""
     width = mlp.check_layers("projector_splice", features_PC, layers)
     check_rows("projector_splice", features_PC.shape[0], width, embedding_VD, token_ids_T, text_rows, patch_rows)
+
+
+CONTRACT = Contract(check, one_dtype=False)
+IMPLEMENTATION = Implementation(projector_splice)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from fastllava_kernels.contract import Contract
+from fastllava_kernels.room import Implementation
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """`x * sigmoid(1.702 x)`, elementwise, any shape, in x's dtype."""
@@ -11,3 +14,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def check(x: Tensor) -> None:
     """Takes any shape."""
+
+
+CONTRACT = Contract(check)
+IMPLEMENTATION = Implementation(quick_gelu)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastllava_kernels.contract import fits
+from fastllava_kernels.contract import Contract, fits
+from fastllava_kernels.room import Implementation
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -16,3 +17,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def check(x_TD: Tensor, weight_D: Tensor, eps: float) -> None:
     """Raises ValueError for sizes that do not fit."""
     fits(x_TD.ndim > 0 and weight_D.shape == x_TD.shape[-1:], "rms_norm", "x is [..., D] and weight [D]", x_TD, weight_D)
+
+
+CONTRACT = Contract(check)
+IMPLEMENTATION = Implementation(rms_norm)

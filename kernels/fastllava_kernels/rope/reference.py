@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastllava_kernels.contract import fits
+from fastllava_kernels.contract import Contract, fits
+from fastllava_kernels.room import Implementation
 
 
 def rope(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,3 +26,7 @@ def check(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> None:
     good = (k_TGK.shape[0], k_TGK.shape[2]) == cos_TK.shape == sin_TK.shape == (rows, width)
     fits(good, "rope", "q is [T, H, K], k [T, G, K], cos and sin [T, K]", *given)
     fits(width % 2 == 0, "rope", f"the width of a head must be even, and is {width}", *given)
+
+
+CONTRACT = Contract(check, no_gradient=("cos_TK", "sin_TK"))
+IMPLEMENTATION = Implementation(rope)

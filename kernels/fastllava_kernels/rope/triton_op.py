@@ -1,12 +1,13 @@
-"""Op of rope over our kernel, which reads its inputs once and writes beside them, where Liger's writes over copies."""
+"""Implementation `triton` of rope: our kernel, which reads its inputs once and writes beside them, where Liger's writes over copies."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastllava_kernels._device.launch import needs_gpu, takes
 from fastllava_kernels.contract import custom_op
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels.room import Implementation
 
 from .reference import rope
 
@@ -14,23 +15,23 @@ from .reference import rope
 @custom_op("rope_triton")
 def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated queries [T, H, K] and keys [T, G, K], in their dtype, rounded once. cos and sin are tables: they get no gradient."""
-    if not _kernel_takes(q_THK):
+    if not takes(q_THK):
         return rope(q_THK.contiguous(), k_TGK.contiguous(), cos_TK, sin_TK)
-    from . import kernel
+    from . import kernel_rotate
 
-    return kernel.rotate(q_THK, k_TGK, cos_TK, sin_TK, backward=False)
+    return kernel_rotate.rotate(q_THK, k_TGK, cos_TK, sin_TK, backward=False)
 
 
 @custom_op("rope_triton_backward")
 def rope_triton_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of q and k: the cotangents turned back."""
-    if not _kernel_takes(grad_q_THK):
+    if not takes(grad_q_THK):
         half = sin_TK.shape[1] // 2
         swapped = torch.cat((sin_TK[:, half:], sin_TK[:, :half]), dim=1)
         return rope(grad_q_THK.contiguous(), grad_k_TGK.contiguous(), cos_TK, -swapped)
-    from . import kernel
+    from . import kernel_rotate
 
-    return kernel.rotate(grad_q_THK, grad_k_TGK, cos_TK, sin_TK, backward=True)
+    return kernel_rotate.rotate(grad_q_THK, grad_k_TGK, cos_TK, sin_TK, backward=True)
 
 
 @rope_triton.register_fake
@@ -38,10 +39,6 @@ def rope_triton_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor,
 def _(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_TGK))
     return q_out, k_out
-
-
-def _kernel_takes(x: Tensor) -> bool:
-    return x.is_cuda or (INTERPRETED and x.dtype in (torch.float32, torch.float16))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -53,3 +50,5 @@ def _gradients(ctx: Any, grad_q_THK: Tensor, grad_k_TGK: Tensor) -> tuple[Tensor
 
 
 rope_triton.register_autograd(_gradients, setup_context=_keep)
+
+IMPLEMENTATION = Implementation(rope_triton, needs_gpu, interpretable=True)

@@ -1,4 +1,4 @@
-"""Op of swiglu over our kernels: backward writes beside its inputs, where Liger's writes over copies of them."""
+"""Implementation `triton` of swiglu: our kernels, whose backward writes beside its inputs, where Liger's writes over copies of them."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastllava_kernels._device.launch import needs_gpu, takes
 from fastllava_kernels.contract import custom_op
-from fastllava_kernels.launch import INTERPRETED
+from fastllava_kernels.room import Implementation
 
 from .reference import swiglu
 
@@ -16,11 +17,11 @@ from .reference import swiglu
 def swiglu_triton(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """[T, F] in the inputs' dtype: `silu(gate) * up`, rounded once."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
-    if not _kernel_takes(gate_TF):
+    if not takes(gate_TF):
         return swiglu(gate_TF, up_TF)
-    from . import kernel
+    from . import kernel_swiglu
 
-    return kernel.forward(gate_TF, up_TF)
+    return kernel_swiglu.forward(gate_TF, up_TF)
 
 
 @swiglu_triton.register_fake
@@ -32,21 +33,17 @@ def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 def swiglu_triton_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     grad_TF, gate_TF, up_TF = grad_TF.contiguous(), gate_TF.contiguous(), up_TF.contiguous()
-    if not _kernel_takes(gate_TF):
+    if not takes(gate_TF):
         return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), grad_TF * F.silu(gate_TF)
-    from . import kernel
+    from . import kernel_swiglu
 
-    return kernel.backward(grad_TF, gate_TF, up_TF)
+    return kernel_swiglu.backward(grad_TF, gate_TF, up_TF)
 
 
 @swiglu_triton_backward.register_fake
 def _(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
     d_gate_TF, d_up_TF = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate_TF, up_TF))
     return d_gate_TF, d_up_TF
-
-
-def _kernel_takes(x: Tensor) -> bool:
-    return x.is_cuda or (INTERPRETED and x.dtype in (torch.float32, torch.float16))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -58,3 +55,5 @@ def _gradients(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 swiglu_triton.register_autograd(_gradients, setup_context=_keep)
+
+IMPLEMENTATION = Implementation(swiglu_triton, needs_gpu, interpretable=True)

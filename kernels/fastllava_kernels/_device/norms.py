@@ -1,0 +1,83 @@
+"""What Liger's norms have in common: their custom ops, and the statistics of a row in plain PyTorch where no kernel runs.
+
+Rows are all axes but the last; shape letters: N rows, D columns.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllava_kernels.contract import custom_op
+
+
+def define(room: str, forward: Callable[..., Any], backward: Callable[..., Any], streams: int = 1) -> Any:
+    """The op fastllava::<room>_liger with fake and autograd, over ops of both passes.
+
+    forward(x for each stream, parameters [D], eps): a result in x's shape for each stream, then as many statistics [N] as there are
+    parameters. backward(a gradient for each result, what was normed, the weight, statistics, whether parameters want gradients): the
+    one gradient of every stream, then one for each parameter, empty where none is wanted. With two streams it is their sum that is
+    normed, the second result.
+    """
+    op, backward_op = custom_op(f"{room}_liger")(forward), custom_op(f"{room}_liger_backward")(backward)
+
+    @op.register_fake
+    def _(*inputs: Any) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        rows = math.prod(x.shape[:-1])
+        results = [_like(x) for _ in range(streams)]
+        return *results, *(x.new_empty(rows, dtype=dtype_of_statistics(x)) for _ in inputs[streams:-1])
+
+    @backward_op.register_fake
+    def _(*given: Any) -> tuple[Tensor, ...]:
+        normed, weight, *statistics, wants_parameters = given[streams:]
+        return _like(normed), *(weight.new_empty(weight.shape if wants_parameters else 0) for _ in statistics)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(output[1] if streams > 1 else inputs[0], inputs[streams], *output[streams:])
+        ctx.mark_non_differentiable(*output[streams:])
+
+    def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wants = ctx.needs_input_grad[streams:-1]
+        d_x, *d_parameters = backward_op(*grads[:streams], *ctx.saved_tensors, any(wants))
+        return *[d_x] * streams, *(d_parameters if any(wants) else [None] * len(wants)), None
+
+    op.register_autograd(gradients, setup_context=keep)
+    return op
+
+
+def dtype_of_statistics(x: Tensor) -> torch.dtype:
+    """fp32, in which norms keep their statistics; fp64 for fp64 on a CPU."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[N, D] in the dtype of the statistics."""
+    return x.flatten(0, -2).to(dtype_of_statistics(x))
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed in x's shape and dtype, 1 / rms [N]), rounded before the weight as Llama's norm is."""
+    wide_ND = rows_of(x)
+    rstd_N = torch.rsqrt(wide_ND.square().mean(-1) + eps)
+    return weight_D * (wide_ND * rstd_N.unsqueeze(1)).to(x.dtype).view(x.shape), rstd_N
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, [N, D], and of the weight, [D], both in the dtype of the statistics."""
+    grad_ND = grad.flatten(0, -2).to(rstd_N.dtype)
+    normed_ND = x.flatten(0, -2).to(rstd_N.dtype) * rstd_N.unsqueeze(1)
+    scaled_ND = grad_ND * weight_D
+    d_x = rstd_N.unsqueeze(1) * (scaled_ND - normed_ND * (scaled_ND * normed_ND).mean(-1, keepdim=True))
+    return d_x, (grad_ND * normed_ND).sum(0)
+
+
+def or_none(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype, or the empty tensor that stands for none."""
+    return parameter.new_empty(0) if gradient is None else gradient.to(parameter.dtype)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
