@@ -62,6 +62,10 @@ class Batch:
         """The same batch in page-locked memory. `DataLoader(pin_memory=True)` calls this."""
         return self._map(Tensor.pin_memory)
 
+    def share_memory(self) -> "Batch":
+        """The same batch in memory that another process can map. Raises RuntimeError when there is no room for it."""
+        return self._map(lambda tensor: tensor.share_memory_() if tensor.numel() else tensor)
+
     def _map(self, change) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})

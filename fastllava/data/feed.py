@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastllava.data.workers import Board, begin_worker, children, in_words, kill, stops_held
+from fastllava.disk import in_words as bytes_in_words
 from fastllava.errors import UserError
 
 Report = Callable[[str], None]
@@ -30,6 +33,7 @@ _CLOSE_SECONDS = 6.0
 _BEGIN_SECONDS = 15.0
 """For a worker to begin, which takes milliseconds; three times that is less than the watchdog waits."""
 _LOOK_SECONDS = 0.005
+_SHARED = Path("/dev/shm")  # noqa: S108 (where Linux keeps shared memory)
 
 
 class WorkerDied(RuntimeError):
@@ -109,8 +113,10 @@ class Feed(Generic[Place]):
         try:
             with stops_held():
                 self._built: Iterator[Any] = iter(loader)
-        except BaseException:
+        except BaseException as error:
             kill(children() - others)
+            if isinstance(error, OSError):
+                raise no_workers(f"workers cannot be started ({error.strerror or error})") from None
             raise
         self._workers = tuple(children() - others)
         with suppress(ValueError):
@@ -163,6 +169,13 @@ class Feed(Generic[Place]):
             if time.monotonic() >= end:
                 return
             time.sleep(0.05)
+
+
+def no_workers(what: str) -> UserError:
+    """The error to raise when `what` keeps workers from their work: mostly /dev/shm, which containers have 64 MB of."""
+    free = f"; {bytes_in_words(shutil.disk_usage(_SHARED).free)} are free there" if _SHARED.is_dir() else ""
+    larger = f"make {_SHARED} larger (docker run --shm-size=16g{free})"
+    return UserError(f"data.workers: {what}; {larger}, or write fewer workers, or data.workers=0, and start the same command again")
 
 
 def _in_worker(parent: int, board: Board, _: int) -> None:

@@ -12,16 +12,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from fastllava.batch import IMAGE_ID, Batch, ImageSpec
 from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord
-from fastllava.data.feed import Feed, Report
+from fastllava.data.feed import Feed, Report, no_workers
 from fastllava.data.images import ImageError, load_image, resolve_image
 from fastllava.data.plan import Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.data.workers import Board
+from fastllava.disk import in_words
 from fastllava.errors import UserError
 
 
@@ -146,7 +147,9 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, job: _Job) -> Batch | UserError:
         try:
-            return self._build(job)
+            batch = self._build(job)
+            # Here and not by the thread that sends it, whose errors nobody hears of: the main process would wait for ever.
+            return batch if get_worker_info() is None else _shared(batch)
         except UserError as error:
             # Returned, not raised: what a worker raises reaches the main process wrapped in a traceback.
             return error
@@ -163,6 +166,14 @@ class _MicroBatches(Dataset):
         if bad:
             raise BadImages(bad)
         return pack(samples, self.spec, self.data.max_tokens)
+
+
+def _shared(batch: Batch) -> Batch:
+    try:
+        return batch.share_memory()
+    except RuntimeError as error:
+        needed = in_words(sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor)))
+        raise no_workers(f"a batch of {needed} finds no room in shared memory ({' '.join(str(error).split())[:160]})") from None
 
 
 def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index: int, weight: float) -> Sample:

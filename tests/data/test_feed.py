@@ -97,6 +97,19 @@ def test_what_kills_workers_again_and_again_is_named():
     assert multiprocessing.active_children() == []
 
 
+def test_workers_that_cannot_be_started_name_the_remedy(monkeypatch):
+    class Full:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(feed_module, "DataLoader", Full)
+    with pytest.raises(UserError, match=r"workers cannot be started \(No space left on device\); make /dev/shm larger .*data\.workers=0"):
+        feed_of()
+
+
 @pytest.mark.parametrize("state", ["waits", "hangs", "is stopped"])
 def test_closing_ends_workers_at_once(state, tmp_path):
     with closing(feed_of(lambda number: time.sleep(3600 * (state == "hangs" and number == 1)), 2)) as feed:

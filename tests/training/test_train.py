@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastllava import checkpoint, shards
+from fastllava.batch import Batch
 from fastllava.config import ParallelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.metrics import read_metrics
@@ -392,6 +393,18 @@ def test_a_picture_that_kills_every_worker_is_named_and_nothing_is_lost(settings
     assert multiprocessing.active_children() == []
     assert train(values).summary["status"] == "complete"
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(6))
+
+
+def test_a_batch_that_finds_no_room_in_shared_memory_names_the_remedy_and_that_works(settings, monkeypatch):
+    def no_room(_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+
+    monkeypatch.setattr(Batch, "share_memory", no_room)
+    named = r"data\.workers: a batch of \d.* finds no room in shared memory .*make /dev/shm larger .*or data\.workers=0"
+    with pytest.raises(UserError, match=named):
+        train(settings(data={"workers": 1}))
+    assert multiprocessing.active_children() == []
+    assert train(settings(data={"workers": 0})).summary["status"] == "complete"
 
 
 def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_path, monkeypatch):
