@@ -34,7 +34,7 @@ check: dev  ## lint, format, types, import floors, spelling, kernels compiled fo
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python -m fastllava_kernels._tuning.aot --check kernels/aot.md
-	@$(BIN)/python -m fastllava.schema .venv/schema.json
+	@$(BIN)/python -m fastllava.config.schema .venv/schema.json
 	@cmp .venv/schema.json configs/schema.json || { echo "configs/schema.json is out of date: run make schema"; exit 1; }
 
 format: dev  ## format the code and mend what the linter can
@@ -42,7 +42,7 @@ format: dev  ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 schema: install  ## write configs/schema.json anew
-	$(BIN)/python -m fastllava.schema configs/schema.json
+	$(BIN)/python -m fastllava.config.schema configs/schema.json
 
 clean:  ## remove .venv, caches and ./demo
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

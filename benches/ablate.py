@@ -21,9 +21,9 @@ from benches.results import Row, append
 from benches.timing import Times, seconds_of
 from benches.world import world
 from fastllava.config import Config, Stage, value_of
+from fastllava.config.toggles import kernel_toggles, levers, train_toggles
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
-from fastllava.toggles import kernel_toggles, levers, train_toggles
 
 FEWEST = 3
 """Turns, whatever the budget says."""

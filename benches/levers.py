@@ -20,9 +20,9 @@ from benches.peer_trials import CANNOT, check_device, check_stages
 from benches.results import Row, append
 from benches.world import world
 from fastllava.config import Stage
+from fastllava.config.toggles import levers
 from fastllava.errors import UserError
 from fastllava.optim import lr_factor, set_lr
-from fastllava.toggles import levers
 
 DIFFERENT = 4
 """Steps that come again and again."""

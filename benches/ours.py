@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from benches.models import SELECT_LAYER, Size, build, parameters_of, tensor_bytes
 from benches.synthetic import CAP, Samples, draw
-from fastllava.accounting import Accounting, Work
 from fastllava.batch import Batch
 from fastllava.config import Config, Stage, load_config
 from fastllava.data.loader import Sample, pack
 from fastllava.data.plan import Plan, Step
-from fastllava.low_bit import check_low_bit
-from fastllava.metrics import DeviceScalars
 from fastllava.model.compiled import check_compiler
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.ops import choose_ops
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
-from fastllava.stages import prepare_stage
-from fastllava.startup import check_fp8, check_fp8_widths, set_tf32
+from fastllava.optim.low_bit import check_low_bit
 from fastllava.train import train_step
+from fastllava.train.metrics.flops import Accounting, Work
+from fastllava.train.metrics.log import DeviceScalars
+from fastllava.train.stages import prepare_stage
+from fastllava.train.startup import check_fp8, check_fp8_widths, set_tf32
 
 DRAWN = 2048
 """Samples to plan from: 8 steps of the larger global batch."""

@@ -18,11 +18,11 @@ from benches import models
 from benches.ours import Run
 from benches.peer_training import IGNORED, Peer, Shared, Tensors, labels_of, pixels_of
 from benches.synthetic import CAP
-from fastllava.accounting import Accounting
 from fastllava.batch import IMAGE_ID
 from fastllava.data.loader import Sample
 from fastllava.data.plan import Step
 from fastllava.model.llava import Llava
+from fastllava.train.metrics.flops import Accounting
 
 PADDING = 0
 

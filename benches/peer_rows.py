@@ -11,8 +11,8 @@ from benches.peer_trials import CANNOT, OUT_OF_MEMORY, Trial, distance
 from benches.results import Row, finite
 from benches.timing import Times
 from benches.world import world
-from fastllava.accounting import peak_flops
 from fastllava.data.plan import Step
+from fastllava.train.metrics.flops import peak_flops
 
 OURS = "fastllava"
 ORIGINAL = "original"

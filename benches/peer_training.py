@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from benches.models import parameters_of, tensor_bytes
 from benches.ours import Fastllava, Run
-from fastllava.accounting import Accounting, Flops, Work
 from fastllava.batch import IMAGE_ID
 from fastllava.data.loader import Sample
 from fastllava.data.plan import Step
-from fastllava.metrics import DeviceScalars
-from fastllava.startup import set_tf32
+from fastllava.train.metrics.flops import Accounting, Flops, Work
+from fastllava.train.metrics.log import DeviceScalars
+from fastllava.train.startup import set_tf32
 
 IGNORED = -100
 """The label of a row that is not supervised."""

@@ -19,11 +19,11 @@ from benches import models
 from benches.ours import Run
 from benches.peer_training import IGNORED, Peer, Shared, Tensors, labels_of, pixels_of
 from benches.synthetic import CAP, SPECIAL
-from fastllava.accounting import Accounting
 from fastllava.batch import IMAGE_ID
 from fastllava.data.loader import Sample
-from fastllava.metrics import DeviceScalars
 from fastllava.model.llava import Llava
+from fastllava.train.metrics.flops import Accounting
+from fastllava.train.metrics.log import DeviceScalars
 
 IMAGE_TOKEN = SPECIAL - 1
 """An id that no text here has: transformers gives the image one of the vocabulary."""

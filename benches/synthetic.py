@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastllava.accounting import Work
 from fastllava.batch import IMAGE_ID, ImageSpec
 from fastllava.config import Stage
 from fastllava.data.loader import Sample
 from fastllava.model.weights import Origin
+from fastllava.train.metrics.flops import Work
 
 CAP = 2048
 """Rows at which a sample is cut, those of its image included."""

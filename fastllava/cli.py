@@ -16,11 +16,11 @@ from rich.padding import Padding
 from fastllava import __version__
 from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
-from fastllava.ending import end_soon, talk_to_whoever_listens
+from fastllava.console.ending import end_soon, talk_to_whoever_listens
+from fastllava.console.masking import masked
+from fastllava.console.printable import printable
+from fastllava.console.stopping import second_signal_ends
 from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_machine_speaks
-from fastllava.masking import masked
-from fastllava.printable import printable
-from fastllava.stopping import second_signal_ends
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
 
@@ -66,9 +66,9 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check and tokenise the records once; bad ones go to quarantine.jsonl with a reason."""
     talk_to_whoever_listens()
-    from fastllava.parallel import ALONE
-    from fastllava.startup import prepare_data, speaker
-    from fastllava.watchdog import Watchdog
+    from fastllava.distributed.processes import ALONE
+    from fastllava.train.startup import prepare_data, speaker
+    from fastllava.train.watch.watchdog import Watchdog
 
     say, checked = speaker(Console()), load_config(config, overrides or ())
     with Watchdog(checked.train.watchdog_seconds, ALONE, checked.data.workers) as watch:
@@ -110,7 +110,7 @@ def plan_command(
     from fastllava.planner.gpus import gpu_named
     from fastllava.planner.plan import plan_stage
     from fastllava.planner.report import as_json, lines
-    from fastllava.startup import prepare_data, speaker
+    from fastllava.train.startup import prepare_data, speaker
 
     say, chosen = speaker(Console()), gpu_named(gpu)
     overrides = [word for word in configs if "=" in word]
@@ -150,7 +150,7 @@ def certify(
     with first_of_machine_speaks():
         checked = load_config(config, overrides or ())
         from fastllava.certify.run import certify as run_certify
-        from fastllava.startup import speaker
+        from fastllava.train.startup import speaker
 
         given = None if truth is None else truth.value
         certificate = run_certify(
@@ -174,7 +174,7 @@ def inspect(
 ) -> None:
     """Show what the records become: ids, and which of them are supervised."""
     from fastllava.data.inspect import inspect_records, render_text
-    from fastllava.startup import load_tokenizer
+    from fastllava.train.startup import load_tokenizer
 
     if legacy not in (None, "true", "false"):
         raise UserError(f"--legacy: '{legacy}' is neither true nor false")
@@ -196,7 +196,7 @@ def export(
     """Write a checkpoint that other tools load, read it back and compare."""
     talk_to_whoever_listens()
     from fastllava.export import export as run_export
-    from fastllava.startup import speaker
+    from fastllava.train.startup import speaker
 
     run_export(checkpoint, layout.value, out, speaker(Console()))
 
@@ -204,7 +204,7 @@ def export(
 @app.command()
 def toggles() -> None:
     """List every toggle, which changes the order of additions at most: its values, what runs here by default, and why."""
-    from fastllava.toggles import kernel_toggles, train_toggles
+    from fastllava.config.toggles import kernel_toggles, train_toggles
 
     console = Console()
     for toggle in (*train_toggles(), *kernel_toggles()):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastllava.config import Config, _defaults, check_config, keys, load_config
+from fastllava.config import Config, check_config, key_names, load_config
+from fastllava.config.keys import _defaults
+from fastllava.config.problems import ORIGINAL_FLAGS
 from fastllava.errors import UserError
-from fastllava.problems import ORIGINAL_FLAGS
 from fastllava_kernels import rooms
 
 BASE = """\
@@ -125,7 +126,7 @@ def test_keys_are_all_settable(tmp_path: Path) -> None:
     expected = set()
     for section, value in dumped.items():
         expected |= {f"{section}.{key}" for key in value} if isinstance(value, dict) and section != "kernels" else {section}
-    assert set(keys()) == expected
+    assert set(key_names()) == expected
 
 
 # Mistakes. Each line is the whole message: what was given, and what to write instead.
@@ -284,8 +285,8 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_suggestions_lead_to_keys_that_exist() -> None:
-    assert set(ORIGINAL_FLAGS.values()) <= set(keys())
-    assert not set(ORIGINAL_FLAGS) & set(keys())
+    assert set(ORIGINAL_FLAGS.values()) <= set(key_names())
+    assert not set(ORIGINAL_FLAGS) & set(key_names())
 
 
 def test_no_value_of_any_kind_in_any_key_gives_a_traceback() -> None:
@@ -311,7 +312,7 @@ def test_no_value_of_any_kind_in_any_key_gives_a_traceback() -> None:
         b"bytes",
         10**30,
     ]
-    for key, value in itertools.product(keys(), values):
+    for key, value in itertools.product(key_names(), values):
         section, _, name = key.rpartition(".")
         given = {**base, key: value} if not section else {**base, section: {**base.get(section, {}), name: value}}
         message = _message(given)
@@ -330,7 +331,7 @@ def test_a_path_that_the_locale_cannot_write_is_the_files_own_name_in_utf_8(tmp_
     """Under LC_ALL=C with PYTHONUTF8=0 names of files are ASCII to Python."""
     import os
 
-    from fastllava.config import _as_path
+    from fastllava.config.keys import _as_path
 
     monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
     monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastllava.config import load_config, same_training
-from fastllava.schema import schema_text
+from fastllava.config.schema import schema_text
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 OFFICIAL = [path for path in CONFIGS if path.name.startswith("llava15_")]

@@ -10,7 +10,7 @@ import pytest
 
 TALKS = """
 import sys
-from fastllava.ending import talk_to_whoever_listens
+from fastllava.console.ending import talk_to_whoever_listens
 talk_to_whoever_listens()
 from rich.console import Console
 for k in range(3000):
@@ -79,7 +79,7 @@ def test_the_end_takes_its_time_when_nothing_hangs():
 
 STOPS = """
 import signal, sys, time
-from fastllava.stopping import second_signal_ends, stop_requests
+from fastllava.console.stopping import second_signal_ends, stop_requests
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with second_signal_ends(), stop_requests() as received:
     print("ready", flush=True)

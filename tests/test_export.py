@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastllava import checkpoint
 from fastllava.config import ModelConfig, check_config
 from fastllava.errors import UserError
 from fastllava.export import export
@@ -15,6 +14,7 @@ from fastllava.model.execution import Execution
 from fastllava.model.llava import normalise
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava, read_image_spec, write_checkpoint, write_projector
+from fastllava.train.state import checkpoint
 
 OPS = choose_ops({}, torch.device("cpu"), torch.float32)
 

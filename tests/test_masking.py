@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from fastllava.config import as_written, check_config
+from fastllava.config.strict_yaml import in_yaml
+from fastllava.console.masking import masked, masked_values
 from fastllava.errors import UserError
-from fastllava.masking import masked, masked_values
-from fastllava.strict_yaml import in_yaml
 
 HIDDEN = {
     "user and password": ("https://user:s3krit@host/p", "https://***@host/p"),
@@ -70,7 +70,7 @@ def test_a_message_about_a_config_tells_no_secret(settings_of_a_run):
 
 
 def test_a_line_on_the_screen_tells_no_secret(capsys):
-    from fastllava.startup import speaker
+    from fastllava.train.startup import speaker
 
     speaker(Console())("in https://me:s3krit@host/p")
     assert capsys.readouterr().out == "in https://***@host/p\n"

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from fastllava import cli
+from fastllava.console.printable import printable, quoted, shortened
 from fastllava.errors import UserError
-from fastllava.printable import printable, quoted, shortened
-from fastllava.startup import speaker
+from fastllava.train.startup import speaker
 
 # Title and clear screen (7 bits and 8 bits), carriage return, delete, right-to-left override, isolates, line separator, half a character.
 ACTS = [

@@ -20,9 +20,9 @@ from torch.distributed.run import get_args_parser
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from fastllava import cli
-from fastllava.config import keys, load_config
+from fastllava.config import load_config
 from fastllava.data.tokenizer import Tokenizer
-from fastllava.metrics import read_metrics
+from fastllava.train.metrics.log import read_metrics
 from fastllava_kernels import rooms
 
 REPO = Path(__file__).resolve().parents[1]
@@ -252,7 +252,7 @@ def test_the_files_they_name_exist() -> None:
 
 
 def test_the_config_keys_they_name_exist() -> None:
-    known = set(keys()) | {f"kernels.{name}" for name in rooms()}
+    known = set(key_names()) | {f"kernels.{name}" for name in rooms()}
     for name, text in {**TEXTS, "CHANGELOG.md": (REPO / "CHANGELOG.md").read_text(encoding="utf-8")}.items():
         named = set(re.findall(r"\b((?:model|data|optim|train|log|parallel)\.[a-z]\w+)\b(?!\.\w)", text)) - {"model.safetensors"}
         assert named <= known, name

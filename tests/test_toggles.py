@@ -3,9 +3,9 @@
 import torch
 
 from fastllava import cli
-from fastllava.config import check_config, keys
-from fastllava.startup import set_tf32
-from fastllava.toggles import kernel_toggles, train_toggles
+from fastllava.config import check_config, key_names
+from fastllava.config.toggles import kernel_toggles, train_toggles
+from fastllava.train.startup import set_tf32
 from fastllava_kernels import rooms
 
 CPU = torch.device("cpu")
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def test_every_key_is_one_and_every_value_is_taken():
     for toggle in (*train_toggles(), *kernel_toggles(CPU)):
-        assert toggle.key in keys() or toggle.key.removeprefix("kernels.") in rooms()
+        assert toggle.key in key_names() or toggle.key.removeprefix("kernels.") in rooms()
         section, _, name = toggle.key.partition(".")
         for value in toggle.values:
             typed = value == "true" if value in ("true", "false") else value

@@ -13,7 +13,7 @@ from fastllava.config import Stage
 from fastllava.model.ops import reference_ops
 from fastllava.planner.gpus import RESERVED, USABLE
 from fastllava.planner.simulate import MicroBatch, bare_model, gpu_ops, simulate
-from fastllava.stages import trained_parts
+from fastllava.train.stages import trained_parts
 
 SHALLOW = 3
 """Layers of the smaller of two decoders between which bytes are linear in the layers."""

@@ -14,8 +14,8 @@ from fastllava.config import LEVER, Config, as_written, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
-from fastllava.stages import trained_parts
-from fastllava.summary import versions
+from fastllava.train.metrics.summary import versions
+from fastllava.train.stages import trained_parts
 
 
 def of_step(part: Part, plan: Plan, prepared: PreparedSet) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from fastllava.accounting import Accounting
 from fastllava.certify import facts
 from fastllava.certify.judge import Figures, judge, measure
 from fastllava.certify.page import Certificate, as_json, lines
@@ -15,12 +14,13 @@ from fastllava.certify.variants import TRUTH, VARIANTS, Contents, Variants
 from fastllava.config import Config
 from fastllava.data.loader import read_sample, steps
 from fastllava.data.plan import Plan
+from fastllava.distributed.processes import ALONE
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
 from fastllava.model.weights import load_llava
-from fastllava.parallel import ALONE
-from fastllava.startup import Say, prepare_data
-from fastllava.train import check_run
+from fastllava.train.loop import check_run
+from fastllava.train.metrics.flops import Accounting
+from fastllava.train.startup import Say, prepare_data
 
 TRUTHS = {"fp32": torch.float32, "fp64": torch.float64}
 TEXT, JSON = "certificate.txt", "certificate.json"

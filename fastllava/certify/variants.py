@@ -20,7 +20,7 @@ from fastllava.model.build import rebuilt
 from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, reference_ops
-from fastllava.stages import prepare_stage
+from fastllava.train.stages import prepare_stage
 
 TRUTH = "truth"
 VARIANTS: Mapping[str, str] = {

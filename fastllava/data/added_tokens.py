@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastllava.console.printable import quoted
 from fastllava.errors import UserError
-from fastllava.printable import quoted
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token")
 _MARK = re.compile(r"<\|.*\|>")

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastllava.console.printable import quoted
 from fastllava.data import keys
-from fastllava.printable import quoted
 
 _KEYS = frozenset({"id", "image", "conversations"})
 _TURN_KEYS = frozenset({"from", "value"})

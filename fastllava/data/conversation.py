@@ -10,10 +10,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastllava.batch import IMAGE_ID
+from fastllava.console.printable import quoted
 from fastllava.data.checks import BadRecord, Record
 from fastllava.data.templates import TEMPLATES, Template, template
 from fastllava.data.tokenizer import Tokenizer
-from fastllava.printable import quoted
 
 __all__ = ["TEMPLATES", "Encoded", "Segment", "Template", "encode_record", "encode_segments", "prompt", "segments", "template"]
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from fastllava.console.printable import quoted
 from fastllava.data.checks import BadRecord
 from fastllava.errors import UserError
-from fastllava.printable import quoted
 
 _SPACE = "▁"
 _WORD = re.compile(r"\n| *[^ \n]+| +")

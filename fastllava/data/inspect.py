@@ -7,13 +7,13 @@ from typing import Any
 from rich.text import Text
 
 from fastllava.batch import IMAGE_ID
+from fastllava.console.printable import printable
 from fastllava.data.checks import BadRecord, Record, check_record
 from fastllava.data.conversation import Encoded, encode_record, segments, template
 from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw, read_records
 from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
-from fastllava.printable import printable
 
 _SUPERVISED = "bold green"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
-from fastllava.printable import quoted
+from fastllava.console.printable import quoted
 
 Problem = tuple[str, str]
 """A reason of `checks.REASONS`, and a detail."""

@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from fastllava.printable import shortened
+from fastllava.console.printable import shortened
 
 _MOST_NAMES = 200_000
 """Of a folder, that are looked through."""

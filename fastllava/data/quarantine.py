@@ -6,10 +6,10 @@ import json
 from rich.console import Console
 from rich.table import Table
 
+from fastllava.console.printable import printable
 from fastllava.data.checks import REASONS
 from fastllava.data.prepared_set import QUARANTINE, PreparedSet
 from fastllava.errors import UserError
-from fastllava.printable import printable
 
 _MOST_KEYS = 12
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fastllava.batch import IMAGE_ID
 from fastllava.config import DataConfig
+from fastllava.console.printable import shortened
 from fastllava.data.checks import BadRecord, Record, check_record
 from fastllava.data.checksums import read_checksums
 from fastllava.data.conversation import Encoded, cut, encode_record
@@ -30,7 +31,6 @@ from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board, begin_worker, children, kill, stops_held
 from fastllava.errors import UserError
-from fastllava.printable import shortened
 
 SCHEMA = pa.schema(
     [

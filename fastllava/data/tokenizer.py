@@ -11,11 +11,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fastllava.console.printable import quoted
 from fastllava.data.added_tokens import Added, Found, Settings, Words, read_json, read_settings
 from fastllava.data.encoders import Encoder, JsonEncoder, SentencePieceEncoder, legacy_of_json
 from fastllava.data.patterns import check_patterns
 from fastllava.errors import UserError, or_download
-from fastllava.printable import quoted
 
 # Of transformers 4.37.2 (LlamaTokenizer, `legacy=None`), which the original pins; Vicuna v1.5 says false in its config.
 LEGACY_WHEN_UNSAID = True

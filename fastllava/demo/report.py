@@ -13,7 +13,7 @@ from rich.table import Table
 from fastllava.demo.answers import OVERALL, Accuracy
 from fastllava.demo.backbones import write_json
 from fastllava.demo.questions import Question
-from fastllava.summary import LOSS_PLOT
+from fastllava.train.metrics.summary import LOSS_PLOT
 
 SHEET = "answers.png"
 _COLUMNS, _ROWS = 4, 3

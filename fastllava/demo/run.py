@@ -24,8 +24,8 @@ from fastllava.errors import UserError
 from fastllava.model.execution import Execution
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
-from fastllava.startup import choose_device, speaker
 from fastllava.train import run
+from fastllava.train.startup import choose_device, speaker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAMP = "demo.json"

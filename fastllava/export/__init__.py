@@ -15,7 +15,6 @@ from fastllava.disk import read_json_object
 from fastllava.errors import UserError
 from fastllava.export.chat_template import chat_template
 from fastllava.export.check import Check
-from fastllava.fingerprint import differences, fingerprint
 from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
@@ -23,7 +22,8 @@ from fastllava.model.weights import load_llava, write_checkpoint
 from fastllava.model.weights.configs import read_preprocessor
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
-from fastllava.summary import SUMMARY_FILE, damage_of
+from fastllava.train.metrics.summary import SUMMARY_FILE, damage_of
+from fastllava.train.state.fingerprint import differences, fingerprint
 
 _REMEDY = "give the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint"
 
@@ -89,7 +89,7 @@ def _subject(checkpoint: Path, report: Callable[[str], object]) -> _Subject:
     if not checkpoint.is_dir():
         raise UserError(f"CHECKPOINT: {checkpoint} is no folder; {_REMEDY}")
     if (checkpoint / "manifest.json").is_file() and (checkpoint / "tensors").is_dir():
-        from fastllava.checkpoint import read_model
+        from fastllava.train.state.checkpoint import read_model
 
         run, weights = read_model(checkpoint)
         report(f"{checkpoint} is a checkpoint of stage {run.stage}")

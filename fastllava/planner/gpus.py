@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastllava.config.problems import did_you_mean
 from fastllava.errors import UserError
-from fastllava.problems import did_you_mean
 
 PRODUCT_SHARE = 0.79
 """Of the dense bf16 peak, what large matrix products reach: 769 to 798 of 989 TFLOP/s at 8192^3 on an H200. Assumed of the others."""

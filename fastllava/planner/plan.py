@@ -7,17 +7,17 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from fastllava.accounting import Accounting, Work
 from fastllava.config import Config, Recompute
 from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths
-from fastllava.low_bit import traffic_bytes
+from fastllava.distributed.sharding import FROZEN_SHARE
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import Origin, read_origin
+from fastllava.optim.low_bit import traffic_bytes
 from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
 from fastllava.planner.simulate import MicroBatch, StepCost, bare_model, gpu_ops, simulate
-from fastllava.sharding import FROZEN_SHARE
-from fastllava.stages import trained_parts
+from fastllava.train.metrics.flops import Accounting, Work
+from fastllava.train.stages import trained_parts
 
 ROWS = (4096, 8192, 16384, 32768)
 """Sizes of a micro-batch that are looked at."""

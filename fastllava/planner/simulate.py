@@ -18,18 +18,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config
 from fastllava.data.plan import Plan
-from fastllava.low_bit import check_low_bit
+from fastllava.distributed.processes import Processes
+from fastllava.distributed.sharding import Sharding, mesh_of, shard
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, parameters
-from fastllava.parallel import Processes
+from fastllava.optim.low_bit import check_low_bit
 from fastllava.planner.tally import Tally
-from fastllava.sharding import Sharding, mesh_of, shard
-from fastllava.stages import trained_parts
 from fastllava.train import train_step
+from fastllava.train.stages import trained_parts
 from fastllava_kernels import rooms
 from fastllava_kernels.room import REFERENCE
 

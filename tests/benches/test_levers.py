@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from fastllava import cli
 from fastllava.bench import bench_module
+from fastllava.config.toggles import levers, train_toggles
 from fastllava.errors import UserError
-from fastllava.toggles import levers, train_toggles
 
 KEYS = {
     *("lever", "stage", "size", "layers", "dtype", "samples_per_step", "steps", "loss_first", "loss_last", "lever_loss_last"),

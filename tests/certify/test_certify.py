@@ -17,7 +17,7 @@ from fastllava.errors import UserError
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.ops import choose_ops, reference_ops
 from fastllava.model.weights import load_llava
-from fastllava.stages import prepare_stage
+from fastllava.train.stages import prepare_stage
 from fastllava_kernels import rooms
 from fastllava_kernels.room import Implementation
 

@@ -14,7 +14,7 @@ from fastllava.data.loader import Sample, pack
 from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
-from fastllava.stages import prepare_stage
+from fastllava.train.stages import prepare_stage
 
 MAX_TOKENS = 16
 

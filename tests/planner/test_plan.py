@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastllava.accounting import PEAK_FLOPS
 from fastllava.cli import plan_command
 from fastllava.config import Config, check_config
 from fastllava.data.plan import SampleLengths
@@ -15,6 +14,7 @@ from fastllava.errors import UserError
 from fastllava.planner.gpus import GPUS, Gpu, gpu_named
 from fastllava.planner.plan import Candidate, StagePlan, plan_stage
 from fastllava.planner.report import as_json, lines
+from fastllava.train.metrics.flops import PEAK_FLOPS
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 600, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3,

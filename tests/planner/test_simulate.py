@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastllava import low_bit
 from fastllava.batch import Batch, ImageSpec
 from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
@@ -20,10 +19,10 @@ from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops
 from fastllava.model.projector import Projector
-from fastllava.optim import FiniteGuard, build_optimizer
+from fastllava.optim import FiniteGuard, build_optimizer, low_bit
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
-from fastllava.stages import prepare_stage
 from fastllava.train import train_step
+from fastllava.train.stages import prepare_stage
 from fastllava_kernels import choose, rooms
 
 CPU = torch.device("cpu")

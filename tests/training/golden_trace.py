@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fastllava.metrics import read_metrics
+from fastllava.train.metrics.log import read_metrics
 
 RUNS = {
     "pretrain": {

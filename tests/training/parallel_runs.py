@@ -16,13 +16,14 @@ from rich.console import Console
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fastllava import shards, train
 from fastllava.config import check_config
 from fastllava.data import loader
 from fastllava.data.checks import BadRecord
 from fastllava.data.images import ImageError
 from fastllava.errors import UserError
 from fastllava.model import compiled
+from fastllava.train import loop as train
+from fastllava.train.state import shards
 
 # CUDA does not outlive a fork.
 METHOD = "forkserver" if torch.cuda.is_available() else "fork"

@@ -8,7 +8,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastllava.accounting import Accounting, Rows, Work, peak_flops
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, Recompute, Stage
 from fastllava.model.clip import ClipConfig
@@ -16,6 +15,7 @@ from fastllava.model.execution import Execution
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
+from fastllava.train.metrics.flops import Accounting, Rows, Work, peak_flops
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 40, 40)  # equal: then the reference's attention is one call, and every sample has its image first

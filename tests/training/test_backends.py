@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fastllava import backends
-from fastllava.backends import Backend, check_backends
 from fastllava.config import LogConfig, check_config
 from fastllava.errors import UserError
+from fastllava.train.metrics import backends
+from fastllava.train.metrics.backends import Backend, check_backends
 
 
 class Wandb(SimpleNamespace):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastllava import checkpoint
 from fastllava.errors import UserError
 from fastllava.optim import build_optimizer
+from fastllava.train.state import checkpoint
 
 
 def trained(config, seed=0):

@@ -12,11 +12,11 @@ from test_checkpoint import trained
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from fastllava import checkpoint
-from fastllava.dcp_metadata import read_metadata
 from fastllava.disk import described
 from fastllava.errors import UserError
 from fastllava.export import export
+from fastllava.train.state import checkpoint
+from fastllava.train.state.dcp_metadata import read_metadata
 
 
 class Call:

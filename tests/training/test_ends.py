@@ -13,9 +13,14 @@ import torch.multiprocessing
 import yaml
 from parallel_runs import METHOD
 
-from fastllava import checkpoint, cli, metrics, optim, startup, train
+from fastllava import cli
 from fastllava.data import loader
 from fastllava.errors import UserError
+from fastllava.optim import optim
+from fastllava.train import loop as train
+from fastllava.train import startup, step
+from fastllava.train.metrics import log as metrics
+from fastllava.train.state import checkpoint
 
 SOON = 15.0
 """Seconds from the mishap on; the machine may be busy."""
@@ -29,7 +34,7 @@ PHASES = {
     "fetch": (loader, "load_image", "last"),
     "rate": (train, "set_lr", "last"),
     "forward": (train.Llava, "forward", "last"),
-    "backward": (train, "gradient_norm", "last"),
+    "backward": (step, "gradient_norm", "last"),
     "guard": (optim.FiniteGuard, "watch", "last"),
     "numbers": (metrics.DeviceScalars, "read", "last"),
     "record": (metrics.Metrics, "write", "first"),

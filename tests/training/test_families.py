@@ -8,14 +8,14 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastllava import checkpoint
 from fastllava.config import ModelConfig, check_config
 from fastllava.export import export
-from fastllava.metrics import read_metrics
 from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.train import run
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.state import checkpoint
 
 DECODERS = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},

@@ -8,10 +8,10 @@ import pytest
 import torch
 from golden_trace import check_equal, config_of
 
-from fastllava import train
 from fastllava.config import check_config
-from fastllava.metrics import read_metrics
 from fastllava.model.ops import Ops, choose_ops
+from fastllava.train import loop as train
+from fastllava.train.metrics.log import read_metrics
 from fastllava_kernels import rooms
 from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels._tuning import tuning

@@ -6,11 +6,11 @@ import os
 import pytest
 from rich.console import Console
 
-from fastllava import lines
 from fastllava.config import check_config
-from fastllava.lines import Lines
-from fastllava.metrics import read_metrics
 from fastllava.train import run
+from fastllava.train.metrics import lines
+from fastllava.train.metrics.lines import Lines
+from fastllava.train.metrics.log import read_metrics
 
 
 def full(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:

@@ -10,16 +10,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import fastllava.train
-from fastllava import checkpoint, low_bit
-from fastllava.adamw import rounded
+import fastllava.optim.optim
+import fastllava.train.loop
 from fastllava.config import OptimConfig, check_config
 from fastllava.errors import UserError
-from fastllava.low_bit import check_low_bit
-from fastllava.metrics import read_metrics
 from fastllava.model.compiled import whole_graph
-from fastllava.optim import FiniteGuard, build_optimizer, gradient_norm
+from fastllava.optim import FiniteGuard, build_optimizer, gradient_norm, low_bit
+from fastllava.optim.adamw import rounded
+from fastllava.optim.low_bit import check_low_bit
 from fastllava.train import run
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.state import checkpoint
 
 CPU = torch.device("cpu")
 LARGE, SMALL = (32, 160), (10, 3)
@@ -228,7 +229,7 @@ LOW = {"state": "8bit", "master": "bf16"}
 def test_a_run_that_died_goes_on_bit_for_bit_and_loses_little(settings, tmp_path, monkeypatch, torchao):
     train = {"precision": "bf16", "max_steps": 8, "checkpoint_steps": 3}
     values = settings("finetune", train=train, optim={"lr": 2e-3, **LOW})
-    honest, calls = fastllava.train.train_step, []
+    honest, calls = fastllava.train.loop.train_step, []
 
     def dies(*args):
         calls.append(1)
@@ -236,10 +237,10 @@ def test_a_run_that_died_goes_on_bit_for_bit_and_loses_little(settings, tmp_path
             raise KeyboardInterrupt
         return honest(*args)
 
-    monkeypatch.setattr(fastllava.train, "train_step", dies)
+    monkeypatch.setattr(fastllava.train.loop, "train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         run(check_config(values), quiet())
-    monkeypatch.setattr(fastllava.train, "train_step", honest)
+    monkeypatch.setattr(fastllava.train.loop, "train_step", honest)
     with pytest.raises(UserError, match=r"another training: optim\.state was 8bit and is now fp32"):
         run(check_config({**values, "optim": {"lr": 2e-3, "master": "bf16"}}), quiet())
     run(check_config(values), quiet())
@@ -274,8 +275,8 @@ def test_several_processes_are_refused(values, said):
 
 
 def test_a_missing_torchao_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "fastllava.eight_bit", raising=False)
-    monkeypatch.delattr(fastllava, "eight_bit", raising=False)
+    monkeypatch.delitem(sys.modules, "fastllava.optim.eight_bit", raising=False)
+    monkeypatch.delattr(fastllava.optim, "eight_bit", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchao", None)

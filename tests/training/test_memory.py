@@ -6,10 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastllava import memory, train
 from fastllava.config import Config, check_config
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
+from fastllava.train import loop as train
+from fastllava.train import memory
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 86.00 MiB."),

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllava import low_bit
 from fastllava.batch import Batch
 from fastllava.config import ModelConfig, OptimConfig, Recompute, Stage
 from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
-from fastllava.optim import FiniteGuard, build_optimizer, set_lr
+from fastllava.optim import FiniteGuard, build_optimizer, low_bit, set_lr
 from fastllava.train import train_step
 
 # What a GPU takes by itself, where it can run without one; the references may read on the host. On a CPU what an op does inside

@@ -15,13 +15,13 @@ from parallel_runs import launch, stop_after
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastllava import checkpoint
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
-from fastllava.metrics import read_metrics
 from fastllava.train import run
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.state import checkpoint
 
 SAME = ("step", "lr", "samples", "tokens", "supervised_tokens")
 

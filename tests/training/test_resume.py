@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastllava.config import check_config
-from fastllava.metrics import read_metrics
 from fastllava.train import run
+from fastllava.train.metrics.log import read_metrics
 
 FASTLLAVA = Path(sys.executable).with_name("fastllava")
 KILLS, STEPS = 10, 150
@@ -65,7 +65,7 @@ def test_killed_at_ten_random_points(settings, tmp_path):
 
 
 def test_stage_1_resumes_too(settings, tmp_path, monkeypatch):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     values = settings("pretrain", train={"max_steps": 12, "checkpoint_steps": 5})
     honest, calls = module.train_step, []
@@ -105,7 +105,7 @@ def test_checkpoints_by_time(settings, tmp_path):
 
 
 def test_a_full_disk_stops_no_training(settings, tmp_path, monkeypatch, capsys):
-    import fastllava.checkpoint as module
+    import fastllava.train.state.checkpoint as module
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -9,15 +9,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from fastllava import checkpoint
 from fastllava.config import check_config
 from fastllava.errors import UserError
 from fastllava.export import export
-from fastllava.fingerprint import differences, fingerprint
 from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.train import run
+from fastllava.train.state import checkpoint
+from fastllava.train.state.fingerprint import differences, fingerprint
 
 RESULT = "mm_projector.safetensors"
 
@@ -163,7 +163,7 @@ def test_without_manifests_nothing_begins_anew(own, tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_and_says_so(own, tmp_path, monkeypatch):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     def dies(*_):
         raise KeyboardInterrupt

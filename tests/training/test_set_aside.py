@@ -11,13 +11,13 @@ from parallel_runs import launch, stop_after
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastllava import checkpoint
 from fastllava.config import check_config
 from fastllava.errors import UserError
-from fastllava.metrics import read_metrics
-from fastllava.set_aside import SET_ASIDE
-from fastllava.startup import prepare_data
 from fastllava.train import Trainer, run
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.startup import prepare_data
+from fastllava.train.state import checkpoint
+from fastllava.train.state.set_aside import SET_ASIDE
 
 NUMBERS = ("step", "loss", "grad_norm", "lr", "samples", "tokens", "supervised_tokens")
 

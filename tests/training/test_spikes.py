@@ -12,11 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from fastllava import checkpoint, train
 from fastllava.config import OptimConfig, check_config
-from fastllava.metrics import read_metrics
 from fastllava.optim import FiniteGuard, build_optimizer
-from fastllava.spikes import FEWEST, WINDOW, Recent, checked
+from fastllava.optim.spikes import FEWEST, WINDOW, Recent, checked
+from fastllava.train import loop as train
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.state import checkpoint
 
 CPU = torch.device("cpu")
 LAST = 19

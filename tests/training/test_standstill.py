@@ -2,9 +2,9 @@
 
 import pytest
 
-from fastllava import standstill
-from fastllava.parallel import ALONE, Processes
-from fastllava.standstill import Beat, Judge, Motion, Phase
+from fastllava.distributed.processes import ALONE, Processes
+from fastllava.train.watch import standstill
+from fastllava.train.watch.standstill import Beat, Judge, Motion, Phase
 
 STILL = (Phase.FETCHING, 7, 9, [1])
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastllava.accounting import Accounting, Work
 from fastllava.config import check_config
 from fastllava.data.plan import Plan, SampleLengths
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
-from fastllava.throughput import Throughput, run_figures
+from fastllava.train.metrics.flops import Accounting, Work
+from fastllava.train.metrics.throughput import Throughput, run_figures
 
 LLAMA = LlamaConfig(
     vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=4,

@@ -17,13 +17,13 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from fastllava import checkpoint, shards
 from fastllava.batch import Batch
 from fastllava.config import ParallelConfig, check_config
+from fastllava.distributed.sharding import check_replicas
 from fastllava.errors import UserError
-from fastllava.metrics import read_metrics
-from fastllava.sharding import check_replicas
 from fastllava.train import run
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.state import checkpoint, shards
 
 FASTLLAVA = Path(sys.executable).with_name("fastllava")
 
@@ -189,7 +189,7 @@ def test_an_image_that_vanishes_before_a_run_is_counted_and_its_return_noticed(s
     for path in (world / "images").iterdir():
         (images / path.name).write_bytes(path.read_bytes())
     values = settings(data={"images": str(images), "shuffle": False, "workers": 1})
-    from fastllava.startup import prepare_data
+    from fastllava.train.startup import prepare_data
 
     prepare_data(check_config(values), lambda _: None)
     (images / "9.png").unlink()
@@ -270,7 +270,7 @@ def wait_for_steps(output_dir, count, process):
 
 def test_the_step_never_waits_for_the_device(settings, monkeypatch):
     """On a CPU train_step calls no `.item()`, `.tolist()` or nonzero but in the reference of attention, which says so."""
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     waits = []
     inside = []
@@ -408,7 +408,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_names_the_remedy_and_that_w
 
 
 def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_path, monkeypatch):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     honest, calls = module.train_step, []
 
@@ -426,7 +426,7 @@ def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error")])
 def test_a_state_that_has_moved_half_is_never_kept(error, settings, tmp_path, monkeypatch, capsys):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     honest, calls = module.train_step, []
 
@@ -482,7 +482,7 @@ def test_a_save_that_finds_no_memory_ends_the_run_in_one_line(settings, tmp_path
 
 
 def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkeypatch):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -495,7 +495,7 @@ def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkey
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("no Qt"), ValueError("'Qt4Agg' is no\nbackend")])
 def test_a_plot_that_cannot_be_drawn_is_one_line_after_the_result(error, settings, tmp_path, monkeypatch, capsys):
-    import fastllava.train as module
+    import fastllava.train.loop as module
 
     def fails(*_):
         assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "complete"
@@ -513,7 +513,7 @@ def test_a_single_step_of_warm_up_is_said(settings, capsys):
 
 
 def test_a_metrics_file_that_cannot_be_written_leaves_a_state_under_its_own_number(settings, tmp_path, monkeypatch):
-    from fastllava.metrics import Metrics
+    from fastllava.train.metrics.log import Metrics
 
     honest = Metrics.write
 

@@ -13,12 +13,12 @@ import torch.multiprocessing
 from parallel_runs import METHOD
 from rich.console import Console
 
-from fastllava import train
 from fastllava.config import check_config
 from fastllava.data import loader, rows
-from fastllava.parallel import ALONE
-from fastllava.standstill import Phase
-from fastllava.watchdog import STUCK, Watchdog
+from fastllava.distributed.processes import ALONE
+from fastllava.train import loop as train
+from fastllava.train.watch.standstill import Phase
+from fastllava.train.watch.watchdog import STUCK, Watchdog
 
 SECONDS = 1.0
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastllava.config import OptimConfig
-from fastllava.low_bit import LowBitAdamW, is_low_bit
-from fastllava.spikes import SIGMAS, recent
+from fastllava.optim.low_bit import LowBitAdamW, is_low_bit
+from fastllava.optim.spikes import SIGMAS, recent
 
 Named = Iterable[tuple[str, nn.Parameter]]
 

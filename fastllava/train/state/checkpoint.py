@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from fastllava import __version__
 from fastllava.config import Config, as_written, check_config
 from fastllava.disk import described, read_json_object, sync, write_json, writing
+from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
-from fastllava.parallel import ALONE, Processes
-from fastllava.shards import read_shards, read_weights, write_shards
-from fastllava.spikes import checked, recent
-from fastllava.summary import SUMMARY_FILE
+from fastllava.optim.spikes import checked, recent
+from fastllava.train.metrics.summary import SUMMARY_FILE
+from fastllava.train.state.shards import read_shards, read_weights, write_shards
 
 RUN_CONFIG = "run_config.json"
 PROGRESS = "progress.json"

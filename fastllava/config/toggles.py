@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from pydantic.fields import FieldInfo
 
-from fastllava.config import LEVER, marked, same_training
+from fastllava.config.keys import LEVER, marked, same_training
 from fastllava_kernels import choose, rooms
 from fastllava_kernels.room import Room, why_not
 

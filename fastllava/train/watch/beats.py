@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllava.data.workers import process_state
-from fastllava.parallel import Processes
+from fastllava.distributed.processes import Processes
 
 _CONNECT_SECONDS = 30.0
 _LONGEST = 2**20

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastllava.checkpoint import PROGRESS, RUN_CONFIG, Checkpoint, newest
 from fastllava.config import Config, as_written, same_training
+from fastllava.console.masking import masked_values
 from fastllava.disk import read_json_object
 from fastllava.errors import UserError
-from fastllava.fingerprint import KEYS, Fingerprint, differences
-from fastllava.masking import masked_values
-from fastllava.metrics import METRICS_FILE, read_metrics
-from fastllava.summary import SUMMARY_FILE, damage
+from fastllava.train.metrics.log import METRICS_FILE, read_metrics
+from fastllava.train.metrics.summary import SUMMARY_FILE, damage
+from fastllava.train.state.checkpoint import PROGRESS, RUN_CONFIG, Checkpoint, newest
+from fastllava.train.state.fingerprint import KEYS, Fingerprint, differences
 
 Report = Callable[[str], object]
 

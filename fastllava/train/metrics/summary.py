@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fastllava.disk import described_all, read_json_object, write_json
-from fastllava.metrics import read_metrics
-from fastllava.spikes import spike_figures
-from fastllava.throughput import Figures, run_figures
+from fastllava.optim.spikes import spike_figures
+from fastllava.train.metrics.log import read_metrics
+from fastllava.train.metrics.throughput import Figures, run_figures
 
 SUMMARY_FILE = "run_summary.json"
 LOSS_PLOT = "loss.png"

@@ -1,4 +1,4 @@
-"""The training of one stage: the step, and the loop around it that records, saves, resumes and stops."""
+"""The loop around the step: it records, saves, resumes and stops."""
 
 import signal
 import time
@@ -12,69 +12,39 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastllava import checkpoint, memory, resume, set_aside
-from fastllava.accounting import Accounting
-from fastllava.backends import check_backends
 from fastllava.batch import Batch, ImageSpec
-from fastllava.checkpoint import RUN_CONFIG
 from fastllava.config import Config, as_written
+from fastllava.console.stopping import stop_requests
 from fastllava.data.loader import BadImage, BadImages, steps
 from fastllava.data.plan import Plan, Step
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import write_json
+from fastllava.distributed.processes import Processes, attempt, peers, processes
+from fastllava.distributed.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
 from fastllava.errors import PeerLost, ToldElsewhere, UserError
-from fastllava.fingerprint import fingerprint
-from fastllava.low_bit import check_low_bit
-from fastllava.metrics import DeviceScalars, Metrics
 from fastllava.model.compiled import check_compiler
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava, read_origin
-from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, lr_factor, parameters, set_lr
-from fastllava.parallel import Processes, attempt, peers, processes
-from fastllava.sharding import UNSHARDED, Sharding, check_replicas, shard, sharding_in_words
-from fastllava.spikes import in_words as spike_in_words
-from fastllava.spikes import is_spike
-from fastllava.stages import check_start, gather_result, prepare_stage, write_result
-from fastllava.standstill import Phase
-from fastllava.startup import announce, check_fp8, check_fp8_widths, choose_device, kernels_in_words, open_data, set_tf32, speaker
-from fastllava.stopping import stop_requests
-from fastllava.summary import LOSS_PLOT, describe_result, plot_loss, write_summary
-from fastllava.throughput import Throughput
-from fastllava.watchdog import Watchdog
-
-
-def train_step(
-    model: Llava,
-    optimizer: torch.optim.Optimizer,
-    guard: FiniteGuard,
-    batches: Sequence[Batch],
-    device: torch.device,
-    max_norm: float | None,
-    sharding: Sharding = UNSHARDED,
-) -> DeviceScalars:
-    """One optimizer step over its micro-batches: fp32 loss, gradient norm before clipping, whether the guard has tripped, and `guard.far`.
-
-    `batches` are this process's; loss and norm are those of all. The batches' weights already hold the step's normalisation,
-    so losses and gradients only add up. Nothing here waits for the device.
-    """
-    loss = torch.zeros((), device=device)
-    for number, batch in enumerate(batches, 1):
-        sharding.begin_micro_batch(model, last=number == len(batches))
-        part = model(batch.to(device))
-        part.backward()
-        loss += part.detach()
-    loss = sharding.total(loss)
-    params = parameters(optimizer)
-    norm = gradient_norm(params)
-    tripped = guard.watch(loss, norm)
-    if max_norm is not None:
-        clip_gradients(params, norm, max_norm)
-    guard.moving = True
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return DeviceScalars(loss, norm, tripped, *guard.far)
+from fastllava.optim import FiniteGuard, build_optimizer, lr_factor, set_lr
+from fastllava.optim.low_bit import check_low_bit
+from fastllava.optim.spikes import in_words as spike_in_words
+from fastllava.optim.spikes import is_spike
+from fastllava.train import memory
+from fastllava.train.metrics.backends import check_backends
+from fastllava.train.metrics.flops import Accounting
+from fastllava.train.metrics.log import DeviceScalars, Metrics
+from fastllava.train.metrics.summary import LOSS_PLOT, describe_result, plot_loss, write_summary
+from fastllava.train.metrics.throughput import Throughput
+from fastllava.train.stages import check_start, gather_result, prepare_stage, write_result
+from fastllava.train.startup import announce, check_fp8, check_fp8_widths, choose_device, kernels_in_words, open_data, set_tf32, speaker
+from fastllava.train.state import checkpoint, resume, set_aside
+from fastllava.train.state.checkpoint import RUN_CONFIG
+from fastllava.train.state.fingerprint import fingerprint
+from fastllava.train.step import train_step
+from fastllava.train.watch.standstill import Phase
+from fastllava.train.watch.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fastllava.config import Config, Stage
+from fastllava.distributed.sharding import full_tensors
 from fastllava.errors import UserError
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.llava import Llava
 from fastllava.model.weights import projector_config, projector_file, read_origin, write_checkpoint, write_projector
-from fastllava.sharding import full_tensors
-from fastllava.summary import damage_of
+from fastllava.train.metrics.summary import damage_of
 
 
 def check_start(config: Config) -> None:

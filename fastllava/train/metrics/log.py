@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastllava.backends import Backend
 from fastllava.config import Config
-from fastllava.lines import Lines
-from fastllava.masking import masked
-from fastllava.printable import printable
+from fastllava.console.masking import masked
+from fastllava.console.printable import printable
+from fastllava.train.metrics.backends import Backend
+from fastllava.train.metrics.lines import Lines
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllava.distributed.processes import ALONE, Processes
 from fastllava.model.llava import Llava
-from fastllava.parallel import ALONE, Processes
 
 Fingerprint = dict[str, dict[str, Any]]
 """By config key (`KEYS`): `weights`, a hash or "drawn", and `config`, what decides the computation. Plain JSON."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastllava.accounting import Accounting, Work, peak_of
 from fastllava.data.plan import Plan, Step
+from fastllava.train.metrics.flops import Accounting, Work, peak_of
 
 Figures = dict[str, float | int]
 

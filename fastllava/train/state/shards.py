@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fastllava.dcp_metadata import read_metadata
 from fastllava.disk import write_failure
+from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
-from fastllava.memory import is_out_of_memory
-from fastllava.parallel import ALONE, Processes
+from fastllava.train.memory import is_out_of_memory
+from fastllava.train.state.dcp_metadata import read_metadata
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes) -> None:

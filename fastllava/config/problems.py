@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from fastllava.printable import shortened
-from fastllava.strict_yaml import in_yaml
+from fastllava.config.strict_yaml import in_yaml
+from fastllava.console.printable import shortened
 
 # Flags of the original's scripts, so that they lead somewhere.
 ORIGINAL_FLAGS = {

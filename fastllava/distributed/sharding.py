@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastllava.config import ParallelConfig
+from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
-from fastllava.parallel import ALONE, Processes
 
 FROZEN_SHARE = 0.4
 """Of a GPU's memory: what a replicated frozen decoder may take."""

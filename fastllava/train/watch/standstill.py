@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-from fastllava.beats import Exchange, Message
-from fastllava.parallel import Processes
+from fastllava.distributed.processes import Processes
+from fastllava.train.watch.beats import Exchange, Message
 
 TICK_SECONDS = 1.0
 """Between two looks, at most."""

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from fastllava.config.problems import did_you_mean, in_words
+from fastllava.config.strict_yaml import in_yaml, parse_yaml
+from fastllava.console.masking import masked_values
+from fastllava.console.printable import quoted, shortened
 from fastllava.errors import UserError
-from fastllava.masking import masked_values
-from fastllava.printable import quoted, shortened
-from fastllava.problems import did_you_mean, in_words
-from fastllava.strict_yaml import in_yaml, parse_yaml
 from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
@@ -310,7 +310,7 @@ def check_config(given: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         # Without a stage there are no defaults, and complaints about missing keys would hide the one that matters.
         problems = [p for p in error.errors() if defaults or p["type"] != "missing" or p["loc"] == ("stage",)]
-        raise UserError(in_words(problems, list(keys()), dict(_defaults()))) from None
+        raise UserError(in_words(problems, list(key_names()), dict(_defaults()))) from None
 
 
 def as_written(config: Config) -> dict[str, Any]:
@@ -318,11 +318,11 @@ def as_written(config: Config) -> dict[str, Any]:
     return masked_values(config.model_dump(mode="json"))
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+def key_names(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted config key, such as 'optim.lr'."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+            yield from key_names(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 

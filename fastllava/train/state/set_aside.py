@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fastllava.config import Config
+from fastllava.console.printable import quoted
 from fastllava.data.loader import BadImage
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import sync
 from fastllava.errors import UserError
-from fastllava.printable import quoted
 
 SET_ASIDE = "set_aside.jsonl"
 _MANY = 4

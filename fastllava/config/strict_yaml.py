@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
+from fastllava.console.masking import masked_values
+from fastllava.console.printable import shortened
 from fastllava.errors import UserError
-from fastllava.masking import masked_values
-from fastllava.printable import shortened
 
 _LOOKED_AT = 2000
 """Characters of a value that a message could show a part of."""

@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from fastllava.config import Config, LogConfig, as_written
+from fastllava.console.masking import masked
+from fastllava.console.printable import printable
 from fastllava.disk import read_json_object, write_json
 from fastllava.errors import UserError
-from fastllava.masking import masked
-from fastllava.printable import printable
 
 KEPT_FILE = "backends.json"
 OPENING_SECONDS = 20.0

@@ -7,24 +7,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastllava.accounting import peak_of
 from fastllava.batch import ImageSpec
-from fastllava.checkpoint import begun_with
 from fastllava.config import Config
+from fastllava.console.masking import masked
+from fastllava.console.printable import printable, quoted
 from fastllava.data.marks import check_marks, mark_ids
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet, prepare
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board
+from fastllava.distributed.processes import Processes
 from fastllava.errors import UserError
-from fastllava.masking import masked
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.llava import Llava
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
-from fastllava.parallel import Processes
-from fastllava.printable import printable, quoted
+from fastllava.train.metrics.flops import peak_of
+from fastllava.train.state.checkpoint import begun_with
 
 Say = Callable[[str], None]
 

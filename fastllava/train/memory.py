@@ -9,7 +9,7 @@ import torch
 
 from fastllava.config import Config, Recompute
 from fastllava.errors import UserError
-from fastllava.low_bit import is_low_bit
+from fastllava.optim.low_bit import is_low_bit
 
 _HOST = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
 """How PyTorch says in a RuntimeError that the host has no more."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastllava.config import STAGE_DEFAULTS, Config
+from fastllava.config.keys import STAGE_DEFAULTS, Config
 from fastllava_kernels import rooms
 
 

@@ -18,10 +18,10 @@ from typing import Self
 
 from rich.console import Console
 
-from fastllava.beats import Exchange
 from fastllava.data.workers import Board, kill, process_state
-from fastllava.parallel import Processes
-from fastllava.standstill import TICK_SECONDS, Beat, Judge, Motion, Phase
+from fastllava.distributed.processes import Processes
+from fastllava.train.watch.beats import Exchange
+from fastllava.train.watch.standstill import TICK_SECONDS, Beat, Judge, Motion, Phase
 
 STUCK = 75
 """Exit code, EX_TEMPFAIL of sysexits.h: start the same command again."""

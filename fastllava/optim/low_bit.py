@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllava.adamw import Constants, moved, rounded
 from fastllava.config import OptimConfig
 from fastllava.errors import UserError
 from fastllava.model.compiled import whole_graph
+from fastllava.optim.adamw import Constants, moved, rounded
 
 _PIECE = 2**24
 """Values that are moved at a time, so that what is in fp32 on the way stays small; whole blocks of 8-bit moments."""
@@ -190,7 +190,7 @@ def _as_it_is(values: Tensor, _: Tensor) -> tuple[Tensor, ...]:
 
 def _eight_bit() -> ModuleType:
     """Here, as only some runs need torchao, and it takes a second to load."""
-    from fastllava import eight_bit
+    from fastllava.optim import eight_bit
 
     return eight_bit
 

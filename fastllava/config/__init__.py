@@ -1,0 +1,26 @@
+"""The configuration of a run: `load_config` reads it, `Config` holds it."""
+
+from fastllava.config.keys import (
+    LEVER,
+    STAGE_DEFAULTS,
+    Compile,
+    Config,
+    DataConfig,
+    Fp8,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Recompute,
+    Rows,
+    Stage,
+    TrainConfig,
+    as_written,
+    check_config,
+    key_names,
+    load_config,
+    marked,
+    same_training,
+    value_of,
+    without_levers,
+)

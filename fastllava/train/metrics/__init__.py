@@ -1,0 +1,1 @@
+"""What a run records of itself: the figures of each step, its backends and its summary."""

@@ -1,0 +1,1 @@
+"""What notices that a run stands still, or that a process has gone."""
