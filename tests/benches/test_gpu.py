@@ -167,7 +167,7 @@ def tool(folder: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int 
 
 
 BEGIN = '========= COMPUTE-SANITIZER\nlaunched: ["rope.forward"]'
-OUT_OF_BOUNDS = "========= Invalid __global__ read of size 2 bytes\n=========     at _rotate+0x90 in kernel.py:40"
+OUT_OF_BOUNDS = "========= Invalid __global__ read of size 2 bytes\n=========     at _rotate+0x90 in kernel_rotate.py:40"
 
 
 @pytest.mark.parametrize(

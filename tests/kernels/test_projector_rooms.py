@@ -15,7 +15,7 @@ from truths import truth_of
 
 from fastllava_kernels import rooms
 from fastllava_kernels._device.launch import INTERPRETED
-from fastllava_kernels.room import SLACK
+from fastllava_kernels.contract import SLACK
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
