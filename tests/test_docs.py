@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -160,6 +161,12 @@ def test_the_messages_of_troubleshooting_are_those_of_the_program() -> None:
         for quoted in re.findall(r"`([^`]+)`", heading):
             for part in re.split(r"\.\.\.|;|<\w+>|wandb|model\.llm|'cuda'", quoted):
                 assert part.strip(" :?';.") in source, quoted
+
+
+def test_the_reference_that_the_kernels_page_shows_is_that_of_the_room() -> None:
+    shown = re.search(r"^   ```python\n(.*?)^   ```$", TEXTS["docs/kernels.md"], re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert textwrap.dedent(shown[1]) == (REPO / "kernels" / "fastllava_kernels" / "swiglu" / "reference.py").read_text(encoding="utf-8")
 
 
 def test_exit_codes_are_told() -> None:
