@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from fastllava import cli
-from fastllava.config import load_config
+from fastllava.config import key_names, load_config
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.train.metrics.log import read_metrics
 from fastllava_kernels import rooms
