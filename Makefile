@@ -36,13 +36,16 @@ check: dev  ## lint, format, types, import floors, spelling, kernels compiled fo
 	$(BIN)/python -m fastllava_kernels._tuning.aot --check kernels/aot.md
 	@$(BIN)/python -m fastllava.config.schema .venv/schema.json
 	@cmp .venv/schema.json configs/schema.json || { echo "configs/schema.json is out of date: run make schema"; exit 1; }
+	@$(BIN)/python -m fastllava.config.reference .venv/keys.md
+	@cmp .venv/keys.md docs/keys.md || { echo "docs/keys.md is out of date: run make schema"; exit 1; }
 
 format: dev  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: install  ## write configs/schema.json anew
+schema: install  ## write configs/schema.json and docs/keys.md anew
 	$(BIN)/python -m fastllava.config.schema configs/schema.json
+	$(BIN)/python -m fastllava.config.reference docs/keys.md
 
 clean:  ## remove .venv, caches and ./demo
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

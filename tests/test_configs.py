@@ -1,11 +1,13 @@
 """Every shipped config: it loads, says what it promises, and its values are the official recipe's; the schema is current."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fastllava.config import load_config, same_training
+from fastllava.config import key_names, load_config, same_training
+from fastllava.config.reference import keys_page
 from fastllava.config.schema import schema_text
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -85,6 +87,14 @@ def test_values_that_the_stage_gives_anyway_are_the_stage_s(path: Path) -> None:
     assert whole.data == bare.data
     suits = {key.removeprefix("train."): getattr(bare.train, key.removeprefix("train.")) for key, _ in same_training() if "train." in key}
     assert whole.train.model_copy(update=suits) == bare.train
+
+
+def test_the_page_of_every_key_is_current(repo: Path) -> None:
+    page = (repo / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert page == keys_page(), "run make schema"
+    listed = re.findall(r"^\| `([\w.]+)`", page, re.MULTILINE)
+    assert sorted(listed) == sorted(key_names())
+    assert re.findall(r"\|  \|$", page, re.MULTILINE) == [], "a key without a description"
 
 
 def test_schema_is_current(repo: Path) -> None:

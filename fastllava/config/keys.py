@@ -127,15 +127,15 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, description="the highest learning rate, which the schedule rises to and falls from")
     projector_lr: float | None = Field(None, ge=0, description="a learning rate of its own for the projector")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay, of matrices and embeddings; biases and norms have none")
     warmup_ratio: Share = Field(0.03, description="share of the steps, rounded up, with a linearly rising rate; step 0 runs at rate 0")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls after the warm-up")
     max_grad_norm: float | None = Field(None, gt=0, description="clip the gradient norm here; the official recipe does not clip")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="how much of AdamW's first moment a step keeps")
+    beta2: float = Field(0.999, ge=0, lt=1, description="how much of AdamW's second moment a step keeps")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     state: Annotated[Literal["fp32", "8bit"], LEVER] = Field(
         "fp32", description="AdamW's moments: fp32, or 8bit, quantised in blocks by torchao, for one process: 6 bytes a parameter less"
     )
@@ -150,15 +150,15 @@ class TrainConfig(Section):
 
     global_batch: int = Field(ge=1, description="samples of one optimizer step, whatever the hardware")
     reference_micro_batch: int = Field(ge=1, description="samples of the original's micro-batch; only loss_norm=llava looks at it")
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, description="how often every sample is seen")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of train.epochs; the schedule ends there too")
-    seed: int = Field(42, ge=0, lt=2**63)
+    seed: int = Field(42, ge=0, lt=2**63, description="draws the order of the samples and a new projector")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16 computes in bf16 and keeps fp32 master weights")
     loss_norm: Literal["token", "llava"] = Field(
         "token", description="token: mean over the step's supervised tokens; llava: the original's mean of means"
     )
     micro_batch_tokens: Annotated[int, SAME_TRAINING] = Field(
-        16384, ge=1, description="rows of one packed micro-batch; a step takes as many micro-batches as it needs"
+        16384, ge=1, description="tokens of one packed micro-batch, patches included; a step takes as many micro-batches as it needs"
     )
     recompute: Annotated[Recompute, SAME_TRAINING] = Field(
         "none",
@@ -221,15 +221,17 @@ class ParallelConfig(Section):
 class LogConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
-    backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    project: str = "fastllava"
+    backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="trackers to send the metrics to as well; each is an extra of the package"
+    )
+    project: str = Field("fastllava", description="the project's name at the trackers")
 
 
 class Config(Section):
     """A whole run. `load_config` makes one."""
 
-    stage: Stage
-    output_dir: FilePath
+    stage: Stage = Field(description="pretrain trains the projector alone; finetune trains projector and language model")
+    output_dir: FilePath = Field(description="the folder for everything that the run leaves; the same command goes on with the run in it")
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
