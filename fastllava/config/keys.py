@@ -224,7 +224,7 @@ class LogConfig(Section):
     backends: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="trackers to send the metrics to as well; each is an extra of the package"
     )
-    project: str = Field("fastllava", description="the project's name at the trackers")
+    project: str = Field(default="fastllava", description="the project's name at the trackers")
 
 
 class Config(Section):

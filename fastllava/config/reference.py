@@ -17,8 +17,9 @@ from fastllava.config.strict_yaml import in_yaml
 
 _TOP = """# Every config key
 
-`make schema` writes this page from the program. The keys that matter most are explained in [configuration](config.md), and the implementations
-of each op in [kernels](kernels.md). *Toggles* (T) keep the training the same, and *levers* (L) change the numerics.
+`make schema` writes this page from the program. The keys that matter most are explained in [configuration](config.md),
+and the implementations of each op in [kernels](kernels.md). *Toggles* (T) keep the training the same, and *levers* (L)
+change the numerics.
 """
 _WORDS = {bool: ("true", "false"), int: ("whole number",), float: ("number",), str: ("text",), Path: ("path",), NoneType: ("null",)}
 
