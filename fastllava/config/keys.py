@@ -167,7 +167,7 @@ class TrainConfig(Section):
     )
     last_layer: Annotated[Rows, SAME_TRAINING] = Field(
         "supervised",
-        description="rows whose queries and MLP the decoder's last layer computes: supervised, as nothing reads the others, or all",
+        description="tokens whose queries and MLP the decoder's last layer computes: supervised, as nothing reads the others, or all",
     )
     compile: Annotated[Compile, SAME_TRAINING] = Field(
         "off", description="torch.compile of nothing (off), of each decoder layer and tower block (layer), or of the whole forward (step)"
