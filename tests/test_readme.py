@@ -46,8 +46,7 @@ ELSEWHERE = {
     "make check": "minutes; .ci/run runs it",
     "make dev": "has been done where this runs; tests/test_house.py tries what make does",
     ".venv/bin/pre-commit install": "changes the clone's git hooks",
-    "python3 -m venv .venv": "has been done where this runs; tests/test_house.py tries it as make does it",
-    ".venv/bin/pip install -e .": "has been done where this runs; tests/test_house.py tries it as make does it",
+    "make install": "has been done where this runs; tests/test_house.py tries what make does",
     "source .venv/bin/activate": "sets variables of the reader's shell",
 }
 ELSEWHERE_BEGINNING = {
