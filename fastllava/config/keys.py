@@ -64,10 +64,8 @@ SAME_TRAINING = "same training"
 """Marks a key whose values give the same training in another order of additions."""
 LEVER = "lever"
 """Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
-# YAML reads the word off as false.
-_Off = BeforeValidator(lambda value: "off" if value is False else value)
-Compile = Annotated[Literal["off", "layer", "step"], _Off]
-Fp8 = Annotated[Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"], _Off]
+Compile = Literal["off", "layer", "step"]
+Fp8 = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 class Section(BaseModel):

@@ -5,40 +5,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from fastllava.config.foreign import counterpart
 from fastllava.config.strict_yaml import in_yaml
 from fastllava.console.printable import shortened
-
-# Flags of the original's scripts, so that they lead somewhere.
-ORIGINAL_FLAGS = {
-    "model_name_or_path": "model.llm",
-    "mm_projector_type": "model.projector_type",
-    "mm_vision_select_layer": "model.select_layer",
-    "pretrain_mm_mlp_adapter": "model.projector",
-    "tune_mm_mlp_adapter": "stage",
-    "data_path": "data.records",
-    "image_folder": "data.images",
-    "image_aspect_ratio": "data.image_policy",
-    "version": "data.template",
-    "model_max_length": "data.max_tokens",
-    "group_by_modality_length": "data.group_by_modality",
-    "dataloader_num_workers": "data.workers",
-    "learning_rate": "optim.lr",
-    "mm_projector_lr": "optim.projector_lr",
-    "lr_scheduler_type": "optim.schedule",
-    "per_device_train_batch_size": "train.global_batch",
-    "gradient_accumulation_steps": "train.global_batch",
-    "num_train_epochs": "train.epochs",
-    "gradient_checkpointing": "train.recompute",
-    "bf16": "train.precision",
-    "save_steps": "train.checkpoint_steps",
-    "save_total_limit": "train.keep_checkpoints",
-    "report_to": "log.backends",
-}
-
-# Keys that the design names and this version does not have yet.
-_NOT_YET = {
-    "lora": "this version trains the whole language model; leave it out",
-}
 
 _A_NUMBER = "is no number; write one such as {example}"
 _A_WHOLE_NUMBER = "is no whole number; write one such as {example}"
@@ -80,9 +49,8 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     elsewhere = [key for key in known if name == key.rpartition(".")[2]]
     by_name = {key.rpartition(".")[2]: key for key in beside}
     close = [by_name[match] for match in difflib.get_close_matches(name, by_name, n=1)]
-    for found in (elsewhere, [ORIGINAL_FLAGS[name]] if name in ORIGINAL_FLAGS else [], close):
-        if found:
-            return f"; did you mean {found[0]}?"
+    if found := [*elsewhere, *close]:
+        return f"; did you mean {found[0]}?"
     return f"; write one of {', '.join(beside)}" if beside else did_you_mean(section, known)
 
 
@@ -102,10 +70,8 @@ def _line(key: str, problem: Any, keys: Sequence[str], defaults: Mapping[str, An
     match kind:
         case "missing":
             return f"{key}: is missing; write it in the config or as {key}={'pretrain or stage=finetune' if key == 'stage' else 'VALUE'}"
-        case "extra_forbidden" if key.split(".")[0] in _NOT_YET:
-            return f"{key}: no such key: {_NOT_YET[key.split('.')[0]]}"
         case "extra_forbidden" | "invalid_key":
-            return f"{key}: no such key{did_you_mean(key, keys)}"
+            return f"{key}: no such key{counterpart(key.rpartition('.')[2]) or did_you_mean(key, keys)}"
         case "value_error":
             message = str(problem["ctx"]["error"])
             return f"{key}: {message}" if key and not message.startswith(key) else message
