@@ -5,7 +5,7 @@ import sys
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from fastllava.errors import UserError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine; from a checkout of the source tree.")
 
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]  # noqa: UP045 (typer reads it)
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]
 
 
 class Device(StrEnum):
@@ -24,22 +24,22 @@ class Device(StrEnum):
 
 
 # What several of them take.
-OnDevice = Annotated[Optional[Device], typer.Option("--device", help="when left out the GPU where there is one")]  # noqa: UP045
-Out = Annotated[Optional[Path], typer.Option(help="file to append to, a JSON line a row")]  # noqa: UP045
-Layers = Annotated[Optional[int], typer.Option(help="decoder layers, where all of them do not fit; the rows say so")]  # noqa: UP045
+OnDevice = Annotated[Device | None, typer.Option("--device", help="when left out the GPU where there is one")]
+Out = Annotated[Path | None, typer.Option(help="file to append to, a JSON line a row")]
+Layers = Annotated[int | None, typer.Option(help="decoder layers, where all of them do not fit; the rows say so")]
 Stages = Annotated[str, typer.Option(metavar="A,B", help="pretrain, finetune")]
 
 
 @bench.command("kernels")
 def bench_kernels(
-    rooms: Annotated[Optional[list[str]], typer.Argument(metavar="[ROOM ...]", help="rooms to measure; all when left out")] = None,  # noqa: UP045
+    rooms: Annotated[list[str] | None, typer.Argument(metavar="[ROOM ...]", help="rooms to measure; all when left out")] = None,
     sizes: Annotated[str, typer.Option(metavar="A,B", help="7b, 13b, 1.1b, tower, tiny, or shapes such as 7b-5%")] = "",
     implementations: Annotated[str, typer.Option(metavar="A,B", help="implementations and peers; all when left out")] = "",
     passes: Annotated[str, typer.Option(metavar="A,B", help="forward, backward, both")] = "forward,backward,both",
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; when left out bf16 on a GPU, fp32 on a CPU")] = "",
     device: OnDevice = None,
     out: Out = None,
-    charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a room")] = None,  # noqa: UP045
+    charts: Annotated[Path | None, typer.Option(help="folder for a chart a room")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on a row")] = 0.5,
 ) -> None:
     """Time every implementation of every room and its peers, each judged against fp64 truth first. Exits with 1 if one is wrong."""
@@ -69,7 +69,7 @@ def bench_step(
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the steps of a size and stage; three at least")] = 60,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 8 on a CPU, 64 on a GPU")] = 0,
     layers: Layers = None,
-    profile: Annotated[Optional[Path], typer.Option(help="file for a table of where the time of a step goes")] = None,  # noqa: UP045
+    profile: Annotated[Path | None, typer.Option(help="file for a table of where the time of a step goes")] = None,
 ) -> None:
     """Time the trainer's step on random weights and samples of the true lengths, with config keys such as train.compile=layer."""
     step = bench_module("step")
@@ -89,7 +89,7 @@ def bench_peers(
     ] = "",
     device: OnDevice = None,
     out: Out = None,
-    charts: Annotated[Optional[Path], typer.Option(help="folder for a chart a size and stage")] = None,  # noqa: UP045
+    charts: Annotated[Path | None, typer.Option(help="folder for a chart a size and stage")] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="time to spend on the turns of a size and stage; three turns at least")] = 600,
     samples: Annotated[int, typer.Option(min=0, help="of a step; 0: 4 on a CPU, 32 on a GPU")] = 0,
     layers: Layers = None,
@@ -140,7 +140,7 @@ def bench_ablate(
 
 @bench.command("report")
 def bench_report(
-    charts: Annotated[Optional[Path], typer.Option(help="folder for the charts of all results, such as benches/results")] = None,  # noqa: UP045
+    charts: Annotated[Path | None, typer.Option(help="folder for the charts of all results, such as benches/results")] = None,
 ) -> None:
     """Write the tables of docs/ and kernels/README.md anew from benches/results."""
     report = bench_module("report")
@@ -170,10 +170,10 @@ def bench_levers(
 def bench_gpu(
     out: Annotated[Path, typer.Option(help="folder for results, logs and the state; benches/results/NAME puts them into the tables")],
     pieces: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[PIECE ...]", help="ceilings, tests, kernels, step, peers, ablate, profile, tuning, sanitizer; all"),
     ] = None,
-    minutes: Annotated[Optional[float], typer.Option(min=0.0, help="for all together; when left out 8 for each piece")] = None,  # noqa: UP045
+    minutes: Annotated[float | None, typer.Option(min=0.0, help="for all together; when left out 8 for each piece")] = None,
     device: OnDevice = None,
     size: Annotated[str, typer.Option(help="7b, 13b, 1.1b or tiny; when left out 7b on a GPU, tiny on a CPU")] = "",
     only: Annotated[str, typer.Option(metavar="A,B", help="of the pieces' units those with one of these words in their name")] = "",

@@ -7,7 +7,7 @@ import traceback
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -96,14 +96,14 @@ def plan_command(
     gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100-80g, h100-pcie or h200")],
     world: Annotated[int, typer.Option(min=1, help="GPUs of the run")] = 8,
     drawn: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=0, metavar="N", help="N samples with lengths as in LLaVA-1.5's sets, in place of data.records; 0: all of them"),
     ] = None,
     size: Annotated[
         str,
         typer.Option(metavar="7b|13b|...", help="a model of this size, in place of the folders of model.llm and model.vision_tower"),
     ] = "",
-    json_file: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,  # noqa: UP045
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,
 ) -> None:
     """Foresee memory, time and their limit for a run on GPUs that are not here; no weight is read."""
     from fastllava.model.weights import read_origin
@@ -142,8 +142,8 @@ def certify(
     steps: Annotated[int, typer.Option(min=1, help="steps to look at, spread over the run")] = 2,
     samples: Annotated[int, typer.Option(min=0, help="samples of each step; 0 for all")] = 16,
     padded_batch: Annotated[int, typer.Option(min=1, help="samples of a padded batch of plain PyTorch")] = 2,
-    truth: Annotated[Optional[Truth], typer.Option(help="when left out fp64 on a CPU and for a run in fp32, else fp32")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="folder for certificate.txt and .json; output_dir when left out")] = None,  # noqa: UP045
+    truth: Annotated[Truth | None, typer.Option(help="when left out fp64 on a CPU and for a run in fp32, else fp32")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for certificate.txt and .json; output_dir when left out")] = None,
 ) -> None:
     """Hold this run's loss and gradients to plain PyTorch's, on its own data and weights. Exits with 1 when they differ."""
     talk_to_whoever_listens()
@@ -166,7 +166,7 @@ def inspect(
     tokenizer: Annotated[Path, typer.Option(help="tokenizer folder or file")],
     template: Annotated[str, typer.Option(help="conversation template, such as plain or v1")],
     legacy: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="true|false", help="sentencepiece's legacy pieces; as the tokenizer's config says when left out"),
     ] = None,
     format: Annotated[Format, typer.Option(help="text to read, jsonl for programs")] = Format.text,
