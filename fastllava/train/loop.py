@@ -456,10 +456,11 @@ class Trainer:
 
 def _figures_in_words(summary: dict[str, Any]) -> str:
     """Loss and rates of a finished run, as far as its metrics tell."""
-    if summary["final_loss"] is None or not summary["samples_per_second"]:
+    if summary["closing_loss"] is None or not summary["samples_per_second"]:
         return f"{summary['samples']:,} samples; rows of metrics.jsonl are missing, so loss and rates are not told"
     return (
-        f"loss {summary['final_loss']:.4f}, {summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
+        f"loss {summary['closing_loss']:.4f} (mean of the last {summary['closing_steps']} steps), "
+        f"{summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
         f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
     )
 

@@ -1,5 +1,6 @@
 """What a run writes, says and refuses."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from fastllava.distributed.sharding import check_replicas
 from fastllava.errors import UserError
 from fastllava.train import run
 from fastllava.train.metrics.log import read_metrics
+from fastllava.train.metrics.summary import CLOSING_STEPS
 from fastllava.train.state import checkpoint, shards
 
 FASTLLAVA = Path(sys.executable).with_name("fastllava")
@@ -85,6 +87,17 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_masters(settings, tmp_path):
     assert not torch.equal(moved, moved.bfloat16().float()), "the masters hold more than bf16 can"
     assert load_file(tmp_path / "run" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     assert result.summary["final_loss"] == pytest.approx(read_metrics(tmp_path / "run")[-1]["loss"])
+
+
+def test_the_loss_that_a_run_ends_with_is_a_mean_and_called_one(settings, tmp_path):
+    said, steps = io.StringIO(), CLOSING_STEPS + 3
+    values = settings(train={"max_steps": steps, "global_batch": 1, "reference_micro_batch": 1})
+    summary = run(check_config(values), Console(file=said, width=1000)).summary
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
+    assert len(losses) == steps
+    assert summary["closing_loss"] == pytest.approx(sum(losses[3:]) / CLOSING_STEPS)
+    assert (summary["closing_steps"], summary["final_loss"]) == (CLOSING_STEPS, losses[-1])
+    assert f"complete: loss {summary['closing_loss']:.4f} (mean of the last {CLOSING_STEPS} steps), {steps} samples in" in said.getvalue()
 
 
 @pytest.mark.parametrize("loss_norm", ["token", "llava"])

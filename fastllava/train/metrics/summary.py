@@ -16,6 +16,8 @@ from fastllava.train.metrics.throughput import Figures, run_figures
 
 SUMMARY_FILE = "run_summary.json"
 LOSS_PLOT = "loss.png"
+CLOSING_STEPS = 50
+"""Last steps whose mean loss stands for the end of a run: one step's loss depends on its samples too much."""
 
 
 def write_summary(
@@ -27,12 +29,15 @@ def write_summary(
     rates are those of the rows that are there (`steps_in_metrics`).
     """
     rows = [row for row in read_metrics(output_dir) if row["step"] < steps]
+    closing = rows[-CLOSING_STEPS:] if rows and rows[-1]["step"] == steps - 1 else []
     summary = {
         "status": status,
         **facts,
         "steps": steps,
         "steps_in_metrics": len(rows),
-        "final_loss": rows[-1]["loss"] if rows and rows[-1]["step"] == steps - 1 else None,
+        "final_loss": closing[-1]["loss"] if closing else None,
+        "closing_loss": sum(row["loss"] for row in closing) / len(closing) if closing else None,
+        "closing_steps": len(closing),
         **run_figures(rows, first_step, wall_seconds),
         **counts,
         **spike_figures(rows),
