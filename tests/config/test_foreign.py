@@ -6,8 +6,8 @@ import pytest
 import transformers
 
 from fastllava.config import check_config, key_names
-from fastllava.errors import UserError
 from fastllava.config.foreign import INSTEAD, SAME, counterpart
+from fastllava.errors import UserError
 from fastllava_kernels import rooms
 
 OURS = {key.rpartition(".")[2] for key in key_names()}
