@@ -3,6 +3,8 @@
 import itertools
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -360,3 +362,25 @@ def test_the_number_that_a_message_proposes_is_taken(key, tmp_path):
         load(tmp_path, BASE, f"{key}='no'")
     proposed = str(told.value).rpartition("such as ")[2]
     load(tmp_path, BASE, f"{key}={proposed}")
+
+
+def test_a_config_is_checked_and_its_schema_and_toggles_written_without_torch() -> None:
+    """Importing torch takes seconds, which nobody waits for to read about a typing mistake."""
+    code = """
+import sys
+from fastllava.config import check_config
+from fastllava.config.schema import schema_text
+from fastllava.config.toggles import levers, train_toggles
+from fastllava.errors import UserError
+base = {"stage": "pretrain", "output_dir": "o", "model": {"llm": "l"}, "data": {"records": "r"}}
+check_config(base | {"kernels": {"attention": "varlen"}})
+try:
+    check_config(base | {"kernels": {"attention": "none"}})
+except UserError as error:
+    print(error)
+assert schema_text() and [*levers()] and [*train_toggles()]
+print(sorted({"torch", "triton"} & sys.modules.keys()))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = ", ".join(["auto", *rooms()["attention"].implementations])
+    assert said == [f"kernels.attention: 'none' is no implementation of it; write one of {names}", "[]"]

@@ -1,15 +1,19 @@
 """Every toggle, for `fastllava toggles`: read from the config's fields and from the rooms, so that there is no second list."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import torch
 from pydantic.fields import FieldInfo
 
 from fastllava.config.keys import LEVER, marked, same_training
 from fastllava_kernels import choose, rooms
 from fastllava_kernels.room import Room, why_not
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,12 @@ def _toggles(fields: Iterator[tuple[str, FieldInfo]]) -> Iterator[Toggle]:
             yield Toggle(key, values, _word(field.default), (field.description or "",))
 
 
-def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> Iterator[Toggle]:
-    """One for each room, on `device`, or on the GPU where there is one."""
+def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype | None = None) -> Iterator[Toggle]:
+    """One for each room, on `device`, or on the GPU where there is one, in `dtype`, or bf16."""
+    # What runs here is a question for torch; the names of the toggles are not.
+    import torch
+
+    dtype = dtype or torch.bfloat16
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, room in rooms().items():
         chosen, compiled = (choose(room, "auto", device, dtype, compiled=within) for within in (False, True))
