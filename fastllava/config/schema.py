@@ -1,4 +1,4 @@
-"""The JSON schema of a config, for editors: `python -m fastllava.schema FILE` writes it (`make schema`).
+"""The JSON schema of a config, for editors: `python -m fastllava.config.schema FILE` writes it (`make schema`).
 
 The shipped copy is `configs/schema.json`; a config that begins with `# yaml-language-server: $schema=schema.json` is
 completed and checked while it is typed.

@@ -10,7 +10,7 @@ Bytes of a trained parameter, and what they come to for the 6.76e9 parameters th
 
 With fp32 weights backward also keeps each product's weight in bf16, 2 bytes more, unless `train.recompute` is full.
 
-Weights move by the moments as they were before these were rounded to 8 bits (`fastllava.eight_bit`). Weights in bf16 are rounded
+Weights move by the moments as they were before these were rounded to 8 bits (`fastllava.optim.eight_bit`). Weights in bf16 are rounded
 up or down at random, so that they are on average what fp32 would hold: to the nearest, most steps at 2e-5 would change nothing
 (Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192). Their gradients are kept and added up in fp32.
 

@@ -185,7 +185,7 @@ def test_replicas_that_do_not_divide_the_processes_are_refused():
 
 def test_a_second_run_in_the_same_output_dir_is_refused(settings, tmp_path):
     hold = (
-        "import time; from pathlib import Path; from fastllava.resume import locked\n"
+        "import time; from pathlib import Path; from fastllava.train.state.resume import locked\n"
         f"with locked(Path({str(tmp_path / 'run')!r})): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:

@@ -28,7 +28,7 @@ class Throughput:
         """Of a step that took `seconds`, of which it `waited` for data; the sums are over all ranks.
 
         tokens: rows that samples have, text and patches. padding_share: of the rows computed, those that no sample has.
-        model_flops, hardware_flops: operations the training needs and those this trainer does (`fastllava/accounting.py`).
+        model_flops, hardware_flops: operations the training needs and those this trainer does (`fastllava/train/metrics/flops.py`).
         mfu, hfu: these a second over the peak of all GPUs, data wait included (Chowdhery et al. 2022, appendix B).
         """
         lengths, samples = self.plan.lengths, step.samples

@@ -52,11 +52,11 @@ class Checkpoint:
     prepared_digest: str
     config: Config
     recent: Sequence[Sequence[float]] = ()
-    """Loss and gradient norm of the last steps (`fastllava.spikes`)."""
+    """Loss and gradient norm of the last steps (`fastllava.train.metrics.spikes`)."""
     run: str = ""
     """Which run wrote it; a run keeps that name when it is resumed. Empty in old checkpoints, as is `start`."""
     start: Mapping[str, Any] = field(default_factory=dict)
-    """What model the run began with (`fastllava.fingerprint`)."""
+    """What model the run began with (`fastllava.train.state.fingerprint`)."""
     set_aside: Mapping[int, int] = field(default_factory=dict)
     """The step from which on a sample is left out, by its number in the prepared set."""
     passed_over: tuple[str, ...] = ()

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: written by torch.distributed.checkpoint in shards, and read without running what files say.
 
-A tensor in a shard goes through torch.load(weights_only=True); what describes them, through `fastllava.dcp_metadata`.
+A tensor in a shard goes through torch.load(weights_only=True); what describes them, through `fastllava.train.state.dcp_metadata`.
 """
 
 import errno
