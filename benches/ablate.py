@@ -88,18 +88,25 @@ def ablate(ablation: Ablation, size: str, stage: Stage) -> Iterator[Row]:
     device = ablation.device
     samples = ablation.samples or (32 if device.type == "cuda" else 8)
     plan = functools.partial(_plan, ablation, size, stage, samples)
-    run = plan()
-    base = Trial()
-    attempt(base, functools.partial(_start, base, run, device), device)
-    if base.void is not None:
-        raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
-    for key, value in choices(device, ablation.toggles):
-        if value == _now(run.config, base.trainer, key) or (ablation.toggles and key not in ablation.toggles):
+    wanted = [(key, value) for key, value in choices(device, ablation.toggles) if not ablation.toggles or key in ablation.toggles]
+    needs = {toggle.key: toggle.needs for toggle in kernel_toggles(device)}
+    run, base, words = None, Trial(), ()
+    # Stable: a toggle that changes nothing in the run as it is stands beside one in which it does.
+    for key, value in sorted(wanted, key=lambda one: needs.get(one[0], ())):
+        if run is None or words != needs.get(key, ()):
+            base.trainer = None
+            release(device)
+            words, base = needs.get(key, ()), Trial()
+            run = plan(*words)
+            attempt(base, functools.partial(_start, base, run, device), device)
+            if base.void is not None:
+                raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
+        if value == _now(run.config, base.trainer, key):
             continue
         trial = Trial()
         base.taken.clear()
         try:
-            other = plan(f"{key}={value}")
+            other = plan(*words, f"{key}={value}")
             attempt(trial, functools.partial(_compare, base, trial, other, ablation), device)
         except UserError as error:
             other = run

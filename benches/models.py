@@ -87,12 +87,6 @@ class Size:
         """Its decoder and tower with LLaVA-1.5's projector."""
         return Architecture(llama=self.llama, clip=self.clip, select_layer=SELECT_LAYER, projector_type=PROJECTOR, spec=self.spec)
 
-    @property
-    def projector(self) -> list[tuple[int, int]]:
-        """(outputs, inputs) of its products, as `Accounting` wants them."""
-        width = self.llama.hidden_size
-        return [(width, self.clip.hidden_size), (width, width)]
-
     def with_layers(self, layers: int | None) -> "Size":
         """With fewer decoder layers; None: with all."""
         if layers is None:

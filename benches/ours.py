@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from benches.models import SELECT_LAYER, Size, build, parameters_of, tensor_bytes
+from benches.models import Size, build, parameters_of, tensor_bytes
 from benches.synthetic import CAP, Samples, draw
 from fastllava.batch import Batch
 from fastllava.config import Config, Stage, load_config
@@ -73,15 +73,7 @@ def plan_run(stage: Stage, size: Size, settings: Mapping[str, Any], overrides: S
     """
     config = config_of(stage, settings, overrides)
     samples = draw(stage, DRAWN, size.spec, size.llama.vocab_size, config.train.seed)
-    accounting = Accounting(
-        llama=size.llama,
-        clip=size.clip,
-        blocks=SELECT_LAYER % (size.clip.num_hidden_layers + 1),
-        projector=size.projector,
-        stage=stage,
-        recompute=config.train.recompute,
-        last_layer=config.train.last_layer,
-    )
+    accounting = Accounting.of_model(size.architecture, stage, config.train.recompute, config.train.last_layer)
     plan = Plan(samples, config.data, config.train, accounting.cost())
     if per_step is not None:
         plan = _shorter(plan, per_step)

@@ -1,6 +1,6 @@
 """The only contract between data and model: one packed micro-batch, laid out wholly on the host.
 
-Shape letters: T packed rows (text tokens and image patches), S samples, I images, P patches per image, M supervised rows.
+Shape letters: T packed rows (text tokens and images' tokens), S samples, I images, P rows per image, M supervised rows.
 """
 
 from dataclasses import dataclass, fields
@@ -19,7 +19,7 @@ class ImageSpec:
     size: int
     """Side of the square input, pixels."""
     patches: int
-    """Patches per image, so rows per image in the packed sequence."""
+    """Rows per image in the packed sequence: the tower's patches, or the tokens that the projector makes of them."""
     mean: tuple[float, float, float]
     """Per-channel mean of RGB in [0, 1]; also the colour that `pad` pads with."""
     std: tuple[float, float, float]
@@ -44,7 +44,7 @@ class Batch:
     pixels: Tensor
     """uint8 [I, 3, H, W]: RGB, not normalised."""
     patch_rows: Tensor
-    """int32 [I*P]: the row of each patch; T for a patch that the cut at `data.max_tokens` took away."""
+    """int32 [I*P]: the row of each token of the images; T for one that the cut at `data.max_tokens` took away."""
     text_rows: Tensor
     """int32 [T - patches kept]: the rows that hold text tokens, ascending."""
     supervised_rows: Tensor

@@ -187,7 +187,8 @@ MISTAKES = {
     ),
     "projector": (
         "model.projector_type=mlp0x_gelu",
-        "model.projector_type: 'mlp0x_gelu' is no projector; write linear, identity or mlpNx_gelu",
+        "model.projector_type: 'mlp0x_gelu' is no projector; write one of linear, mlpNx_gelu, identity, mlp_downsample; "
+        "mlp2x_gelu is LLaVA-1.5's",
     ),
     "below": ("optim.lr=-1", "optim.lr: -1 is too small; write a number above 0"),
     "at the edge": ("optim.lr=0", "optim.lr: 0 is too small; write a number above 0"),

@@ -6,6 +6,7 @@ Shape letters: B samples, L rows of the longest, I images, P patches an image, C
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fastllava.config import Stage
 from fastllava.data.loader import Sample
 from fastllava.model import twin
 from fastllava.model.llava import Llava
+from fastllava.model.projectors import kind_of
 
 IGNORED = -100
 """The target of a row that is not supervised."""
@@ -68,17 +70,18 @@ class PlainLlava:
         self._weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
         self.llm = twin.decoder(ours, self._weights.__getitem__, dtype).eval()
         self.tower = twin.tower(ours, self._weights.__getitem__, dtype).eval().requires_grad_(False)
-        self.projector = [
-            nn.Parameter(self._weights.pop(f"projector.{name}"), requires_grad=True) for name, _ in ours.projector.named_parameters()
-        ]
-        self._projector_names = [f"projector.{name}" for name, _ in ours.projector.named_parameters()]
+        self.projector = {
+            name: nn.Parameter(self._weights.pop(f"projector.{name}"), requires_grad=True) for name, _ in ours.projector.named_parameters()
+        }
+        self._project = partial(kind_of(ours.projector.projector_type).reference, self.projector)
+        self._patches = ours.tower.config.patches
         self.llm.requires_grad_(stage == "finetune")
         del self._weights
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by our names."""
         decoder = {f"llm.{name}": parameter for name, parameter in self.llm.named_parameters() if parameter.requires_grad}
-        return decoder | dict(zip(self._projector_names, self.projector, strict=True))
+        return decoder | {f"projector.{name}": parameter for name, parameter in self.projector.items()}
 
     def loss(self, batch: Padded) -> Tensor:
         """Scalar in fp32, or in fp64 when that is the dtype: the sum of each sample's weight times its supervised tokens' cross-entropy."""
@@ -93,17 +96,11 @@ class PlainLlava:
         """[I, P, D]: the tower's selected hidden state without the class row, projected."""
         if not len(pixels):
             # The projector stays in the graph, with a gradient of zero.
-            return self._project(torch.zeros(1, 1, self.tower.config.hidden_size, dtype=self.dtype, device=self.device))[:0]
+            return self._project(torch.zeros(1, self._patches, self.tower.config.hidden_size, dtype=self.dtype, device=self.device))[:0]
         with torch.no_grad():
             normalised = (pixels.to(self.device).float() / 255 - self.mean) / self.std
             states = self.tower(normalised.to(self.dtype), output_hidden_states=True).hidden_states
         return self._project(states[self.layer][:, 1:])
-
-    def _project(self, x: Tensor) -> Tensor:
-        layers = list(zip(self.projector[::2], self.projector[1::2], strict=True))
-        for number, (weight, bias) in enumerate(layers):
-            x = F.linear(F.gelu(x) if number else x, weight, bias)
-        return x
 
     def _padded(self, batch: Padded) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, L, D], mask int64 [B, L], targets int64 [B, L]: padded on the right, cut at `max_tokens` rows."""

@@ -2,6 +2,7 @@
 
 from fastllava.config.keys import (
     LEVER,
+    PROJECTORS,
     STAGE_DEFAULTS,
     Compile,
     Config,
@@ -20,6 +21,7 @@ from fastllava.config.keys import (
     key_names,
     load_config,
     marked,
+    projector_name,
     same_training,
     value_of,
     without_levers,

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,20 @@ Stage = Literal["pretrain", "finetune"]
 Recompute = Literal["none", "norms", "selective", "full"]
 Rows = Literal["supervised", "all"]
 """The rows of a sequence that something is computed for."""
+
+PROJECTORS: Mapping[str, str] = {
+    "linear": "linear",
+    "mlpNx_gelu": r"mlp[1-9]\d*x_gelu",
+    "identity": "identity",
+    "mlp_downsample": "mlp_downsample",
+}
+"""Every kind of projector by its name, with the pattern of `model.projector_type`; `model.projectors` builds them."""
+
+
+def projector_name(projector_type: str) -> str | None:
+    """The name in `PROJECTORS` whose pattern `projector_type` fits, or None."""
+    return next((name for name, pattern in PROJECTORS.items() if re.fullmatch(pattern, projector_type)), None)
+
 
 # Recipe of scripts/v1_5/{pretrain,finetune}.sh of the original (haotian-liu/LLaVA, c121f04).
 STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -83,10 +98,19 @@ class ModelConfig(Section):
         None, description="mm_projector.safetensors or .bin to begin with; 'fresh' draws a new one, which stage pretrain does anyway"
     )
     projector_type: str = Field(
-        "mlp2x_gelu", pattern=r"^(linear|identity|mlp[1-9]\d*x_gelu)$", description="linear, mlpNx_gelu or identity"
+        "mlp2x_gelu",
+        description=f"{', '.join(PROJECTORS)}; mlp2x_gelu is LLaVA-1.5's",
+        json_schema_extra={"pattern": f"^({'|'.join(PROJECTORS.values())})$"},
     )
     select_layer: int = Field(-2, description="hidden state of the tower that feeds the projector; -2 is before the last block")
     tokenizer: FilePath | None = Field(None, description="tokenizer folder or file; model.llm's when left out")
+
+    @field_validator("projector_type")
+    @classmethod
+    def _known_projector(cls, value: str) -> str:
+        if projector_name(value) is None:
+            raise ValueError(f"{in_yaml(value)} is no projector; write one of {', '.join(PROJECTORS)}; mlp2x_gelu is LLaVA-1.5's")
+        return value
 
 
 class DataConfig(Section):
@@ -254,7 +278,7 @@ class Config(Section):
                 problems.append(
                     f"kernels.{shortened(name, 80)}: no such room{did_you_mean(f'kernels.{name}', [f'kernels.{room}' for room in rooms()])}"
                 )
-            elif wanted not in (names := ["auto", *rooms()[name].implementations]):
+            elif wanted not in (names := rooms()[name].values):
                 problems.append(f"kernels.{name}: {in_yaml(wanted)} is no implementation of it; write one of {', '.join(names)}")
         if problems:
             raise ValueError("\n".join(problems))

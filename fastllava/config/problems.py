@@ -77,8 +77,6 @@ def _line(key: str, problem: Any, keys: Sequence[str], defaults: Mapping[str, An
             return f"{key}: {message}" if key and not message.startswith(key) else message
         case "literal_error":
             return f"{key}: {given} is not among its values; write {problem['ctx']['expected']}"
-        case "string_pattern_mismatch" if key == "model.projector_type":
-            return f"{key}: {given} is no projector; write linear, identity or mlpNx_gelu, such as mlp2x_gelu"
     if kind not in _WORDS:
         return f"{key}: {given} does not fit ({problem['msg']})"
     first = next((other for other in keys if other.startswith(f"{key}.")), key).rpartition(".")[2]

@@ -38,7 +38,7 @@ def _definition(schema: dict[str, Any], section: str) -> dict[str, Any]:
 
 def _kernels() -> dict[str, Any]:
     """One word for every room, or an implementation by room; both read from the rooms."""
-    by_room = {name: {"description": room.summary, "enum": ["auto", *room.implementations]} for name, room in rooms().items()}
+    by_room = {name: {"description": room.summary, "enum": list(room.values)} for name, room in rooms().items()}
     for_all = sorted(set.intersection(*(set(names["enum"]) for names in by_room.values())))
     return {
         "description": Config.model_fields["kernels"].description,

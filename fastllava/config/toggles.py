@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from fastllava.config.keys import LEVER, marked, same_training
 from fastllava_kernels import choose, rooms
-from fastllava_kernels.room import Room, why_not
+from fastllava_kernels.room import SEPARATE, Room, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ class Toggle:
     """What runs on this machine when the config does not say."""
     why: tuple[str, ...]
     """What it is, and what cannot run here for what reason."""
+    needs: tuple[str, ...] = ()
+    """key=value words of a run of LLaVA-1.5 in which it changes what runs; none where any run will do."""
 
 
 def train_toggles() -> Iterator[Toggle]:
@@ -54,7 +56,11 @@ def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype | None
     for name, room in rooms().items():
         chosen, compiled = (choose(room, "auto", device, dtype, compiled=within) for within in (False, True))
         default = chosen if chosen == compiled else f"{chosen}; {compiled} under train.compile"
-        yield Toggle(f"kernels.{name}", ("auto", *room.implementations), default, (room.summary, *_reasons(room, device, dtype)))
+        needs = tuple(f"kernels.{whole.name}={SEPARATE}" for whole in rooms().values() if name in whole.parts)
+        why = [room.summary, *(f"runs where {word}, or the projector is no chain of Linear and GELU" for word in needs)]
+        if room.parts:
+            why.append(f"{SEPARATE}: {' and '.join(f'kernels.{part}' for part in room.parts)} run in its place, one after the other")
+        yield Toggle(f"kernels.{name}", room.values, default, (*why, *_reasons(room, device, dtype)), needs)
 
 
 def _reasons(room: Room, device: torch.device, dtype: torch.dtype) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllava.config import Config, ModelConfig, check_config
+from fastllava.config import PROJECTORS, Config, ModelConfig, check_config, projector_name
 from fastllava.data.templates import template
 from fastllava.disk import read_json_object
 from fastllava.errors import UserError
@@ -139,6 +139,8 @@ def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]
         raise UserError(f"CHECKPOINT: {folder} holds an LLM without tower and projector; {_REMEDY}")
     kind = given.get("mm_projector_type", "linear") if layout == "llava" else "mlp2x_gelu"
     layer = given.get("mm_vision_select_layer" if layout == "llava" else "vision_feature_layer", -2)
+    if projector_name(str(kind)) is None:
+        raise UserError(f"CHECKPOINT: {folder}/config.json has the projector {kind!r}; only {', '.join(PROJECTORS)} are supported")
     if not isinstance(layer, int):
         raise UserError(f"CHECKPOINT: {folder}/config.json selects the tower's layers {layer}; only one layer is supported")
     model = ModelConfig(llm=folder, projector_type=kind, select_layer=layer)  # pyright: ignore[reportCallIssue]

@@ -10,7 +10,8 @@ from fastllava.model.execution import Execution
 from fastllava.model.layers import Product, linear, set_parameter
 from fastllava.model.llama import Llama
 from fastllava.model.llava import Llava
-from fastllava.model.projector import Projector
+from fastllava.model.ops import Ops
+from fastllava.model.projectors import Projector, kind_of
 
 
 def build_llava(architecture: Architecture, execution: Execution, projector_source: str = "fresh") -> Llava:
@@ -23,9 +24,15 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     with torch.device("meta"):
         llm = Llama(architecture.llama, execution.ops, _product(execution), graph)
         tower = ClipVision(architecture.clip, execution.ops, architecture.select_layer, graph)
-        projector = Projector(architecture.projector_type, architecture.clip.hidden_size, architecture.llama.hidden_size)
+        projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)
     return Llava(llm, tower, projector, architecture, execution, projector_source, batches)
+
+
+def build_projector(architecture: Architecture, ops: Ops) -> Projector:
+    """The projector alone, on the current default device. Raises UserError when it does not fit tower and decoder."""
+    kind, clip = kind_of(architecture.projector_type), architecture.clip
+    return kind.build(architecture.projector_type, clip.hidden_size, architecture.llama.hidden_size, clip.patches, ops)
 
 
 def rebuilt(model: Llava, execution: Execution) -> Llava:

@@ -19,8 +19,9 @@ from fastllava.model.execution import Execution
 from fastllava.model.indices import check_on_host
 from fastllava.model.llama import Llama
 from fastllava.model.ops import modules_by_room
-from fastllava.model.projector import Projector
+from fastllava.model.projectors import Projector
 from fastllava_kernels.indices import inside, nan_unless_bounds, or_else
+from fastllava_kernels.room import SEPARATE
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -50,9 +51,11 @@ class Llava(nn.Module):
         """Its architecture; `weights.Origin`, which says more, where it was read from folders."""
         self.execution = execution
         self.spec, self.dtype = origin.spec, execution.dtype
-        self.ops = execution.ops.only("projector_splice", "masked_linear_cross_entropy")
         self.chosen = execution.ops.chosen
         """The implementation of every room, whether a module of this model uses it or not."""
+        self.fused = projector.chain() is not None and self.chosen["projector_splice"] != SEPARATE
+        """Whether projector and splice are one op."""
+        self.ops = execution.ops.only("projector_splice" if self.fused else "splice", "masked_linear_cross_entropy")
         self.projector_source = projector_source
         """The file or folder the projector was read from, or "fresh"."""
         self._compute: Callable[[Llava, Batch], Tensor] = graph(forward_batch)
@@ -71,8 +74,10 @@ class Llava(nn.Module):
         return self._compute(self, batch)
 
     def kernels(self) -> dict[str, dict[str, Any]]:
-        """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower") run it."""
+        """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower", ...) run it."""
         parts = {"llm": self.llm.modules(), "tower": set(self.tower.modules()) - self.tower.idle_modules(), "llava": [self]}
+        if not self.fused:
+            parts["projector"] = self.projector.modules()
         counts = {part: modules_by_room(modules) for part, modules in parts.items()}
         return {
             room: {"implementation": implementation, "modules": {part: count[room] for part, count in counts.items() if room in count}}
@@ -91,7 +96,7 @@ class Llava(nn.Module):
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             # A text-only batch costs nothing here; a tower that trains still gets its zero gradients.
             if not len(pixels) and not trained:
-                return torch.zeros(0, self.spec.patches, self.tower.config.hidden_size, dtype=self.dtype, device=pixels.device)
+                return torch.zeros(0, self.tower.config.patches, self.tower.config.hidden_size, dtype=self.dtype, device=pixels.device)
             self._place_constants(pixels.device)
             return self.tower(normalise(pixels, *self._mean_std).to(self.dtype))
 
@@ -113,15 +118,15 @@ class Llava(nn.Module):
 
     def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """[T, D] in `dtype`: the hidden states after the final norm; [M, D] of the rows `wanted`, int64 [M], when given."""
-        spliced = self.ops.projector_splice(
-            self.features(batch.pixels).flatten(0, 1),
-            self.projector.layers(),
-            self.llm.model.embed_tokens.weight,
-            batch.token_ids,
-            batch.text_rows,
-            batch.patch_rows,
-        )
-        return self.llm(spliced, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.execution.recompute, wanted)
+        return self.llm(self._spliced(batch), batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.execution.recompute, wanted)
+
+    def _spliced(self, batch: Batch) -> Tensor:
+        """[T, D]: images' tokens and embedded text, each in its row."""
+        features_IPC = self.features(batch.pixels)
+        text_and_rows = self.llm.model.embed_tokens.weight, batch.token_ids, batch.text_rows, batch.patch_rows
+        if self.fused:
+            return self.ops.projector_splice(features_IPC.flatten(0, 1), self.projector.chain(), *text_and_rows)
+        return self.ops.splice(self.projector(features_IPC), *text_and_rows)
 
 
 def forward_batch(model: Llava, batch: Batch) -> Tensor:

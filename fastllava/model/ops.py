@@ -9,11 +9,14 @@ from torch import nn
 
 from fastllava.errors import UserError
 from fastllava_kernels import choose, rooms
-from fastllava_kernels.room import REFERENCE, Sizes
+from fastllava_kernels.room import REFERENCE, SEPARATE, Sizes
 
 
 class Ops:
-    """One function per room under the room's name, such as `ops.rms_norm(x, weight, eps)`; each has its reference's signature."""
+    """One function per room under the room's name, such as `ops.rms_norm(x, weight, eps)`; each has its reference's signature.
+
+    A room whose choice is "separate" has none: the rooms that it is made of run in its place.
+    """
 
     chosen: dict[str, str]
     """The implementation in use, by room."""
@@ -21,7 +24,8 @@ class Ops:
     def __init__(self, chosen: Mapping[str, str]) -> None:
         self.chosen = dict(chosen)
         for name, implementation in chosen.items():
-            setattr(self, name, rooms()[name].implementations[implementation].function)
+            if implementation != SEPARATE:
+                setattr(self, name, rooms()[name].implementations[implementation].function)
 
     def only(self, *names: str) -> "Ops":
         """The ops of these rooms and no others: what a module keeps, so that what it holds is what it uses."""

@@ -21,6 +21,7 @@ from fastllava.distributed.processes import Processes
 from fastllava.errors import UserError
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.llava import Llava
+from fastllava.model.projectors import kind_of
 from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
 from fastllava.train.metrics.flops import peak_of
@@ -144,7 +145,7 @@ def announce(
     trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"
     fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
     say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
-    say(f"projector: {model.projector.kind}, {model.projector_source}")
+    say(f"projector: {_projector_in_words(model)}")
     for note in model.origin.notes:
         say(f"note: {note}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
@@ -164,6 +165,15 @@ def announce(
         say(f"note: no peak is listed for {torch.cuda.get_device_name(device)}, so mfu and hfu are left out")
     if lr_factor(plan.n_steps - 1, plan.n_steps, optim) == 0.0 and plan.n_steps == 1:
         say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")
+
+
+def _projector_in_words(model: Llava) -> str:
+    """Type and source of the projector, and how a model with it differs from LLaVA-1.5 where it does."""
+    kind, patches = kind_of(model.projector.projector_type), model.tower.config.patches
+    said = f"{model.projector.projector_type}, {model.projector_source}"
+    if model.spec.patches != patches:
+        said += f"; {model.spec.patches} tokens an image in place of {patches}"
+    return said if kind.remark is None else f"{said}; {kind.remark}: another model than LLaVA-1.5"
 
 
 def kernels_in_words(model: Llava) -> str:

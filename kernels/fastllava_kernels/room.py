@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fastllava_kernels.workload import Workload
 
 REFERENCE = "reference"
+SEPARATE = "separate"
+"""The value of a room's toggle with which the rooms that it is made of run in its place."""
 
 
 def runs_anywhere(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,15 +100,22 @@ class Room:
     name: str
     summary: str
     implementations: Mapping[str, Implementation]
+    parts: tuple[str, ...] = ()
+    """Rooms that together compute the same, one after another; whoever uses the room runs them for the value "separate"."""
 
     @classmethod
-    def of_folder(cls, name: str, summary: str, implementations: Sequence[str]) -> Room:
+    def of_folder(cls, name: str, summary: str, implementations: Sequence[str], parts: tuple[str, ...] = ()) -> Room:
         """The room of the folder `name` with a file for each of these implementations."""
-        return cls(name, summary, Implementations(name, implementations))
+        return cls(name, summary, Implementations(name, implementations), parts)
 
     def __post_init__(self) -> None:
         if REFERENCE not in self.implementations:
             raise ValueError(f"room {self.name}: no implementation named '{REFERENCE}'; every room has one")
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What the room's toggle may be."""
+        return ("auto", *self.implementations, *((SEPARATE,) if self.parts else ()))
 
     @property
     def contract(self) -> Contract:
@@ -143,7 +152,7 @@ def rooms() -> Mapping[str, Room]:
 
 
 def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None) -> str:
-    """The name of the implementation that runs: `wanted`, or for "auto" the first that can.
+    """The name of the implementation that runs: `wanted`, or for "auto" the first that can; "separate" where the room has parts.
 
     `compiled`: it becomes part of a graph of torch.compile; `sizes`: those of the model that it is to run. Raises ValueError in
     words for the user when `wanted` is no implementation or cannot run: there is no silent fallback.
@@ -152,8 +161,10 @@ def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, co
     if wanted == "auto":
         able = (n for n in names if why_not(room, n, device, dtype, compiled, sizes) is None)
         return next(n for n in able if device.type in room.implementations[n].auto_on)
+    if wanted == SEPARATE and room.parts:
+        return wanted
     if wanted not in room.implementations:
-        raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(['auto', *names])}")
+        raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(room.values)}")
     reason = why_not(room, wanted, device, dtype, compiled, sizes)
     if reason is not None:
         raise ValueError(f"kernels.{room.name}: '{wanted}' cannot run here ({reason}); write kernels.{room.name}=auto")

@@ -13,12 +13,11 @@ from fastllava.batch import Batch, ImageSpec
 from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
 from fastllava.model.architecture import Architecture
-from fastllava.model.build import build_llava
+from fastllava.model.build import build_llava, build_projector
 from fastllava.model.clip import ClipConfig
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llama import Llama, LlamaConfig
-from fastllava.model.ops import Ops
-from fastllava.model.projector import Projector
+from fastllava.model.ops import Ops, reference_ops
 from fastllava.optim import FiniteGuard, build_optimizer, low_bit
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
 from fastllava.train import train_step
@@ -115,7 +114,7 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kinds_are_what_the_stage_keeps() -> None:
     parameters = sum(p.numel() for p in Llama(LLAMA, cpu_ops(torch.bfloat16)).parameters())
-    parameters += sum(p.numel() for p in Projector("mlp2x_gelu", 32, 96).parameters())
+    parameters += sum(p.numel() for p in build_projector(TINY, reference_ops()).parameters())
     memory = simulate(config_of("finetune", "bf16", "none"), TINY, gpu_ops({}), SIZE, accumulates=True).memory
     assert memory["master weights"] == memory["gradients"] == 4 * parameters
     assert memory["optimizer"] == pytest.approx(8 * parameters, rel=1e-3)

@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastllava.batch import Batch
+from fastllava.batch import Batch, ImageSpec
 from fastllava.config import ModelConfig, Recompute, Stage
+from fastllava.model.architecture import Architecture
 from fastllava.model.clip import ClipConfig
 from fastllava.model.execution import Execution
 from fastllava.model.llama import LlamaConfig
@@ -68,8 +69,7 @@ def test_within_one_percent_of_pytorch_s_counter(
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     attention = counted.pop("aten.bmm", 0)
 
-    widths = [tuple(weight.shape) for weight, _ in model.projector.layers()]
-    accounting = Accounting(model.llm.config, model.tower.config, model.tower.blocks_needed, widths, stage, recompute, last_layer)
+    accounting = Accounting.of_model(model.origin, stage, recompute, last_layer)
     flops = accounting.hardware_flops(Work.of(LENGTHS, [1, 1, 0], [5, 5, 5]))
     tower = model.tower.config
     tower_attention = 2 * accounting.blocks * 4 * tower.hidden_size * (tower.patches + 1) ** 2
@@ -79,17 +79,18 @@ def test_within_one_percent_of_pytorch_s_counter(
         assert attention == pytest.approx(flops.attention * square / triangle + tower_attention, rel=0.01)
 
 
-SEVEN_B = Accounting(
+SEVEN_B_MODEL = Architecture(
     llama=LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
         head_dim=128, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
         window=None,
     ),
     clip=ClipConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
-    blocks=23,
-    projector=((4096, 1024), (4096, 4096)),
-    stage="pretrain",
+    select_layer=-2,
+    projector_type="mlp2x_gelu",
+    spec=ImageSpec(336, 576, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 )  # fmt: skip
+SEVEN_B = Accounting.of_model(SEVEN_B_MODEL, "pretrain")
 
 
 def test_seven_b_by_hand() -> None:
@@ -112,6 +113,17 @@ def test_seven_b_by_hand() -> None:
     full = dataclasses.replace(SEVEN_B, recompute="full", last_layer="all")
     assert full.hardware_flops(work).decoder == pytest.approx((6 * 6.476e9 - 2 * 32 * 4096 * 11008) * 10240, rel=1e-3)
     assert full.model_flops(work) == flops
+
+
+def test_fewer_tokens_of_an_image_are_fewer_operations() -> None:
+    """By hand: of VILA's projector a token goes through 4096 x 4096 and 4096 x 4096, both with both gradients."""
+    joined = dataclasses.replace(SEVEN_B_MODEL, projector_type="mlp_downsample", spec=dataclasses.replace(SEVEN_B_MODEL.spec, patches=144))
+    accounting = Accounting.of_model(joined, "pretrain")
+    assert accounting.projector == 144 * 6 * (4 * 1024 * 4096 + 4096 * 4096)
+    # The decoder sees the difference in its rows, which the caller counts.
+    before, after = SEVEN_B.model_flops(Work.of([640], [1], [32])), accounting.model_flops(Work.of([640 - 432], [1], [32]))
+    assert after.tower == before.tower
+    assert after.decoder < before.decoder / 3
 
 
 def test_work_adds_up() -> None:

@@ -15,7 +15,7 @@ from fastllava.train.metrics.log import read_metrics
 from fastllava_kernels import rooms
 from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels._tuning import tuning
-from fastllava_kernels.room import why_not
+from fastllava_kernels.room import SEPARATE, why_not
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -26,6 +26,9 @@ def rounds(lists: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 RUNNABLE = {name: [i for i in room.implementations if why_not(room, i, CPU, FP32) is None] for name, room in rooms().items()}
+for room in rooms().values():
+    # As often as its parts have implementations, so that each of those has its turn in a step.
+    RUNNABLE[room.name] = [SEPARATE] * max((len(RUNNABLE[part]) for part in room.parts), default=0) + RUNNABLE[room.name]
 INTERPRETABLE = {name: [i for i, one in room.implementations.items() if one.interpretable] for name, room in rooms().items()}
 INTERPRETABLE = {name: names for name, names in INTERPRETABLE.items() if names}
 

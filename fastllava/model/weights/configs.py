@@ -181,7 +181,7 @@ def read_preprocessor(folder: Path, key: str) -> dict[str, Any]:
 
 
 def image_spec(config: ClipConfig, preprocessor: Mapping[str, Any], where: str) -> ImageSpec:
-    """Size and patches from the tower, mean and std from the preprocessor; CLIP's published ones where that is silent."""
+    """What the tower wants to see, with a token for each patch; mean and std are CLIP's published ones where the preprocessor is silent."""
     crop = preprocessor.get("crop_size")
     sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
     if not sides <= {None, config.image_size}:

@@ -4,13 +4,15 @@
 |---|---|---|---|
 | decoder | llm.model.layers... | model.layers... | language_model.model.layers... |
 | head | llm.lm_head.weight | lm_head.weight | language_model.lm_head.weight |
-| projector | projector.{0,2}... | model.mm_projector.{0,2}... | multi_modal_projector.linear_{1,2}... |
+| projector | projector... | model.mm_projector... | multi_modal_projector.linear_{1,2}..., of mlp2x_gelu alone |
 | tower | tower.vision_model... | model.vision_tower.vision_tower.vision_model... | vision_tower.vision_model... |
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
+
+from fastllava.model.projectors import KINDS
 
 Layout = Literal["llm", "llava", "hf"]
 
@@ -25,6 +27,14 @@ class _Part(NamedTuple):
     read: str
     """A pattern of every beginning that files are known to have; the first part that matches wins."""
 
+
+_HF_PROJECTORS = [
+    (f"projector.{ours}", f"multi_modal_projector.{theirs}")
+    for kind in KINDS.values()
+    for names in kind.hf.values()
+    for ours, theirs in names.items()
+]
+"""How names of projectors begin, ours and llava-hf's."""
 
 # transformers 4.52 and later put `model.` before llava-hf's parts and take it from the decoder, 5.3 to 5.8 leave it in both
 # places, 5.6 and later drop CLIP's `vision_model.`; files saved by any of them are about. Of a whole CLIP the text half is of
@@ -47,14 +57,12 @@ _TABLES: Mapping[str, tuple[_Part, ...]] = {
     "hf": (
         _Part("llm.lm_head.", "language_model.lm_head.", r"(model\.)?(language_model\.)?lm_head\."),
         _Part("llm.model.", "language_model.model.", r"(model\.language_model|language_model)\.(model\.)?"),
-        _Part("projector.0.", "multi_modal_projector.linear_1.", r"(model\.)?multi_modal_projector\.linear_1\."),
-        _Part("projector.2.", "multi_modal_projector.linear_2.", r"(model\.)?multi_modal_projector\.linear_2\."),
+        *(_Part(ours, theirs, rf"(model\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
         _Part("tower.vision_model.", "vision_tower.vision_model.", r"(model\.)?vision_tower\.(vision_model\.)?"),
     ),
     "clip": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
     "projector": (
-        _Part("projector.0.", "multi_modal_projector.linear_1.", r"(.*\.)?multi_modal_projector\.linear_1\."),
-        _Part("projector.2.", "multi_modal_projector.linear_2.", r"(.*\.)?multi_modal_projector\.linear_2\."),
+        *(_Part(ours, theirs, rf"(.*\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
         _Part("projector.", "model.mm_projector.", r"(.*\.)?mm_projector\."),
     ),
 }

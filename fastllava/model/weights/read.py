@@ -1,7 +1,7 @@
 """From folders to a model: which config.json says what, which file holds which tensor, and what does not fit."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastllava.model.build import build_llava
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
+from fastllava.model.projectors import kind_of
 from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
@@ -91,6 +92,7 @@ def read_origin(config: ModelConfig) -> Origin:
     ]
     if isinstance(rows, int) and rows > llama.vocab_size:
         notes.append(f"{where}: rows {llama.vocab_size} to {rows - 1} of embedding and head are the image's and padding; they are left out")
+    spec = image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}")
     return Origin(
         layout=layout,
         text=without_code(text),
@@ -104,7 +106,7 @@ def read_origin(config: ModelConfig) -> Origin:
         llama=llama,
         clip=clip,
         projector_type=config.projector_type,
-        spec=image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}"),
+        spec=replace(spec, patches=kind_of(config.projector_type).tokens(clip.patches)),
         rows=rows if isinstance(rows, int) else llama.vocab_size,
         notes=tuple(notes),
     )

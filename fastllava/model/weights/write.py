@@ -18,7 +18,7 @@ from fastllava.config import ModelConfig
 from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
-from fastllava.model.projector import Projector
+from fastllava.model.projectors import KINDS, Projector, kind_of
 from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, vocabulary_of
 from fastllava.model.weights.files import dump_json
 from fastllava.model.weights.layouts import to_disk
@@ -74,8 +74,12 @@ def write_checkpoint(
     The names of the files, below `folder`. Raises OSError, and UserError before any weight is written when the layout cannot
     hold this model.
     """
-    if layout == "hf" and model.projector.kind != "mlp2x_gelu":
-        raise UserError(f"--layout: hf holds mlp2x_gelu projectors only, this one is {model.projector.kind}; write --layout llava")
+    projector_type = model.projector.projector_type
+    if layout == "hf" and projector_type not in kind_of(projector_type).hf:
+        held = ", ".join(name for kind in KINDS.values() for name in kind.hf)
+        raise UserError(f"--layout: hf holds {held} projectors only, this one is {projector_type}; write --layout llava")
+    if layout == "llava" and not kind_of(projector_type).original:
+        report(f"config.json: mm_projector_type {projector_type} is none that the original's code builds; fastllava reads it")
     values = model.state_dict() if state is None else state
     with _beside(folder, dtype.itemsize * sum(tensor.numel() for tensor in values.values())) as beside:
         tokenizer = _write_tokenizer(model, layout, beside, source, max_tokens, legacy, report)

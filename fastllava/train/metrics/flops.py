@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike
 
 from fastllava.config import Config, Recompute, Rows, Stage
 from fastllava.data.balance import Cost
+from fastllava.model.architecture import Architecture
+from fastllava.model.build import build_projector
 from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
-from fastllava.model.projector import Projector
+from fastllava.model.ops import reference_ops
 from fastllava.model.weights import read_origin
 
 REPEATED: Mapping[Recompute, Sequence[str]] = {
@@ -100,8 +102,8 @@ class Accounting:
     clip: ClipConfig
     blocks: int
     """Blocks of the tower that run: 23 of CLIP-L's 24 for select_layer -2."""
-    projector: Sequence[tuple[int, int]]
-    """(outputs, inputs) of each Linear of the projector."""
+    projector: float
+    """Operations of the projector for one image, forward and backward."""
     stage: Stage
     recompute: Recompute = "none"
     last_layer: Rows = "supervised"
@@ -109,17 +111,24 @@ class Accounting:
     @classmethod
     def of(cls, config: Config) -> "Accounting":
         """Of the run that `config` describes; reads the config.json files of its model. Raises UserError, as `read_origin`."""
-        origin = read_origin(config.model)
+        return cls.of_model(read_origin(config.model), config.stage, config.train.recompute, config.train.last_layer)
+
+    @classmethod
+    def of_model(
+        cls, architecture: Architecture, stage: Stage, recompute: Recompute = "none", last_layer: Rows = "supervised"
+    ) -> "Accounting":
+        """Accounts for a stage of training `architecture`."""
+        clip = architecture.clip
         with torch.device("meta"):
-            projector = Projector(config.model.projector_type, origin.clip.hidden_size, origin.llama.hidden_size)
+            projector = build_projector(architecture, reference_ops())
         return cls(
-            llama=origin.llama,
-            clip=origin.clip,
-            blocks=config.model.select_layer % (origin.clip.num_hidden_layers + 1),
-            projector=[(weight.shape[0], weight.shape[1]) for weight, _ in projector.layers()],
-            stage=config.stage,
-            recompute=config.train.recompute,
-            last_layer=config.train.last_layer,
+            llama=architecture.llama,
+            clip=clip,
+            blocks=architecture.select_layer % (clip.num_hidden_layers + 1),
+            projector=architecture.spec.patches * projector.operations(),
+            stage=stage,
+            recompute=recompute,
+            last_layer=last_layer,
         )
 
     def cost(self) -> Cost:
@@ -139,7 +148,7 @@ class Accounting:
         passes = self._passes()
         return Flops(
             tower=work.images * self._tower(),
-            projector=work.images * self._projector(),
+            projector=work.images * self.projector,
             decoder=passes * self._layers(work, counted, self._products()),
             attention=3 * work.pairs * self._attention(),
             head=passes * counted * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
@@ -184,12 +193,6 @@ class Accounting:
     def _attention(self) -> float:
         """Forward of one pair through all layers: a score and a share of the values, over every head's width."""
         return 4.0 * self.llama.num_hidden_layers * self.llama.num_attention_heads * self.llama.head_dim
-
-    def _projector(self) -> float:
-        """Forward and backward of one image; the first Linear needs no gradient of its input, the frozen tower's features."""
-        sizes = [outputs * inputs for outputs, inputs in self.projector]
-        products = sum(3 * size for size in sizes) - (sizes[0] if sizes else 0)
-        return 2.0 * self.clip.patches * products
 
     def _tower(self) -> float:
         """Forward of one image; the tower never trains."""

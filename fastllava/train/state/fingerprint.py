@@ -34,7 +34,7 @@ def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
     configs = {
         "llm": asdict(model.llm.config),
         "tower": {**asdict(model.tower.config), **spec},
-        "projector": {"projector_type": model.projector.kind},
+        "projector": {"projector_type": model.projector.projector_type},
     }
     drawn = model.projector_source == "fresh"
     tensors = {name: tensor for name, tensor in sorted(model.named_parameters()) if not (drawn and name.startswith("projector."))}

@@ -6,4 +6,5 @@ ROOM = Room.of_folder(
     "projector_splice",
     "Project patches and write them beside the text embeddings into the packed hidden states",
     ("triton", "torch", REFERENCE),
+    parts=("projector_mlp", "splice"),
 )
