@@ -25,7 +25,7 @@ def in_autocast(tensor: Tensor) -> bool:
 
 
 def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose first argument is a tensor, computing inside `torch.autocast` as it does outside: in its inputs' dtypes."""
+    """Return `function`, whose first argument is a tensor, computing inside `torch.autocast` as it does outside: in its inputs' dtypes."""
 
     @wraps(function)
     def call(first: Tensor, *others: Any) -> Any:
@@ -38,7 +38,7 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function the op fastllava::`name`, which writes over no input and computes as outside autocast."""
+    """Make a function the op fastllava::`name`, which writes over no input and computes as outside autocast."""
     return lambda function: torch.library.custom_op(f"fastllava::{name}", outside_autocast(function), mutates_args=())
 
 
@@ -65,7 +65,7 @@ class _Apart(torch.autograd.Function):
 
 
 class _Refused(torch.autograd.Function):
-    """The tensor itself; a gradient of it is an error in words."""
+    """Return the tensor itself; a gradient of it is an error in words."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, what: str) -> Tensor:
@@ -91,7 +91,7 @@ class Contract:
     """The distance to fp64 truth beyond the reference's that is allowed, by dtype."""
 
     def kept(self, room: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` behind this contract."""
+        """Put `function` behind this contract."""
         names = list(inspect.signature(self.check).parameters)
         places = [(names.index(name), f"{room}: {name}") for name in self.no_gradient]
         outside = outside_autocast(function)

@@ -7,17 +7,17 @@ from fastllava_kernels.contract import fits, whole
 
 
 def inside(indices: Tensor, size: int) -> Tensor:
-    """bool, of the indices' shape: which are one of the rows 0 to size - 1."""
+    """Tell which indices are one of the rows 0 to size - 1: bool, of their shape."""
     return (indices >= 0) & (indices < size)
 
 
 def or_else(indices: Tensor, size: int, other: int) -> Tensor:
-    """int64: `indices`, with `other` in place of those that are no row of `size`."""
+    """Return `indices` as int64, with `other` in place of those that are no row of `size`."""
     return torch.where(inside(indices, size), indices, other).long()
 
 
 def nan_unless_bounds(cu_seqlens: Tensor, rows: int, longest: int) -> Tensor:
-    """fp32 scalar: 0 where `cu_seqlens` cuts `rows` into samples of at most `longest` rows one after another, else NaN.
+    """Return 0 where `cu_seqlens` cuts `rows` into samples of at most `longest` rows one after another, else NaN: an fp32 scalar.
 
     Computed on the device, so that what it is added to stops a run whose bounds are wrong without a wait.
     """

@@ -14,17 +14,17 @@ class Decoder:
     """The sizes of a Llama decoder."""
 
     width: int
-    """D, of the hidden states."""
+    """D, the width of the hidden states."""
     inner: int
-    """F, of the MLP."""
+    """F, the inner width of the MLP."""
     heads: int
-    """H, of the queries."""
+    """H, the heads of the queries."""
     key_heads: int
-    """G, of keys and values."""
+    """G, the heads of keys and values."""
     head_dim: int
-    """K"""
+    """K, the width of a head."""
     vocabulary: int
-    """V"""
+    """V, the tokens in the vocabulary."""
 
 
 DECODERS: Mapping[str, Decoder] = {
@@ -41,17 +41,17 @@ class MicroBatch:
     """What one forward pass of the model sees."""
 
     rows: int
-    """T, packed rows."""
+    """T, the packed rows."""
     samples: int
-    """Each has one image."""
+    """Samples, each with one image."""
     patches: int
-    """P, of all images."""
+    """P, the patches of all images."""
     tower_rows: int
-    """Rows of all images in the tower: a class token more than patches for each."""
+    """The rows of all images in the tower: a class token more than patches for each."""
     tower_width: int
-    """C"""
+    """C, the width of the tower's hidden states."""
     tower_inner: int
-    """Of the tower's MLP."""
+    """The inner width of the tower's MLP."""
     tower_heads: int
 
 
@@ -62,12 +62,12 @@ BATCHES: Mapping[str, MicroBatch] = dict.fromkeys(DECODERS, MicroBatch(16384, 16
 
 
 def sizes(*names: str) -> list[tuple[str, Decoder, MicroBatch]]:
-    """(name, decoder, micro-batch) of each name; of all of them when none is given."""
+    """Return (name, decoder, micro-batch) of each name, or of all of them when none is given."""
     return [(name, DECODERS[name], BATCHES[name]) for name in names or DECODERS]
 
 
 def text_lengths(rows: int, samples: int) -> list[int]:
-    """Text tokens of each sample, at least 1, together `rows` (or `samples` when that is more).
+    """Return the text tokens of each sample, at least 1, together `rows` (or `samples` when that is more).
 
     Log-normal, as conversations are: most are short, a few several times as long. Always the same for the same arguments.
     """
@@ -80,12 +80,12 @@ def text_lengths(rows: int, samples: int) -> list[int]:
 
 
 def sample_lengths(rows: int, patches: int, samples: int) -> list[int]:
-    """Packed rows of each sample: its text and its share of the patches. Together `rows`, where that holds all patches."""
+    """Return the packed rows of each sample: its text and its share of the patches. Together `rows`, where that holds all patches."""
     return [text + image for text, image in zip(text_lengths(rows - patches, samples), image_lengths(patches, samples), strict=True)]
 
 
 def image_lengths(patches: int, samples: int) -> list[int]:
-    """Patches of each sample, as equal as can be."""
+    """Return the patches of each sample, as equal as can be."""
     return [patches * (i + 1) // samples - patches * i // samples for i in range(samples)]
 
 
@@ -94,7 +94,7 @@ PREFIX = 35
 
 
 def splice_rows(rows: int, patches: int, samples: int) -> tuple[list[int], list[int]]:
-    """The packed rows of text and of patches, each ascending: in each sample some text, its image, the rest of the text."""
+    """Return the packed rows of text and of patches, each ascending: in each sample some text, its image, the rest of the text."""
     text_rows: list[int] = []
     patch_rows: list[int] = []
     start = 0
@@ -114,7 +114,7 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, learns: bool = False, master: bool = False) -> Tensor:
-        """Normal numbers in the dtype; `learns`: takes a gradient; `master`: the same numbers kept in fp32 (or wider)."""
+        """Draw normal numbers in the dtype; `learns`: takes a gradient; `master`: the same numbers kept in fp32 (or wider)."""
         drawn = torch.randn(shape, device=self.device, generator=self.generator) * scale
         drawn = drawn.to(self.dtype)
         if master:
@@ -123,10 +123,10 @@ class Draw:
         return drawn.requires_grad_(learns)
 
     def integers(self, below: int, count: int) -> Tensor:
-        """int64 [count] in [0, below)."""
+        """Draw int64 [count] in [0, below)."""
         return torch.randint(below, (count,), device=self.device, generator=self.generator)
 
     def subset(self, below: int, count: int) -> Tensor:
-        """int32 [count]: different numbers below `below`, ascending."""
+        """Draw different numbers below `below`, ascending: int32 [count]."""
         chosen = torch.randperm(below, device=self.device, generator=self.generator)[:count]
         return chosen.sort().values.int()

@@ -1,4 +1,4 @@
-"""torch.compile of a reference as an implementation: elementwise ops and norms that fuse into one kernel a pass."""
+"""The reference of a room through torch.compile, as an implementation: elementwise ops and norms fuse into one kernel a pass."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ FEWEST = 2
 
 
 def compiled(reference: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """`reference` as one graph, compiled at the first call and once for every number of rows.
+    """Return `reference` as one graph, compiled at the first call and once for every number of rows.
 
     Rows are the first axis of every argument with two axes or more; the other sizes are constants of the graph. Where a
     larger graph is being compiled around it, it is the reference, which that graph fuses; so it is for fewer rows than FEWEST.

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def normal_cdf_pdf(x) -> Any:
-    """Phi(x) and phi(x) of the standard normal distribution for fp32 x.
+    """Compute Phi(x) and phi(x) of the standard normal distribution for fp32 x.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.17: the upper tail is phi(x) times a polynomial of
     degree five in 1 / (1 + 0.2316419 |x|), off by 7.5e-8 at most. The tail is never formed as `1 - erf`, so it keeps its
@@ -23,13 +23,13 @@ def normal_cdf_pdf(x) -> Any:
 
 @triton.jit
 def gelu(x) -> Any:
-    """GELU of fp32 x."""
+    """Compute the GELU of fp32 x."""
     cdf, _ = normal_cdf_pdf(x)
     return x * cdf
 
 
 @triton.jit
 def gelu_and_slope(x) -> Any:
-    """GELU of fp32 x, and its derivative."""
+    """Compute the GELU of fp32 x, and its derivative."""
     cdf, pdf = normal_cdf_pdf(x)
     return x * cdf, cdf + x * pdf

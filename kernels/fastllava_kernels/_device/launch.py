@@ -33,7 +33,7 @@ def takes(tensor: Tensor) -> bool:
 
 
 def kernels_or(eager: ModuleType, kernels: str) -> Callable[[Tensor], ModuleType]:
-    """What gives the module that computes where a tensor lies: the one named `kernels` where kernels take it, else `eager`.
+    """Return what gives the module that computes where a tensor lies: the one named `kernels` where kernels take it, else `eager`.
 
     The kernels are imported at the first launch: a machine without Triton can still train with the other implementations.
     """
@@ -41,10 +41,10 @@ def kernels_or(eager: ModuleType, kernels: str) -> Callable[[Tensor], ModuleType
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one: Triton launches on the current device, whatever device its arguments are on."""
+    """Make the tensor's GPU the current one: Triton launches on the current device, whatever device its arguments are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def inner_contiguous(x: Tensor) -> Tensor:
-    """x, copied if neighbours in a row are no neighbours in memory; rows may lie at any distance."""
+    """Return x, copied if neighbours in a row are no neighbours in memory; rows may lie at any distance."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -21,7 +21,7 @@ _YES, _NO = tl.constexpr(True), tl.constexpr(False)
 
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr) -> Any:
-    """This program's rows, first column and row block. Blocks of GROUP_M row blocks keep what they share of both operands in L2."""
+    """Return this program's rows, first column and row block. Blocks of GROUP_M row blocks keep what they share of both operands in L2."""
     program = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     group_size = GROUP_M * tl.cdiv(N, BLOCK_N)
@@ -50,7 +50,7 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> Any:
-    """fp32 [BLOCK_M, BLOCK_N]: a [M, K] times b, which is stored as [N, K] or as [K, N]."""
+    """Compute a [M, K] times b, which is stored as [N, K] or as [K, N]: fp32 [BLOCK_M, BLOCK_N]."""
     # Rows beyond the end repeat the last one, so that the loop needs no mask for them; they are not stored.
     inner = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride + inner[None, :]
@@ -79,7 +79,7 @@ def _product(
 
 @triton.jit
 def _halves(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> Any:
-    """The left and right columns. An epilogue on one after the other needs half the registers, and so does not spill."""
+    """Return the left and the right columns. An epilogue on one after the other needs half the registers, and so does not spill."""
     return tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
@@ -145,7 +145,7 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """out = x @ weight.T + bias; GELU: its GELU, with what goes into it into pre if KEEP; PLACE: row m to out[map[m]]."""
+    """Compute out = x @ weight.T + bias; GELU: its GELU, with what goes into it into pre if KEEP; PLACE: row m to out[map[m]]."""
     rows, column, _ = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     columns = column + tl.arange(0, BLOCK_N)
     sums = _product(x_ptr, weight_ptr, rows, columns, M, N, K, x_stride, K, _YES, _YES, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -211,7 +211,7 @@ def gelu_backward_kernel(
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """d_pre = (d_out @ weight) * GELU'(pre), act = GELU(pre), and the sums of d_pre over each block of rows.
+    """Compute d_pre = (d_out @ weight) * GELU'(pre), act = GELU(pre), and the sums of d_pre over each block of rows.
 
     d_out: [M, K] and weight: [K, N] of the Linear after the GELU; pre, d_pre, act: [M, N]; partial: fp32 [blocks of M, N].
     """
@@ -222,14 +222,14 @@ def gelu_backward_kernel(
 
 
 class LinearKernels:
-    """The kernels of a room: `kernels` by name, and what launches each."""
+    """The kernels of a room that computes a chain of Linear and GELU: `kernels` by name, and what launches each."""
 
     def __init__(self, room: str, names: Sequence[str]) -> None:
         self._room = room
         self.kernels = tuning.by_name(_described(f"{room}.{name}", name) for name in names)
 
     def linear_gelu(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """(pre, GELU(pre)), both [M, N], with pre = x @ weight.T + bias; pre is empty unless `keep`.
+        """Compute (pre, GELU(pre)), both [M, N], with pre = x @ weight.T + bias; pre is empty unless `keep`.
 
         The GELU is taken of the fp32 sums, before pre is rounded. The bias may have any dtype.
         """
@@ -239,13 +239,13 @@ class LinearKernels:
         return pre_MN, act_MN
 
     def linear(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
-        """x @ weight.T + bias, [M, N]."""
+        """Compute x @ weight.T + bias, [M, N]."""
         out_MN = x_MK.new_empty(x_MK.shape[0], weight_NK.shape[0])
         self._linear("linear", x_MK, weight_NK, bias_N, out_MN, out_MN, None)
         return out_MN
 
     def linear_place(self, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor, places_M: Tensor, out: Tensor) -> None:
-        """Writes row m of x @ weight.T + bias into row places[m] of `out` [rows, N], contiguous, if that is a row of it."""
+        """Write row m of x @ weight.T + bias into row places[m] of `out` [rows, N], contiguous, if that is a row of it."""
         self._linear("linear_place", x_MK, weight_NK, bias_N, out, out, places_M)
 
     def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor, pre: Tensor, out: Tensor, places: Tensor | None) -> None:
@@ -262,7 +262,7 @@ class LinearKernels:
             )  # fmt: skip
 
     def gelu_backward(self, d_out_MK: Tensor, weight_KN: Tensor, pre_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(d_pre, GELU(pre), fp32 column sums of d_pre) with d_pre = (d_out @ weight) * GELU'(pre): [M, N], [M, N], [N]."""
+        """Compute (d_pre, GELU(pre), fp32 column sums of d_pre) with d_pre = (d_out @ weight) * GELU'(pre): [M, N], [M, N], [N]."""
         (m, k), n = d_out_MK.shape, weight_KN.shape[1]
         d_out = inner_contiguous(d_out_MK)
         d_pre_MN, act_MN = torch.empty_like(pre_MN), torch.empty_like(pre_MN)

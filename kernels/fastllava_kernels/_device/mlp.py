@@ -18,7 +18,7 @@ GeluBackward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def check_layers(room: str, features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """The width of what the last layer gives. Raises ValueError when one does not take what the one before it gives."""
+    """Return the width of what the last layer gives. Raises ValueError when one does not take what the one before it gives."""
     good, width = features_PC.ndim == 2, features_PC.shape[-1]
     for weight, bias in layers:
         good = good and weight.ndim == 2 and weight.shape[1] == width and bias.shape == weight.shape[:1]
@@ -29,7 +29,7 @@ def check_layers(room: str, features_PC: Tensor, layers: Sequence[tuple[Tensor, 
 
 
 def as_used(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the products read it: in their dtype, contiguous."""
+    """Return the weight as the products read it: in their dtype, contiguous."""
     return weight.to(dtype).contiguous()
 
 
@@ -41,7 +41,7 @@ def keeps(features: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor])
 def hidden_layers(
     linear_gelu: LinearGelu, features_PC: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """What goes into the last Linear; and, if `keep`, what goes into each GELU."""
+    """Return what goes into the last Linear; and, if `keep`, what goes into each GELU."""
     x, pres = features_PC, []
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         pre, x = linear_gelu(x, as_used(weight, x.dtype), bias.contiguous(), keep)
@@ -60,7 +60,7 @@ def backward(
     pres: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of features, of the N weights and of the N biases, each in its tensor's dtype; empty where not `wanted`.
+    """Compute the gradients of features, of the N weights and of the N biases, each in its tensor's dtype; empty where not `wanted`.
 
     d_out: [P, outputs]; d_out_sum: its column sums in fp32; wanted: 1 + 2N flags in that order. fp32 masters get the fp32
     sums unrounded. P = 0 gives zeros.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def mm32(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
-    """fp32 [M, N]: `a @ b` of inputs in one dtype (fp64 stays fp64), into `out` when given, added to it when `accumulate`.
+    """Compute `a @ b`, fp32 [M, N], of inputs in one dtype (fp64 stays fp64), into `out` when given, added to it when `accumulate`.
 
     On a GPU the library's product with an fp32 result; elsewhere the product of the inputs in fp32.
     """

@@ -14,7 +14,7 @@ from fastllava_kernels.contract import custom_op
 
 
 def define(room: str, forward: Callable[..., Any], backward: Callable[..., Any], streams: int = 1) -> Any:
-    """The op fastllava::<room>_liger with fake and autograd, over ops of both passes.
+    """Define the op fastllava::<room>_liger with fake and autograd, over ops of both passes.
 
     forward(x for each stream, parameters [D], eps): a result in x's shape for each stream, then as many statistics [N] as there are
     parameters. backward(a gradient for each result, what was normed, the weight, statistics, whether parameters want gradients): the
@@ -49,24 +49,24 @@ def define(room: str, forward: Callable[..., Any], backward: Callable[..., Any],
 
 
 def dtype_of_statistics(x: Tensor) -> torch.dtype:
-    """fp32, in which norms keep their statistics; fp64 for fp64 on a CPU."""
+    """Return fp32, in which norms keep their statistics, or fp64 for fp64 on a CPU."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[N, D] in the dtype of the statistics."""
+    """Return x as rows, [N, D], in the dtype of the statistics."""
     return x.flatten(0, -2).to(dtype_of_statistics(x))
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(normed in x's shape and dtype, 1 / rms [N]), rounded before the weight as Llama's norm is."""
+    """Compute (normed in x's shape and dtype, 1 / rms [N]), rounded before the weight as Llama's norm is."""
     wide_ND = rows_of(x)
     rstd_N = torch.rsqrt(wide_ND.square().mean(-1) + eps)
     return weight_D * (wide_ND * rstd_N.unsqueeze(1)).to(x.dtype).view(x.shape), rstd_N
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, [N, D], and of the weight, [D], both in the dtype of the statistics."""
+    """Compute the gradients of x, [N, D], and of the weight, [D], both in the dtype of the statistics."""
     grad_ND = grad.flatten(0, -2).to(rstd_N.dtype)
     normed_ND = x.flatten(0, -2).to(rstd_N.dtype) * rstd_N.unsqueeze(1)
     scaled_ND = grad_ND * weight_D
@@ -75,7 +75,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd_N: Tensor)
 
 
 def or_none(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """The gradient in the parameter's dtype, or the empty tensor that stands for none."""
+    """Return the gradient in the parameter's dtype, or the empty tensor that stands for none."""
     return parameter.new_empty(0) if gradient is None else gradient.to(parameter.dtype)
 
 

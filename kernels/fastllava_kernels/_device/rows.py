@@ -31,7 +31,7 @@ def copy_rows_kernel(
     LOOKUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """out[places[i]] = source[i], or with LOOKUP source[ids[places[i]]], NaN where that is no row of source.
+    """Write out[places[i]] = source[i], or with LOOKUP source[ids[places[i]]], NaN where that is no row of source.
 
     Nothing where places[i] is no row of out.
     """
@@ -64,7 +64,7 @@ def gather_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """out[i] = source[places[i]], zeros where that is no row of source; SUM: the fp32 sums over each block of rows."""
+    """Write out[i] = source[places[i]], zeros where that is no row of source; SUM: the fp32 sums over each block of rows."""
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = tl.load(places_ptr + i, mask=i < count, other=rows_in).to(tl.int64)
@@ -92,7 +92,7 @@ def segment_sum_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """out[key] = sum of source[rows[i]] over the i with keys[i] == key, in their order; keys are sorted.
+    """Write out[key] = sum of source[rows[i]] over the i with keys[i] == key, in their order; keys are sorted.
 
     The program of a key's first position does the work, the others of that key leave. Nothing is written for a key that is no
     row of out, and nothing read for a row that is none of source.
@@ -118,18 +118,18 @@ def segment_sum_kernel(
 
 
 class RowKernels:
-    """The kernels of a room: `kernels` by name, and what launches each."""
+    """The kernels of a room that moves rows: `kernels` by name, and what launches each."""
 
     def __init__(self, room: str, names: Sequence[str]) -> None:
         self._room = room
         self.kernels = tuning.by_name(_described(f"{room}.{name}", *_VARIANTS[name]) for name in names)
 
     def scatter_rows(self, source_PD: Tensor, places_P: Tensor, out_TD: Tensor) -> None:
-        """out[places[p]] = source[p]; p is left out where places[p] is no row of out, such as T."""
+        """Write out[places[p]] = source[p]; p is left out where places[p] is no row of out, such as T."""
         self._copy("scatter", inner_contiguous(source_PD), places_P, None, out_TD)
 
     def embed_rows(self, table_VD: Tensor, ids_T: Tensor, places: Tensor, out_TD: Tensor) -> None:
-        """out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype; NaN for an id outside the table."""
+        """Write out[t] = table[ids[t]] for every t in `places`, rounded to out's dtype; NaN for an id outside the table."""
         name = "embed" if table_VD.dtype == out_TD.dtype else "embed_master"
         self._copy(name, inner_contiguous(table_VD), places, ids_T, out_TD)
 
@@ -148,7 +148,7 @@ class RowKernels:
             )  # fmt: skip
 
     def gather_rows(self, source_TD: Tensor, places_P: Tensor, want_sum: bool) -> tuple[Tensor, Tensor]:
-        """source[places] [P, D], zeros where places[p] is no row of source, such as T; its fp32 column sums [D], if `want_sum`."""
+        """Gather source[places] [P, D], zeros where that is no row of source, such as T; and its fp32 column sums [D], if `want_sum`."""
         source, count, columns = inner_contiguous(source_TD), len(places_P), source_TD.shape[1]
         config = self._config("gather_sum" if want_sum else "gather", count, source)
         constants: dict[str, Any] = config | {"SUM": want_sum}
@@ -163,7 +163,7 @@ class RowKernels:
         return out_PD, partial_BD.sum(0) if want_sum else partial_BD
 
     def embedding_gradient(self, d_hidden_TD: Tensor, table_VD: Tensor, ids_T: Tensor, places: Tensor) -> Tensor:
-        """[V, D] in the table's dtype: for each token the sum of d_hidden over the rows in `places` that hold it.
+        """Sum for each token d_hidden over the rows in `places` that hold it: [V, D] in the table's dtype.
 
         Summed in fp32 in the order of `places`, so the same bits every time: a stable sort by token, then one sum a token. A place
         outside the rows and a token outside the table count nowhere.

@@ -44,9 +44,9 @@ class Resources:
     """What a compiled kernel takes; instructions are counted in the machine code, not as executed."""
 
     registers: int
-    """Per thread."""
+    """Registers of a thread."""
     shared: int
-    """Bytes per block."""
+    """Bytes of shared memory of a block."""
     spilled: int
     """Bytes of stack per thread, plus loads and stores of local memory."""
     tensor_core: int
@@ -161,7 +161,7 @@ def _lines(judged: list[tuple[Entry, Resources, list[str]]]) -> Iterator[str]:
 
 @cache
 def triton_minor() -> str:
-    """Such as "3.9"."""
+    """The running Triton's minor version, such as "3.9"."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
@@ -175,7 +175,7 @@ def gate(jobs: int) -> tuple[str, list[str]]:
 
 
 def _differences(committed: str, now: str) -> list[str]:
-    """Lines that changed; other versions of Triton make other code, so then only the limits count."""
+    """Return the lines that changed; other versions of Triton make other code, so then only the limits count."""
     if f"Triton {triton_minor()}, bf16" not in committed:
         return []
     before, after = committed.splitlines(), now.splitlines()
@@ -183,7 +183,7 @@ def _differences(committed: str, now: str) -> list[str]:
 
 
 def main() -> None:
-    """Exits with 1 and a line for each problem when a kernel is refused or the committed table is out of date."""
+    """Exit with 1 and a line for each problem when a kernel is refused or the committed table is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="write the table there")
     parser.add_argument("--check", type=Path, help="compare with the table there")

@@ -52,13 +52,13 @@ class Measured:
     """What a bucket of a kernel takes with each candidate."""
 
     shape: str
-    """Of the room's workload, that launches the kernel."""
+    """The shape of the room's workload that launches the kernel."""
     milliseconds: Mapping[int, float]
-    """Of the room's forward and backward, by the candidate's number; those that ran."""
+    """Median time of the room's forward and backward, by the number of each candidate that ran."""
     chosen: Config
-    """The fastest that passes the gate."""
+    """The fastest candidate that passes the gate."""
     refused: Sequence[str]
-    """What did not run or pass, in words."""
+    """Which candidates did not run or did not pass, and why, in words."""
 
 
 def compiling(kernel: Kernel, arch: str) -> list[Config]:
@@ -76,7 +76,7 @@ def compiling(kernel: Kernel, arch: str) -> list[Config]:
 
 
 def measure(kernel: Kernel, bound: int | None, device: torch.device, size: str = SIZE, rounds: int = ROUNDS) -> Measured:
-    """Every candidate in turn, `rows` at the bucket's bound, and the fastest that passes the gate.
+    """Time every candidate in turn, with `rows` at the bucket's bound, and choose the fastest that passes the gate.
 
     Raises ValueError when no shape of the size launches the kernel, or nothing passes.
     """
@@ -134,14 +134,14 @@ def _times(
 
 
 def _run(function: Any, args: Any) -> None:
-    """Forward and backward."""
+    """Run the function forward and backward."""
     out = function(*args)
     outs = list(out) if isinstance(out, tuple) else [out]
     torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds."""
+    """Return the milliseconds that a call takes."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
@@ -176,7 +176,7 @@ def write(arch: str, chosen: Mapping[str, Mapping[str, Config]], folder: Path | 
 
 
 def main() -> None:
-    """Write the tables; one line for each choice."""
+    """Write the tables, and print a line for each choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="by time on this GPU instead of by compiling for all architectures")
     parser.add_argument("--kernels", nargs="*", help="only these")
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 def _write_measured(wanted: Mapping[str, Kernel]) -> None:
-    """Each kernel's entries as soon as they are measured; one that nothing launches keeps what it has."""
+    """Write each kernel's entries as soon as they are measured; a kernel that nothing launches keeps what it has."""
     device = torch.device("cuda")
     arch = tuning.architecture(device)
     for name, kernel in wanted.items():

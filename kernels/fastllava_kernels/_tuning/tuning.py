@@ -24,10 +24,10 @@ from fastllava_kernels.room import rooms
 TABLES = Path(__file__).parent / "tables"
 ANY = "any"
 FIRST = "first candidate"
-"""What a kernel runs with that no table has."""
+"""What a kernel runs with when no table has it."""
 
 FUSION = {"enable_fp_fusion": True}
-"""Said at every launch: Triton 3.10 turns the default, and a multiply-add rounded twice gives other bits."""
+"""Options said at every launch: Triton 3.10 turns the default, and a multiply-add rounded twice gives other bits."""
 
 Config = Mapping[str, int]
 """Constants of a kernel such as BLOCK_M, and num_warps, num_stages."""
@@ -45,7 +45,7 @@ class Kernel:
     name: str
     """Its key in the tables, such as "projector_splice.linear_place": the room whose workload times it, then its own."""
     function: Any
-    """What `@triton.jit` made."""
+    """The function that `@triton.jit` made."""
     signature: Mapping[str, str]
     """Triton's type of every parameter that is no constant, as in bf16 training: "*bf16", "*fp32", "*i64", "i32", "fp32"."""
     constants: Mapping[str, Any]
@@ -59,11 +59,11 @@ class Kernel:
     divisible: frozenset[str] = field(default_factory=frozenset)
     """Integers that are multiples of 16 in training, such as strides; pointers always are."""
     matmul: bool = False
-    """Has a tl.dot fed from memory: the gate wants tensor-core and asynchronous-copy instructions."""
+    """Whether it has a tl.dot fed from memory, so that the gate wants tensor-core and asynchronous-copy instructions."""
 
     @property
     def room(self) -> str:
-        """The first part of its name."""
+        """The room's name, which is the first part of the kernel's."""
         return self.name.partition(".")[0]
 
 

@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def _forward(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed [T, D], sum [T, D], 1 / rms of every row of the sum in fp32)."""
+    """Compute (normed [T, D], sum [T, D], 1 / rms of every row of the sum in fp32)."""
     x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
     if not liger.takes(x_TD):
         summed_TD = x_TD + residual_TD
@@ -24,7 +24,7 @@ def _forward(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) ->
 def _backward(
     grad_TD: Tensor, grad_sum_TD: Tensor, summed_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, wants_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x and of the residual alike, and of the weight when wanted, summed in fp32; an empty tensor when not."""
+    """Compute the gradient of x and of the residual alike, and of the weight when wanted, summed in fp32; an empty tensor when not."""
     grad_TD, grad_sum_TD, summed_TD, weight_D = (x.contiguous() for x in (grad_TD, grad_sum_TD, summed_TD, weight_D))
     if not liger.takes(summed_TD):
         d_x, d_weight = norms.rms_norm_backward(grad_TD, summed_TD, weight_D, rstd_T)
@@ -46,7 +46,7 @@ _op = norms.define("add_rms_norm", _forward, _backward, streams=2)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(`rms_norm(x + residual)`, `x + residual`), both [T, D] in x's dtype."""
+    """Compute (`rms_norm(x + residual)`, `x + residual`), both [T, D] in x's dtype."""
     normed_TD, summed_TD, _ = _op(x_TD, residual_TD, weight_D, eps)
     return normed_TD, summed_TD
 

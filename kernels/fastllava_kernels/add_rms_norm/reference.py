@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(`rms_norm(x + residual, weight, eps)`, `x + residual`), both [T, D] in x's dtype; statistics in fp32 of the rounded sum."""
+    """Compute (`rms_norm(x + residual, weight, eps)`, `x + residual`), both [T, D] in x's dtype; statistics in fp32 of the rounded sum."""
     summed = x_TD + residual_TD
     sum32 = summed.to(torch.promote_types(summed.dtype, torch.float32))
     normed = sum32 * torch.rsqrt(sum32.square().mean(-1, keepdim=True) + eps)

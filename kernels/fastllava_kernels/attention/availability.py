@@ -13,7 +13,7 @@ WIDEST = 256
 
 
 def needs_width_of_flash(sizes: Sizes) -> str | None:
-    """FlashAttention: heads as wide as its kernels take, in every part of the model."""
+    """Why FlashAttention cannot run the model, or None: its kernels take heads up to a width, in every part."""
     for part, width in sizes.head_widths.items():
         if width % 8 or width > WIDEST:
             return f"it takes heads whose width is a multiple of 8 up to {WIDEST}, and those of {part} are {width} wide"
@@ -21,7 +21,7 @@ def needs_width_of_flash(sizes: Sizes) -> str | None:
 
 
 def needs_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """FlashAttention 2: a GPU from A100 on, bf16 or fp16."""
+    """Why FlashAttention 2 cannot run here, or None: it needs a GPU from A100 on, and bf16 or fp16."""
     if device.type != "cuda":
         return "FlashAttention needs a CUDA GPU"
     reason = needs_gpu(device, dtype)
@@ -31,17 +31,17 @@ def needs_flash(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def needs_flash_3(device: torch.device, dtype: torch.dtype) -> str | None:
-    """FlashAttention 3: an H100 or H200 and its package."""
+    """Why FlashAttention 3 cannot run here, or None: it needs an H100 or H200 and its package."""
     return needs_flash(device, dtype) or _needs("3", {9}, "flash_attn_interface", device)
 
 
 def needs_flash_4(device: torch.device, dtype: torch.dtype) -> str | None:
-    """FlashAttention 4: a GPU from H100 on and its package."""
+    """Why FlashAttention 4 cannot run here, or None: it needs a GPU from H100 on and its package."""
     return needs_flash(device, dtype) or _needs("4", {9, 10}, "flash_attn.cute", device)
 
 
 def needs_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
-    """xformers, built for this PyTorch."""
+    """Why xformers cannot run here, or None: it must be built for this PyTorch."""
     reason = needs_flash(device, dtype)
     if reason is not None:
         return reason

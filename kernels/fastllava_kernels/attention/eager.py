@@ -14,7 +14,7 @@ from .lengths import lengths_of
 
 
 def forward(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(attention [T, H, K] in q's dtype, log of the sum of exponentials [H, T] in fp32)."""
+    """Compute (attention [T, H, K] in q's dtype, log of the sum of exponentials [H, T] in fp32)."""
     out_THK = torch.empty_like(q_THK, memory_format=torch.contiguous_format)
     lse_HT = q_THK.new_empty((q_THK.shape[1], q_THK.shape[0]), dtype=_wide(q_THK))
     for rows in _samples(cu_seqlens, len(q_THK)):
@@ -28,7 +28,7 @@ def forward(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, cau
 def backward(
     grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their dtypes; the shares are computed again, in fp32."""
+    """Compute the gradients of q, k and v in their dtypes; the shares are computed again, in fp32."""
     dq_THK, dk_TGK, dv_TGK = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_THK, k_TGK, v_TGK))
     for rows in _samples(cu_seqlens, len(q_THK)):
         q_nGRK, k_nGK, v_nGK = _heads(q_THK[rows], k_TGK), _wider(k_TGK[rows]), _wider(v_TGK[rows])

@@ -28,20 +28,20 @@ class Packed(NamedTuple):
     k_TGK: Tensor
     v_TGK: Tensor
     cu_seqlens: Tensor
-    """int32 [S+1]"""
+    """The row where each sample starts, then T: int32 [S+1]."""
     max_seqlen: int
     causal: bool
 
 
 class Library(Protocol):
-    """What computes on CUDA tensors."""
+    """The library that computes on CUDA tensors."""
 
     def forward(self, given: Packed) -> tuple[Tensor, Tensor]:
-        """(attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
+        """Compute (attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
         ...
 
     def backward(self, grad_THK: Tensor, given: Packed, out_THK: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """Compute the gradients of q, k and v."""
         ...
 
 
@@ -60,7 +60,7 @@ def activate(wanted: str | None) -> None:
 
 @contextmanager
 def same_bits_twice() -> Iterator[None]:
-    """FlashAttention's backward adds in a fixed order only where PyTorch is asked for deterministic algorithms."""
+    """Ask PyTorch for deterministic algorithms, without which FlashAttention's backward adds in any order."""
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
@@ -73,7 +73,7 @@ def same_bits_twice() -> Iterator[None]:
 
 
 def define(name: str, library: Library) -> Attention:
-    """The implementation `name` of room attention: ops fastllava::attention_<name> and ..._backward over `library`."""
+    """Return the function of implementation `name`: ops fastllava::attention_<name> and ..._backward over `library`."""
 
     def kernels_take(q_THK: Tensor) -> bool:
         width = q_THK.shape[2]
@@ -138,5 +138,5 @@ def define(name: str, library: Library) -> Attention:
 
 
 def _within(cu_seqlens: Tensor, q_THK: Tensor) -> Tensor:
-    """int32, with no bound beyond the rows: the kernels follow whatever stands there."""
+    """Return the bounds as int32, none beyond the rows: the kernels follow whatever stands there."""
     return cu_seqlens.clamp(0, q_THK.shape[0]).int()

@@ -11,7 +11,7 @@ from .lengths import lengths_of
 
 
 def attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
-    """[T, H, K] in q's dtype: `softmax(q k^T / sqrt(K)) v` inside each sample, below the diagonal when `causal`.
+    """Compute `softmax(q k^T / sqrt(K)) v` inside each sample, below the diagonal when `causal`: [T, H, K] in q's dtype.
 
     q: [T, H, K]; k, v: [T, G, K] with G dividing H (grouped-query attention); cu_seqlens: int32 [S+1], the row where
     each sample starts, then T; max_seqlen: rows of the longest sample.

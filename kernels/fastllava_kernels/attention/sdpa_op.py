@@ -18,7 +18,7 @@ from .reference import attention
 
 @custom_op("attention_sdpa")
 def sdpa(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqlen: int, causal: bool) -> Tensor:
-    """`attention`, [T, H, K] in q's dtype."""
+    """Compute `attention`, [T, H, K] in q's dtype."""
     return attention(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal).contiguous()
 
 
@@ -31,7 +31,7 @@ def _(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, max_seqle
 def sdpa_backward(
     grad_THK: Tensor, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, cu_seqlens: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Compute the gradients of q, k and v."""
     return eager.backward(grad_THK, q_THK, k_TGK, v_TGK, cu_seqlens, causal)
 
 

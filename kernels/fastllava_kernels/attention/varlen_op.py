@@ -12,13 +12,13 @@ from .flash import Packed, activate, define
 
 
 class Varlen:
-    """torch.nn.attention.varlen.varlen_attn by the FlashAttention that `switch` names; None is PyTorch's own."""
+    """PyTorch's torch.nn.attention.varlen.varlen_attn by the FlashAttention that `switch` names; None is PyTorch's own."""
 
     def __init__(self, switch: str | None) -> None:
         self.switch = switch
 
     def forward(self, given: Packed) -> tuple[Tensor, Tensor]:
-        """(attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
+        """Compute (attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         activate(self.switch)
@@ -31,7 +31,7 @@ class Varlen:
         return out_THK, lse_HT
 
     def backward(self, grad_THK: Tensor, given: Packed, out_THK: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """Compute the gradients of q, k and v."""
         # Importing it defines the ops.
         import torch.nn.attention.varlen
 
@@ -45,7 +45,7 @@ class Varlen:
 
 
 def _window(causal: bool) -> tuple[int, int]:
-    """Rows seen before and after a row; -1 is all. varlen_attn is causal when nothing after is seen."""
+    """Return the rows seen before and after a row; -1 is all. varlen_attn is causal when nothing after is seen."""
     return (-1, 0) if causal else (-1, -1)
 
 

@@ -10,7 +10,7 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T in samples, heads H and G, width K of a head; "tower": equal lengths, both ways, frozen, beside every decoder."""
+    """Shapes: rows T in samples, heads H and G, width K of a head; "tower": equal lengths, both ways, frozen, beside every decoder."""
     found: dict[str, Shape] = {
         name: {
             "rows": batch.rows,
@@ -32,14 +32,14 @@ def shapes() -> dict[str, Shape]:
 
 
 def lengths_of(shape: Shape) -> list[int]:
-    """Rows of each sample."""
+    """Return the rows of each sample."""
     if not shape["causal"]:
         return [shape["rows"] // shape["samples"]] * shape["samples"]
     return sample_lengths(shape["rows"], min(shape["patches"], shape["rows"] // 2), shape["samples"])
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """q, k, v, cu_seqlens, max_seqlen, causal."""
+    """Draw q, k, v, cu_seqlens, max_seqlen, causal."""
     draw = Draw(device, dtype, seed)
     lengths = lengths_of(shape)
     q_THK, k_TGK, v_TGK = (

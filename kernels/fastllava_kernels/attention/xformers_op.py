@@ -17,7 +17,7 @@ class Xformers:
     """Forward with the grouped form [1, T, G, R, K], which reads keys once; backward has none and gets them repeated."""
 
     def forward(self, given: Packed) -> tuple[Tensor, Tensor]:
-        """(attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
+        """Compute (attention [T, H, K], log of the sum of exponentials [H, T] in fp32)."""
         from xformers.ops import fmha
 
         activate(None)
@@ -29,7 +29,7 @@ class Xformers:
         return out.reshape(q_THK.shape), lse.reshape(q_THK.shape[1], len(q_THK))
 
     def backward(self, grad_THK: Tensor, given: Packed, out_THK: Tensor, lse_HT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """Compute the gradients of q, k and v."""
         from xformers.ops import fmha
 
         activate(None)
@@ -49,7 +49,7 @@ class Xformers:
 
 
 def mask_of(given: Packed) -> Any:
-    """xformers' mask of packed samples without their lengths on the host, which only its checks and dense masks read."""
+    """Make xformers' mask of packed samples without their lengths on the host, which only its checks and dense masks read."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask, _SeqLenInfo
 
     lengths = _SeqLenInfo(seqstart=given.cu_seqlens, max_seqlen=given.max_seqlen, min_seqlen=0, seqstart_py=[0, len(given.q_THK)])
@@ -57,7 +57,7 @@ def mask_of(given: Packed) -> Any:
 
 
 def operators() -> Any:
-    """(forward, backward) of the newest FlashAttention that this xformers has here."""
+    """Return (forward, backward) of the newest FlashAttention that this xformers has here."""
     from xformers.ops import fmha
 
     newest = fmha.flash3 if fmha.flash3.FwOp.is_available() else fmha.flash

@@ -9,7 +9,7 @@ from fastllava_kernels.room import Implementation
 
 
 def _forward(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normed [..., D] in x's dtype, mean and 1 / deviation of every row in fp32)."""
+    """Compute (normed [..., D] in x's dtype, mean and 1 / deviation of every row in fp32)."""
     x_ND, weight_D, bias_D = x_ND.contiguous(), weight_D.contiguous(), bias_D.contiguous()
     if not liger.takes(x_ND):
         wide_ND = norms.rows_of(x_ND)
@@ -28,7 +28,7 @@ def _forward(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tupl
 def _backward(
     grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, mean_N: Tensor, rstd_N: Tensor, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, when wanted, of weight and bias, summed in fp32; empty tensors when not."""
+    """Compute the gradients of x and, when wanted, of weight and bias, summed in fp32; empty tensors when not."""
     grad_ND, x_ND, weight_D = grad_ND.contiguous(), x_ND.contiguous(), weight_D.contiguous()
     if not liger.takes(x_ND):
         grad32, x32 = (x.flatten(0, -2).to(rstd_N.dtype) for x in (grad_ND, x_ND))
@@ -52,7 +52,7 @@ _op = norms.define("layer_norm", _forward, _backward)
 
 
 def layer_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """[..., D] in x's dtype."""
+    """Compute the room's op, [..., D] in x's dtype."""
     return _op(x_ND, weight_D, bias_D, eps)[0]
 
 

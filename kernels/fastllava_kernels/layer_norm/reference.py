@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def layer_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """[..., D] in x's dtype: `weight * (x - mean) / sqrt(var + eps) + bias`, biased variance."""
+    """Compute `weight * (x - mean) / sqrt(var + eps) + bias` with the biased variance: [..., D] in x's dtype."""
     return F.layer_norm(x_ND, weight_D.shape, weight_D, bias_D, eps)
 
 

@@ -9,14 +9,14 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows N of all images and width C: the tower's, the same beside every decoder."""
+    """Shapes: rows N of all images and width C: the tower's, the same beside every decoder."""
     return {
         name: {"rows": BATCHES[size].tower_rows, "width": BATCHES[size].tower_width} for name, size in (("tower", "7b"), ("tiny", "tiny"))
     }
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """x, weight, bias, eps; the tower is frozen, nothing learns."""
+    """Draw x, weight, bias, eps; the tower is frozen, nothing learns."""
     draw = Draw(device, dtype, seed)
     width = shape["width"]
     return draw.normal(shape["rows"], width), draw.normal(width), draw.normal(width), 1e-5

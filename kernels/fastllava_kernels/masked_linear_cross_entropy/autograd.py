@@ -16,7 +16,7 @@ from . import chunked
 
 
 def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
-    """The function of implementation `name`: the op fastllava::masked_linear_cross_entropy_<name>, with another one for its backward.
+    """Return the function of implementation `name`: a custom op of that name, with another one for its backward.
 
     code(tensor): the module whose `loss_rows`, `scatter_rows` and `scale` compute where the tensor lies.
     """

@@ -20,19 +20,19 @@ class Result(NamedTuple):
     """What forward gives. The gradients are those for an upstream gradient of 1, times `scale` if any; empty where nobody asked."""
 
     loss: Tensor
-    """fp32 scalar."""
+    """The weighted sum, an fp32 scalar."""
     d_rows: Tensor
-    """fp32 [M, D]: gradient of the supervised rows, from logit gradients rounded to hidden's dtype."""
+    """The gradient, fp32 [M, D], of the supervised rows, from logit gradients rounded to hidden's dtype."""
     residual: Tensor
-    """fp32 [M]: what that rounding took from the target's logit gradient; times the target's weight row it completes d_rows."""
+    """What, fp32 [M], that rounding took from the target's logit gradient; times the target's weight row it completes d_rows."""
     d_weight: Tensor
-    """fp32 [V, D], or empty when `d_logits` is kept for it."""
+    """The gradient of the weight, fp32 [V, D], or empty when `d_logits` is kept for it."""
     rows: Tensor
-    """[M, D] the supervised rows, beside `d_logits`."""
+    """The supervised rows [M, D], beside `d_logits`."""
     d_logits: Tensor
-    """[M, V] in hidden's dtype, rows `padded(V)` elements apart."""
+    """The gradients of the logits, [M, V] in hidden's dtype, rows `padded(V)` elements apart."""
     scale: Tensor
-    """fp32 [1] for gradients in fp16, else empty."""
+    """The scale, fp32 [1], of gradients in fp16, else empty."""
 
 
 class LossRows(Protocol):
@@ -41,12 +41,12 @@ class LossRows(Protocol):
     def __call__(
         self, logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_NV: Tensor, wants_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """(weighted losses fp32 [N], residual fp32 [N]); writes the logits' gradients, which may be where the fp32 logits are."""
+        """Return (weighted losses fp32 [N], residual fp32 [N]); write the logits' gradients, which may be where the fp32 logits are."""
         ...
 
 
 def chunks(rows: int, most: int) -> list[tuple[int, int]]:
-    """(start, end) of pieces of nearly equal length, at most `most` rows, in multiples of 128 where that fits."""
+    """Return (start, end) of pieces of nearly equal length, at most `most` rows, in multiples of 128 where that fits."""
     if rows == 0:
         return []
     even = -(-rows // -(-rows // most))
@@ -55,7 +55,7 @@ def chunks(rows: int, most: int) -> list[tuple[int, int]]:
 
 
 def padded(vocabulary: int) -> int:
-    """Elements from one row of logits to the next: a multiple of 64 whatever V is, so that products over V read whole vectors."""
+    """Return the elements from one row of logits to the next, a multiple of 64 whatever V is: products over V read whole vectors."""
     return -(-vocabulary // 64) * 64
 
 
@@ -74,7 +74,7 @@ def is_scaled(dtype: torch.dtype, wants_gradient: bool) -> bool:
 
 
 def headroom(weights_M: Tensor) -> Tensor:
-    """fp32 [1]: the power of two that brings the largest weight, so the largest logit gradient, to between 2**13 and 2**14.
+    """Return, fp32 [1], the power of two that brings the largest weight, so the largest logit gradient, to between 2**13 and 2**14.
 
     fp16 ends at 2**16. Below, probabilities down to 2**-28 of that row keep all digits of fp16, and those down to 2**-38 some.
     """
@@ -85,7 +85,7 @@ def headroom(weights_M: Tensor) -> Tensor:
 
 
 def workspace_bytes(rows: int, dtype: torch.dtype, weight: Tensor, wants_gradient: bool, wants_weight: bool) -> int:
-    """What `forward` allocates at once for `rows` supervised rows beside its inputs and what it returns."""
+    """Return what `forward` allocates at once for `rows` supervised rows beside its inputs and what it returns."""
     (vocabulary, width), wide = weight.shape, torch.promote_types(dtype, torch.float32)
     longest = max((end - start for start, end in chunks(rows, CHUNK)), default=0)
     keeps = wants_weight and keeps_logit_gradients(rows, width, dtype)
@@ -106,7 +106,7 @@ def forward(
     wants_weight: bool,
     loss_rows: LossRows,
 ) -> Result:
-    """The loss, and the gradients that are wanted; work proportional to M, fp32 logits of one chunk at a time, no wait for the device.
+    """Compute the loss and the gradients that are wanted: work proportional to M, fp32 logits of a chunk at a time, no wait for the device.
 
     A supervised row that is no row of hidden is NaN.
     """

@@ -7,7 +7,7 @@ from fastllava_kernels.indices import inside, or_else
 
 
 def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_NV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows); overwrites the logits.
+    """Compute losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows); overwrites the logits.
 
     With c the row's largest logit, y the target and S the sum of exp(z_v - c) over v != y: the loss is
     (c - z_y) + log(exp(z_y - c) + S), and the target's gradient -S / (exp(z_y - c) + S), which is p_y - 1 without the
@@ -36,7 +36,7 @@ def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_
 
 
 def scale(gradient: Tensor, grad_loss: Tensor) -> None:
-    """Multiply in place."""
+    """Multiply a gradient in place."""
     gradient.mul_(grad_loss)
 
 

@@ -20,7 +20,7 @@ LARGEST_ROW = 32768
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0 to fp32's precision, which log of the rounded 1 + x has not for small x.
+    """Compute log(1 + x) for x >= 0 to fp32's precision, which log of the rounded 1 + x has not for small x.
 
     By 2 artanh(x / (2 + x)); its series up to the 15th power is exact to fp32 for x <= 1.
     """
@@ -32,7 +32,7 @@ def _log1p(x):
 
 @triton.jit
 def _loss(target_logit, largest, target, total):
-    """(c - z_y) + log(e_y + S), for c the largest logit, e_y = exp(z_y - c) and S the others' sum."""
+    """Compute (c - z_y) + log(e_y + S), for c the largest logit, e_y = exp(z_y - c) and S the others' sum."""
     return tl.where(target_logit == largest, _log1p(total), largest - target_logit + tl.log(target + total))
 
 
@@ -51,7 +51,7 @@ def _loss_row(
     ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One row of a chunk. gradient_ptr may be logits_ptr. A target that is none of the vocabulary makes the row NaN."""
+    """Compute one row of a chunk. gradient_ptr may be logits_ptr. A target that is none of the vocabulary makes the row NaN."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
@@ -116,7 +116,7 @@ def _scatter_row(
     d_hidden_stride,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of columns of one supervised row; nothing of one that is no row, NaN of one whose target is none of the vocabulary."""
+    """Write one block of columns of one supervised row: nothing if it is no row, NaN if its target is none of the vocabulary."""
     m = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(supervised_rows_ptr + m).to(tl.int64)
@@ -134,7 +134,7 @@ def _scatter_row(
 
 @triton.jit
 def _scale(gradient_ptr, grad_loss_ptr, elements, BLOCK: tl.constexpr):
-    """One block of a contiguous gradient; nothing is read or written where the upstream gradient is 1, as it is in training."""
+    """Multiply one block of a contiguous gradient; nothing is read or written where the upstream gradient is 1, as it is in training."""
     grad_loss = tl.load(grad_loss_ptr)
     if grad_loss != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -143,7 +143,7 @@ def _scale(gradient_ptr, grad_loss_ptr, elements, BLOCK: tl.constexpr):
 
 
 def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_NV: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows), which may be the logits."""
+    """Compute losses and residuals of a chunk, logit gradients into `gradient` (chunked.LossRows), which may be the logits."""
     rows, vocabulary = logits_NV.shape
     losses, residual = torch.empty_like(weights_N), torch.empty_like(weights_N)
     one_block = vocabulary <= LARGEST_ROW

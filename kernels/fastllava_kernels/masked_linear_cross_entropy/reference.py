@@ -12,7 +12,7 @@ from fastllava_kernels.room import Implementation
 def masked_linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, supervised_rows: Tensor, targets_M: Tensor, weights_M: Tensor
 ) -> Tensor:
-    """fp32 scalar: `sum_i weights[i] * CE(hidden[supervised_rows[i]] @ weight.T, targets[i])`, logits in fp32.
+    """Compute `sum_i weights[i] * CE(hidden[supervised_rows[i]] @ weight.T, targets[i])` with logits in fp32: an fp32 scalar.
 
     hidden: [T, D] after the final norm; weight: [V, D] of the lm_head, in any dtype, rounded to hidden's for the product;
     supervised_rows: int32 [M], each row once; targets: int64 [M]; weights: fp32 [M], no gradient. M = 0 gives 0 and zero gradients.

@@ -12,7 +12,7 @@ SHARES = (1, 5, 20, 50, 100)
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T, M of them supervised, width D, vocabulary V; "-head": the head learns.
+    """Shapes: rows T, M of them supervised, width D, vocabulary V; "-head": the head learns.
 
     "7b" and its like are 5 % with a head that learns, which runs every kernel.
     """
@@ -28,7 +28,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """hidden, which learns; the head's weight, a master when it learns; supervised rows, targets, and 1 / M as each weight."""
+    """Draw hidden, which learns; the head's weight, a master when it learns; supervised rows, targets, and 1 / M as each weight."""
     draw = Draw(device, dtype, seed)
     rows, width, vocabulary, supervised = shape["rows"], shape["width"], shape["vocabulary"], shape["supervised"]
     rows, learns = max(rows, supervised), bool(shape["head_learns"])

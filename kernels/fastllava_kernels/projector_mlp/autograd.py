@@ -13,14 +13,14 @@ from fastllava_kernels.contract import custom_op
 
 
 def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
-    """The function of implementation `name`: a custom op, with another one for its backward.
+    """Return the function of implementation `name`: a custom op, with another one for its backward.
 
     code(tensor): the module whose `linear_gelu`, `linear` and `gelu_backward` compute where the tensor lies.
     """
 
     @custom_op(f"projector_mlp_{name}")
     def forward(features: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], keep: bool) -> list[Tensor]:
-        """The projected patches, then, if `keep`, what goes into each GELU."""
+        """Return the projected patches, then, if `keep`, what goes into each GELU."""
         steps = code(features)
         x, pres = mlp.hidden_layers(steps.linear_gelu, features, weights, biases, keep)
         return [steps.linear(x, mlp.as_used(weights[-1], x.dtype), biases[-1].contiguous()), *pres]
@@ -38,7 +38,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
         pres: Sequence[Tensor],
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """Gradients of features, weights, biases; empty where not wanted."""
+        """Compute the gradients of features, weights, biases; empty where not wanted."""
         sums = plain.column_sums(d_projected)
         return mlp.backward(code(features).gelu_backward, d_projected, sums, features, weights, biases, pres, wanted)
 

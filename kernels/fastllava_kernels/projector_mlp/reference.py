@@ -14,7 +14,7 @@ from fastllava_kernels.room import Implementation
 
 
 def projector_mlp(features_PC: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """[P, D] in the features' dtype: each Linear in turn, an erf GELU between two; the features themselves without layers.
+    """Apply each Linear in turn, an erf GELU between two: [P, D] in the features' dtype; the features themselves without layers.
 
     features: [P, C]; layers: (weight [out, in], bias [out]) of each Linear, in any dtype, rounded to the features' for use.
     With P = 0 the layers stay in the graph with zero gradients.

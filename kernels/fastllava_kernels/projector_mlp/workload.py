@@ -9,12 +9,12 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Patches P, tower width C, decoder width D."""
+    """Shapes: patches P, tower width C, decoder width D."""
     return {name: {"patches": batch.patches, "tower_width": batch.tower_width, "width": decoder.width} for name, decoder, batch in sizes()}
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """features of the frozen tower, two layers as masters that learn."""
+    """Draw features of the frozen tower, two layers as masters that learn."""
     draw = Draw(device, dtype, seed)
     width = shape["width"]
     features_PC = draw.normal(shape["patches"], shape["tower_width"])

@@ -13,7 +13,7 @@ from fastllava_kernels.contract import custom_op
 
 
 def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
-    """The function of implementation `name`: a custom op, with another one for its backward.
+    """Return the function of implementation `name`: a custom op, with another one for its backward.
 
     code(tensor): the module whose `linear_gelu`, `place`, `gather_rows`, `gelu_backward` and `embedding_gradient` compute where
     the tensor lies.
@@ -30,7 +30,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
         patch_rows: Tensor,
         keep: bool,
     ) -> list[Tensor]:
-        """The packed hidden states, then, if `keep`, what goes into each GELU."""
+        """Return the packed hidden states, then, if `keep`, what goes into each GELU."""
         steps = code(features)
         x, pres = mlp.hidden_layers(steps.linear_gelu, features, weights, biases, keep)
         last = (mlp.as_used(weights[-1], x.dtype), biases[-1].contiguous()) if weights else (None, None)
@@ -54,7 +54,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
         patch_rows: Tensor,
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        """Gradients of embedding, features, weights, biases; empty where not wanted."""
+        """Compute the gradients of embedding, features, weights, biases; empty where not wanted."""
         steps = code(features)
         if wanted[0]:
             d_embedding = steps.embedding_gradient(d_hidden, embedding, token_ids, text_rows)

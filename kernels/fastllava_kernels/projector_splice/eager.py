@@ -17,6 +17,6 @@ def place(
     text_rows: Tensor,
     patch_rows: Tensor,
 ) -> Tensor:
-    """The packed hidden states [T, D]: of the patches the last Linear's rows, or x itself without one."""
+    """Compute the packed hidden states [T, D]: the last Linear's rows, or x itself without one, beside the text."""
     projected_PD = x_PC if weight_DC is None or bias_D is None else linear(x_PC, weight_DC, bias_D)
     return splice(projected_PD, embedding_VD, token_ids_T, text_rows, patch_rows)

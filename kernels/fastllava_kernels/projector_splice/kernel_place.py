@@ -1,5 +1,7 @@
-"""Triton kernels of projector_splice: Linear with the GELU in its epilogue, and the last Linear, whose epilogue writes each row to its
-place in the packed hidden states beside the text rows, which one kernel gathers from the embedding table; and the way back.
+"""Triton kernels of projector_splice: Linear with the GELU in its epilogue, the last Linear with the splice in its own, and the way back.
+
+The last Linear writes each row to its place in the packed hidden states, beside the text rows, which one kernel gathers from the
+embedding table.
 """
 
 import torch
@@ -25,7 +27,7 @@ def place(
     text_rows: Tensor,
     patch_rows: Tensor,
 ) -> Tensor:
-    """The packed hidden states [T, D]: of the patches the last Linear's rows, or x itself without one; a row that no list names is NaN."""
+    """Compute the packed hidden states [T, D]: the last Linear's rows, or x itself without one, beside the text; unnamed rows are NaN."""
     hidden_TD = x_PC.new_full((token_ids_T.shape[0], embedding_VD.shape[1]), torch.nan)
     ROWS.embed_rows(embedding_VD, token_ids_T, text_rows, hidden_TD)
     if weight_DC is None or bias_D is None:

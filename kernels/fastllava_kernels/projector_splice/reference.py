@@ -23,7 +23,7 @@ def projector_splice(
     text_rows: Tensor,
     patch_rows: Tensor,
 ) -> Tensor:
-    """The packed hidden states [T, D], in the features' dtype: `splice(projector_mlp(features, layers), embedding, ...)`.
+    """Compute the packed hidden states [T, D], in the features' dtype: `splice(projector_mlp(features, layers), embedding, ...)`.
 
     features: [P, C], C of the vision tower; layers: (weight [out, in], bias [out]) of each Linear, an erf GELU between
     two, none for the identity; embedding: [V, D]; token_ids: int64 [T]; text_rows: int32, the rows that take

@@ -9,7 +9,7 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T, patches P of them in samples, tower width C, decoder width D, vocabulary V; "-stage2": the embedding learns."""
+    """Shapes: rows T, patches P of them in samples, tower width C, decoder width D, vocabulary V; "-stage2": the embedding learns."""
     found: dict[str, Shape] = {}
     for name, decoder, batch in sizes():
         shape = {
@@ -25,7 +25,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """features of the frozen tower, two layers as masters that learn, the embedding, token ids, text rows, patch rows."""
+    """Draw features of the frozen tower, two layers as masters that learn, the embedding, token ids, text rows, patch rows."""
     draw = Draw(device, dtype, seed)
     width, learns = shape["width"], bool(shape["embedding_learns"])
     features_PC = draw.normal(shape["patches"], shape["tower_width"])

@@ -8,12 +8,12 @@ from fastllava_kernels.room import Implementation
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """`x * sigmoid(1.702 x)`, elementwise, any shape, in x's dtype."""
+    """Compute `x * sigmoid(1.702 x)`, elementwise, any shape, in x's dtype."""
     return x * torch.sigmoid(1.702 * x)
 
 
 def check(x: Tensor) -> None:
-    """Takes any shape."""
+    """Accept any shape."""
 
 
 CONTRACT = Contract(check)

@@ -9,14 +9,14 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows N of all images and the inner width of the tower's MLP, the same beside every decoder."""
+    """Shapes: rows N of all images and the inner width of the tower's MLP, the same beside every decoder."""
     return {
         name: {"rows": BATCHES[size].tower_rows, "width": BATCHES[size].tower_inner} for name, size in (("tower", "7b"), ("tiny", "tiny"))
     }
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """x; the tower is frozen, nothing learns."""
+    """Draw x; the tower is frozen, nothing learns."""
     return (Draw(device, dtype, seed).normal(shape["rows"], shape["width"]),)
 
 

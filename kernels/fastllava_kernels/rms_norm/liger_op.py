@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def _forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(normed [..., D] in x's dtype, 1 / rms of every row in fp32)."""
+    """Compute (normed [..., D] in x's dtype, 1 / rms of every row in fp32)."""
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
     if not liger.takes(x_TD):
         return norms.rms_norm(x_TD, weight_D, eps)
@@ -20,7 +20,7 @@ def _forward(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, wants_weight: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, when wanted, of the weight, summed in fp32; an empty tensor when not."""
+    """Compute the gradients of x and, when wanted, of the weight, summed in fp32; an empty tensor when not."""
     grad_TD, x_TD, weight_D = grad_TD.contiguous(), x_TD.contiguous(), weight_D.contiguous()
     if not liger.takes(x_TD):
         d_x, d_weight = norms.rms_norm_backward(grad_TD, x_TD, weight_D, rstd_T)
@@ -42,7 +42,7 @@ _op = norms.define("rms_norm", _forward, _backward)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """[..., D] in x's dtype."""
+    """Compute the room's op, [..., D] in x's dtype."""
     return _op(x_TD, weight_D, eps)[0]
 
 

@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """[T, D] in x's dtype: `weight * (x / sqrt(mean(x^2) + eps))`; the statistics in fp32, rounded to x's dtype before `weight`."""
+    """Compute `weight * (x / sqrt(mean(x^2) + eps))`, [T, D] in x's dtype; statistics in fp32, rounded to x's dtype before `weight`."""
     x32 = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight_D * normed.to(x_TD.dtype)

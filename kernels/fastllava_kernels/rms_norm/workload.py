@@ -9,7 +9,7 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T and width D; "-stage2": the weight learns too."""
+    """Shapes: rows T and width D; "-stage2": the weight learns too."""
     found: dict[str, Shape] = {}
     for name, decoder, batch in sizes():
         plain = {"rows": batch.rows, "width": decoder.width, "weight_learns": 0}
@@ -18,7 +18,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """x, which learns, weight, eps."""
+    """Draw x, which learns, weight, eps."""
     draw = Draw(device, dtype, seed)
     x_TD = draw.normal(shape["rows"], shape["width"], learns=True)
     return x_TD, draw.normal(shape["width"], learns=bool(shape["weight_learns"])), 1e-5

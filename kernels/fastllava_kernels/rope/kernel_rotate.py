@@ -14,7 +14,7 @@ from fastllava_kernels._tuning import tuning
 
 @triton.jit
 def _turn(x_ptr, out_ptr, heads, width, cos_1, cos_2, sin_1, sin_2, BACKWARD: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr):
-    """All heads of a row; the pairs are (i, i + K / 2)."""
+    """Turn all heads of a row; the pairs are (i, i + K / 2)."""
     head, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_K)[None, :]
     half = width // 2
     at = head * width + i
@@ -50,7 +50,7 @@ def _rotate(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row of queries and keys."""
+    """Turn one row of queries and keys."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_K)
     half = width // 2
@@ -66,7 +66,7 @@ def _rotate(
 
 
 def rotate(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by each row's angles, or for `backward` the gradients turned back; new contiguous tensors."""
+    """Turn queries and keys by each row's angles, or for `backward` the gradients back, into new contiguous tensors."""
     q_THK, k_TGK = _heads_contiguous(q_THK), _heads_contiguous(k_TGK)
     rows, q_heads, width = q_THK.shape
     k_heads = k_TGK.shape[1]
@@ -95,7 +95,7 @@ def rotate(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, backwar
 
 
 def _heads_contiguous(x_THK: Tensor) -> Tensor:
-    """x itself when the heads of a row lie one after another, wherever its rows lie; else a copy."""
+    """Return x itself when the heads of a row lie one after another, wherever its rows lie; else a copy."""
     return x_THK if x_THK.stride()[1:] == (x_THK.shape[2], 1) else x_THK.contiguous()
 
 

@@ -15,7 +15,7 @@ from .reference import rope
 
 @custom_op("rope_liger")
 def rope_liger(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries [T, H, K] and keys [T, G, K], in their dtype. cos and sin are tables: they get no gradient.
+    """Rotate queries [T, H, K] and keys [T, G, K], in their dtype. cos and sin are tables: they get no gradient.
 
     Only the first halves of cos' and sin's rows are read; the second ones repeat them.
     """
@@ -30,7 +30,7 @@ def rope_liger(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> 
 
 @custom_op("rope_liger_backward")
 def rope_liger_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k: the cotangents turned back."""
+    """Compute the gradients of q and k: the cotangents turned back."""
     if not liger.takes(grad_q_THK, interpretable=True):
         return rope(grad_q_THK.contiguous(), grad_k_TGK.contiguous(), cos_TK, -sin_TK)
     from liger_kernel.ops.rope import rope_backward
@@ -50,7 +50,7 @@ def _(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Ten
 
 
 def _to_overwrite(x_THK: Tensor) -> Tensor:
-    """A copy, which Liger writes over, in the shape that it wants: [1, H, T, K] with T before H in memory."""
+    """Return a copy, which Liger writes over, in the shape that it wants: [1, H, T, K] with T before H in memory."""
     return x_THK.clone(memory_format=torch.contiguous_format).unsqueeze(0).transpose(1, 2)
 
 

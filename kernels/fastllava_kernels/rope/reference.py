@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def rope(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries [T, H, K] and keys [T, G, K], in their dtype: `x * cos + rotate_half(x) * sin`; cos and sin per row."""
+    """Rotate queries [T, H, K] and keys [T, G, K], in their dtype: `x * cos + rotate_half(x) * sin`; cos and sin per row."""
     cos_T1K, sin_T1K = cos_TK.unsqueeze(1), sin_TK.unsqueeze(1)
     return _rotate(q_THK, cos_T1K, sin_T1K), _rotate(k_TGK, cos_T1K, sin_T1K)
 

@@ -14,7 +14,7 @@ from .reference import rope
 
 @custom_op("rope_triton")
 def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated queries [T, H, K] and keys [T, G, K], in their dtype, rounded once. cos and sin are tables: they get no gradient."""
+    """Rotate queries [T, H, K] and keys [T, G, K], in their dtype, rounded once. cos and sin are tables: they get no gradient."""
     if not takes(q_THK):
         return rope(q_THK.contiguous(), k_TGK.contiguous(), cos_TK, sin_TK)
     from . import kernel_rotate
@@ -24,7 +24,7 @@ def rope_triton(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) ->
 
 @custom_op("rope_triton_backward")
 def rope_triton_backward(grad_q_THK: Tensor, grad_k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k: the cotangents turned back."""
+    """Compute the gradients of q and k: the cotangents turned back."""
     if not takes(grad_q_THK):
         half = sin_TK.shape[1] // 2
         swapped = torch.cat((sin_TK[:, half:], sin_TK[:, :half]), dim=1)

@@ -9,7 +9,7 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T, heads H of the queries and G of the keys, width K of a head; samples and patches say where positions restart."""
+    """Shapes: rows T, heads H of the queries and G of the keys, width K of a head; samples and patches say where positions restart."""
     return {
         name: {
             "rows": batch.rows,
@@ -24,7 +24,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """q and k, which learn, cos and sin at positions that restart with every sample."""
+    """Draw q and k, which learn, cos and sin at positions that restart with every sample."""
     draw = Draw(device, dtype, seed)
     lengths = sample_lengths(shape["rows"], min(shape["patches"], shape["rows"] // 2), shape["samples"])
     rows, width = sum(lengths), shape["head_dim"]

@@ -12,7 +12,7 @@ from fastllava_kernels.contract import custom_op
 
 
 def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
-    """The function of implementation `name`: a custom op, with another one for its backward.
+    """Return the function of implementation `name`: a custom op, with another one for its backward.
 
     code(tensor): the module whose `splice`, `gather_rows` and `embedding_gradient` compute where the tensor lies.
     """
@@ -29,7 +29,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
     def backward(
         d_hidden: Tensor, embedding: Tensor, token_ids: Tensor, text_rows: Tensor, patch_rows: Tensor, wanted: Sequence[bool]
     ) -> list[Tensor]:
-        """Gradients of projected and of the embedding; empty where not wanted."""
+        """Compute the gradients of projected and of the embedding; empty where not wanted."""
         steps = code(d_hidden)
         of_projected, of_embedding = wanted
         return [

@@ -12,7 +12,7 @@ gather_rows, embedding_gradient = ROWS.gather_rows, ROWS.embedding_gradient
 
 
 def splice(projected_PD: Tensor, embedding_VD: Tensor, token_ids_T: Tensor, text_rows: Tensor, patch_rows: Tensor) -> Tensor:
-    """The packed hidden states [T, D]; a row that neither list names is NaN."""
+    """Compute the packed hidden states [T, D]; a row that neither list names is NaN."""
     hidden_TD = projected_PD.new_full((token_ids_T.shape[0], embedding_VD.shape[1]), torch.nan)
     ROWS.embed_rows(embedding_VD, token_ids_T, text_rows, hidden_TD)
     ROWS.scatter_rows(projected_PD, patch_rows, hidden_TD)

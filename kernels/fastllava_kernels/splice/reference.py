@@ -13,7 +13,7 @@ from fastllava_kernels.room import Implementation
 
 
 def splice(projected_PD: Tensor, embedding_VD: Tensor, token_ids_T: Tensor, text_rows: Tensor, patch_rows: Tensor) -> Tensor:
-    """The packed hidden states [T, D], in projected's dtype.
+    """Compute the packed hidden states [T, D], in projected's dtype.
 
     projected: [P, D]; embedding: [V, D] in any dtype; token_ids: int64 [T]; text_rows: int32, the rows that take
     `embedding[token_ids]`; patch_rows: int32 [P], the row of each patch, T for one that is cut. Each row of T is in

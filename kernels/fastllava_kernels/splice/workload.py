@@ -9,7 +9,7 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T, patches P of them in samples, width D, vocabulary V; "-stage2": the embedding learns."""
+    """Shapes: rows T, patches P of them in samples, width D, vocabulary V; "-stage2": the embedding learns."""
     found: dict[str, Shape] = {}
     for name, decoder, batch in sizes():
         shape = {
@@ -24,7 +24,7 @@ def shapes() -> dict[str, Shape]:
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """projected, which learns, the embedding, token ids, text rows, patch rows."""
+    """Draw projected, which learns, the embedding, token ids, text rows, patch rows."""
     draw = Draw(device, dtype, seed)
     learns = bool(shape["embedding_learns"])
     projected_PD = draw.normal(shape["patches"], shape["width"], learns=True)

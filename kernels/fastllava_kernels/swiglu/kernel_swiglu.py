@@ -32,14 +32,14 @@ def _backward(grad_ptr, gate_ptr, up_ptr, d_gate_ptr, d_up_ptr, elements, BLOCK:
 
 
 def forward(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """[T, F] of contiguous inputs."""
+    """Compute `silu(gate) * up`, [T, F], of contiguous inputs."""
     out_TF = torch.empty_like(gate_TF)
     _launch("swiglu.forward", _forward, gate_TF, up_TF, out_TF)
     return out_TF
 
 
 def backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, of contiguous inputs."""
+    """Compute the gradients of gate and up, of contiguous inputs."""
     d_gate_TF, d_up_TF = torch.empty_like(gate_TF), torch.empty_like(up_TF)
     _launch("swiglu.backward", _backward, grad_TF, gate_TF, up_TF, d_gate_TF, d_up_TF)
     return d_gate_TF, d_up_TF

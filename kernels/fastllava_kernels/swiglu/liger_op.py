@@ -15,7 +15,7 @@ from .reference import swiglu
 
 @custom_op("swiglu_liger")
 def swiglu_liger(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """[T, F] in the inputs' dtype: `silu(gate) * up`; silu in fp32, rounded before it is multiplied."""
+    """Compute `silu(gate) * up`, [T, F] in the inputs' dtype; silu in fp32, rounded before it is multiplied."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     if not liger.takes(gate_TF):
         return swiglu(gate_TF, up_TF)
@@ -32,7 +32,7 @@ def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 @custom_op("swiglu_liger_backward")
 def swiglu_liger_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
+    """Compute the gradients of gate and up."""
     grad_TF = grad_TF.contiguous()
     # Liger writes the gradients over the inputs, which belong to whoever computed them.
     gate_TF, up_TF = (x.clone(memory_format=torch.contiguous_format) for x in (gate_TF, up_TF))

@@ -8,7 +8,7 @@ from fastllava_kernels.room import Implementation
 
 
 def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """[T, F] in the inputs' dtype: `silu(gate) * up`."""
+    """Compute `silu(gate) * up`, [T, F] in the inputs' dtype."""
     return F.silu(gate_TF) * up_TF
 
 

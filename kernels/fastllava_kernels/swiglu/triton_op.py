@@ -15,7 +15,7 @@ from .reference import swiglu
 
 @custom_op("swiglu_triton")
 def swiglu_triton(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """[T, F] in the inputs' dtype: `silu(gate) * up`, rounded once."""
+    """Compute `silu(gate) * up`, [T, F] in the inputs' dtype, rounded once."""
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     if not takes(gate_TF):
         return swiglu(gate_TF, up_TF)
@@ -31,7 +31,7 @@ def _(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 
 @custom_op("swiglu_triton_backward")
 def swiglu_triton_backward(grad_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
+    """Compute the gradients of gate and up."""
     grad_TF, gate_TF, up_TF = grad_TF.contiguous(), gate_TF.contiguous(), up_TF.contiguous()
     if not takes(gate_TF):
         return torch.ops.aten.silu_backward(grad_TF * up_TF, gate_TF), grad_TF * F.silu(gate_TF)

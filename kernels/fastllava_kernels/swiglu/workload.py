@@ -9,12 +9,12 @@ from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
-    """Rows T and the inner width F of the decoder's MLP."""
+    """Shapes: rows T and the inner width F of the decoder's MLP."""
     return {name: {"rows": batch.rows, "width": decoder.inner} for name, decoder, batch in sizes()}
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """gate and up; both learn."""
+    """Draw gate and up; both learn."""
     draw = Draw(device, dtype, seed)
     gate_TF, up_TF = (draw.normal(shape["rows"], shape["width"], learns=True) for _ in range(2))
     return gate_TF, up_TF
