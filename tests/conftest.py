@@ -64,7 +64,10 @@ def golden() -> Path:
     return GOLDEN
 
 
-@pytest.fixture(scope="session", params=["shipped", *(["larger"] if LARGER.is_dir() else [])])
+_EXTRA = [pytest.param("larger", marks=pytest.mark.exhaustive)] if LARGER.is_dir() else []
+
+
+@pytest.fixture(scope="session", params=["shipped", *_EXTRA])
 def each_golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recordings of this repository, then the larger ones where they are, laid out in the same way."""
     if request.param == "shipped":

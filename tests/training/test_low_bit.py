@@ -297,6 +297,6 @@ def test_a_run_in_fp8_says_so_and_goes_on_in_fp8_alone(settings, tmp_path, torch
     said = capsys.readouterr().out
     assert "pretrain on cpu, bf16, decoder's products in fp8 (rowwise, emulated): trains projector" in said
     (tmp_path / "run" / "run_summary.json").unlink()
-    values["train"]["fp8"] = False
+    values["train"]["fp8"] = "off"
     with pytest.raises(UserError, match=r"another training: train\.fp8 was rowwise and is now off"):
         run(check_config(values), quiet())
