@@ -12,11 +12,12 @@ from fastllava.batch import ImageSpec
 from fastllava.config import ModelConfig
 from fastllava.errors import UserError, or_download
 from fastllava.model.architecture import Architecture
-from fastllava.model.build import build_llava
+from fastllava.model.build import build_llava, build_projector
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
-from fastllava.model.projectors import kind_of
+from fastllava.model.ops import reference_ops
+from fastllava.model.projectors import KINDS, kind_of
 from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
@@ -256,11 +257,11 @@ def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str,
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         remedy = "give weights that fit the config.json"
         if parts == {"projector"}:
-            remedy = _projector_remedy(files, wanted)
+            remedy = _projector_remedy(files, wanted, model.origin)
         raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
 
 
-def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor]) -> str:
+def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor], origin: Origin) -> str:
     """What the file of a projector holds, beside the names that are read, and what to do about it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in files.stream()}
     held = ", ".join(f"{name[:80]!r} {list(shape)}" for name, shape in list(shapes.items())[:6])
@@ -269,10 +270,24 @@ def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor]) -> str:
     if sorted(shapes.values()) == sorted(needed.values()) and shapes.keys() != needed.keys():
         return f"{held}: its shapes fit and its names do not; rename its tensors to {', '.join(needed)}"
     layers = sum(len(shape) == 2 for shape in shapes.values())
+    ours = {to_ours(name, "projector"): shape for name, shape in shapes.items()}
+    for other in (name.replace("N", str(layers)) for name in KINDS):
+        if ours == _projector_shapes(origin, other):
+            return f"{held}, which is a projector of another type; write model.projector_type={other}"
     if layers and layers != sum(len(shape) == 2 for shape in needed.values()) and layers <= 9:
         kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
         return f"{held}, which is a projector of {layers} layer{'s' if layers > 1 else ''}; write model.projector_type={kind}"
     return f"{held}; give a projector trained with this tower, this LLM and this model.projector_type"
+
+
+def _projector_shapes(origin: Origin, projector_type: str) -> dict[str | None, tuple[int, ...]]:
+    """By our names, the shapes of this type's weights between the tower and the decoder of `origin`; none where it does not fit them."""
+    try:
+        with torch.device("meta"):
+            projector = build_projector(replace(origin, projector_type=projector_type), reference_ops())
+    except UserError:
+        return {}
+    return {f"projector.{name}": tuple(weight.shape) for name, weight in projector.named_parameters()}
 
 
 def _shape(tensor: Tensor) -> str:
