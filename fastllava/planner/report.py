@@ -22,9 +22,9 @@ def lines(found: StagePlan) -> Iterator[str]:
     trained, frozen = found.parameters["trained"], found.parameters["frozen"]
     yield f"  parameters     {trained:,} train, {frozen:,} are frozen"
     supervised = int(plan.lengths.n_supervised.sum()) / int(rows.sum())
-    yield f"  samples        {plan.n_samples:,} in {plan.n_steps:,} steps; {rows.mean():.0f} rows on average, {supervised:.0%} supervised"
+    yield f"  samples        {plan.n_samples:,} in {plan.n_steps:,} steps; {rows.mean():.0f} tokens on average, {supervised:.0%} supervised"
     for low, high, share in _histogram(rows):
-        yield f"    {low:5d} to {high:5d} rows  {share:6.1%}  {'#' * round(50 * share)}"
+        yield f"    {low:5d} to {high:5d} tokens  {share:6.1%}  {'#' * round(50 * share)}"
     for candidate in found.candidates:
         mark = "fits" if candidate.fits(gpu) else "too much"
         chosen = "  <- chosen" if candidate is found.chosen else ""

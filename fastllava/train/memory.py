@@ -34,7 +34,7 @@ def while_setting_up(config: Config, world: int) -> Iterator[None]:
 
 @contextmanager
 def within_a_step(config: Config, world: int, longest: int) -> Iterator[None]:
-    """Raises UserError when a step finds no memory; `longest`: rows of the longest sample, which no micro-batch can be below."""
+    """Raises UserError when a step finds no memory; `longest`: tokens of the longest sample, which no micro-batch can be below."""
     with _told(lambda what: _of_a_step(config, world, longest, what)):
         yield
 
@@ -71,10 +71,10 @@ def _of_a_step(config: Config, world: int, longest: int, what: str) -> str:
         mends.append("parallel.reduce=micro_batch")
     if mends:
         return (
-            f"train.micro_batch_tokens: {train.micro_batch_tokens} rows, with train.recompute={train.recompute}, need too much memory"
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} tokens, with train.recompute={train.recompute}, need too much memory"
             f"{what}; write {', or '.join(mends)}, and start the same command again"
         )
-    least = f"a micro-batch of one sample of at most {longest} rows needs too much memory, with all of it computed again{what}"
+    least = f"a micro-batch of one sample of at most {longest} tokens needs too much memory, with all of it computed again{what}"
     return f"train.micro_batch_tokens: {least}; {_fewer_bytes(config, world)}; {_PLAN}"
 
 

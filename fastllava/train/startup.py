@@ -148,12 +148,12 @@ def announce(
     say(f"projector: {_projector_in_words(model)}")
     for note in model.origin.notes:
         say(f"note: {note}")
-    say(f"data: {plan.n_samples:,} samples, {rows:,} rows with patches, {supervised:,} of them supervised")
+    say(f"data: {plan.n_samples:,} samples, {rows:,} tokens with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
     packed = plan.figures(range(min(plan.n_steps, _STEPS_LOOKED_AT)))
     say(
-        f"plan: {plan.n_steps:,} steps of {batch} samples, about {rows * batch // plan.n_samples:,} rows each, "
-        f"in {packed.micro_batches:.1f} micro-batches of at most {train.micro_batch_tokens:,} rows"
+        f"schedule: {plan.n_steps:,} steps of {batch} samples, about {rows * batch // plan.n_samples:,} tokens each, "
+        f"in {packed.micro_batches:.1f} micro-batches of at most {train.micro_batch_tokens:,} tokens"
         + (f" on each of {plan.world} processes, imbalance {packed.imbalance:.3f}" if plan.world > 1 else "")
     )
     say(

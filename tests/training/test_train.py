@@ -432,7 +432,7 @@ def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_
         return honest(*args)
 
     monkeypatch.setattr(module, "train_step", runs_out)
-    with pytest.raises(UserError, match=r"tokens: 150 rows.*write train\.micro_batch_tokens=75, or train\.recompute=norms"):
+    with pytest.raises(UserError, match=r"tokens: 150 tokens.*write train\.micro_batch_tokens=75, or train\.recompute=norms"):
         train(settings())
     assert checkpoint.newest(tmp_path / "run").step == 3
 
