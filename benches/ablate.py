@@ -4,64 +4,30 @@ A row is one JSON line: what changed, and by how much time, memory, loss and gra
 What cannot run here has a row too: `void` says why.
 """
 
-import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from benches.models import size_named
-from benches.ours import Fastllava, Run, plan_run
-from benches.peer_registry import Settings
-from benches.peer_rows import setting
-from benches.peer_trials import CANNOT, Trial, attempt, check_device, check_stages, release, weigh
-from benches.results import Row, append
-from benches.timing import Times, seconds_of
-from benches.world import world
+from benches.lib.ours import Fastllava, Run
+from benches.lib.request import Request
+from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, first_line
+from benches.lib.rows import setting
+from benches.lib.timing import Times
+from benches.lib.trials import Trial, attempt, release, turns
+from benches.lib.world import world
 from fastllava.config import Config, Stage, value_of
 from fastllava.config.toggles import kernel_toggles, levers, train_toggles
-from fastllava.data.plan import Step
 from fastllava.errors import UserError
 
-FEWEST = 3
-"""Turns, whatever the budget says."""
 ALONE = "train.micro_batch_tokens=1"
 """Every sample a micro-batch of its own: no packing, and no padding."""
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """What to measure."""
-
-    device: torch.device
-    sizes: Sequence[str]
-    stages: Sequence[Stage]
-    toggles: Sequence[str]
-    """Keys to change, all toggles when empty."""
-    samples: int
-    """Of a step; 0: 8 on a CPU, 32 on a GPU."""
-    seconds: float
-    """Budget of one value's turns."""
-    layers: int | None = None
-    overrides: Sequence[str] = ()
-    """key=value words for the run as it is."""
-
-    def check(self) -> None:
-        """Raises UserError for what is nothing to measure."""
-        check_stages(self.stages)
-        check_device(self.device)
-        for name in self.sizes:
-            size_named(name).with_layers(self.layers)
-        known = sorted({key for key, _ in choices(self.device)} | {lever.key for lever in levers()})
-        for key in self.toggles:
-            if key not in known:
-                raise UserError(f"--toggles: '{key}' is none of {', '.join(known)}")
-
-
 def choices(device: torch.device, named: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """Every (key, value) that a run on `device` may have, as `fastllava toggles` lists them; of levers, another training, those `named`."""
+    """Every (key, value) that a run on `device` may have, as `fastllava toggles` lists them.
+
+    Levers, which change the numerics, are among them where `named` has their keys.
+    """
     for toggle in (*kernel_toggles(device), *train_toggles(), *(lever for lever in levers() if lever.key in named)):
         if toggle.key != "train.device":
             yield from ((toggle.key, value) for value in toggle.values if value != "auto")
@@ -69,57 +35,67 @@ def choices(device: torch.device, named: Sequence[str] = ()) -> Iterator[tuple[s
     yield key, value
 
 
-def bench(ablation: Ablation, out: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Measure all of it; each row is appended to `out` as soon as it is there. Raises UserError on unknown names and keys."""
-    ablation.check()
-    rows = []
-    for size in ablation.sizes or (["7b"] if ablation.device.type == "cuda" else ["tiny"]):
-        for stage in ablation.stages:
-            for row in ablate(ablation, size, stage):
-                rows.append(row)
-                say(in_words(row))
-                if out is not None:
-                    append(out, row)
-    return rows
+def bench(request: Request, sheet: Sheet, toggles: Sequence[str] = ()) -> list[Row]:
+    """Measure the toggles with these keys, all when there is none; `request.seconds` is for one value.
+
+    Raises UserError on unknown names and keys.
+    """
+    request.check()
+    known = sorted({key for key, _ in choices(request.device)} | {lever.key for lever in levers()})
+    for key in toggles:
+        if key not in known:
+            raise UserError(f"--toggles: '{key}' is none of {', '.join(known)}")
+    for size, stage in request.pairs():
+        wanted = [(key, value) for key, value in choices(request.device, toggles) if not toggles or key in toggles]
+        for row in ablate(request, size, stage, wanted, sheet):
+            sheet.add(row, in_words(row))
+    return sheet.rows
 
 
-def ablate(ablation: Ablation, size: str, stage: Stage) -> Iterator[Row]:
-    """The rows of one size and stage."""
-    device = ablation.device
-    samples = ablation.samples or (32 if device.type == "cuda" else 8)
-    plan = functools.partial(_plan, ablation, size, stage, samples)
-    wanted = [(key, value) for key, value in choices(device, ablation.toggles) if not ablation.toggles or key in ablation.toggles]
+def ablate(request: Request, size: str, stage: Stage, wanted: Sequence[tuple[str, str]], sheet: Sheet) -> Iterator[Row]:
+    """The rows of one size and stage, those aside that `sheet` has."""
+    device = request.device
     needs = {toggle.key: toggle.needs for toggle in kernel_toggles(device)}
-    run, base, words = None, Trial(), ()
+    words, run, base = (), None, Trial()
     # Stable: a toggle that changes nothing in the run as it is stands beside one in which it does.
     for key, value in sorted(wanted, key=lambda one: needs.get(one[0], ())):
+        if sheet.has(size=size, stage=stage, toggle=key, value=value):
+            continue
         if run is None or words != needs.get(key, ()):
             base.trainer = None
             release(device)
-            words, base = needs.get(key, ()), Trial()
-            run = plan(*words)
-            attempt(base, functools.partial(_start, base, run, device), device)
-            if base.void is not None:
-                raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
+            words = needs.get(key, ())
+            run, base = _as_it_is(request, size, stage, words)
         if value == _now(run.config, base.trainer, key):
             continue
         trial = Trial()
         base.taken.clear()
         try:
-            other = plan(*words, f"{key}={value}")
-            attempt(trial, functools.partial(_compare, base, trial, other, ablation), device)
+            other = request.run(size, stage, run.size.llama.num_hidden_layers, [*words, f"{key}={value}"])
+            attempt(trial, device, _compare, base, trial, other, device, request.seconds)
         except UserError as error:
-            other = run
-            trial.fail(CANNOT + str(error).splitlines()[0])
+            trial.fail(CANNOT + first_line(error))
         yield row_of(key, value, base, trial, run, size) | world(device)
         trial.trainer = None
         release(device)
 
 
-def _plan(ablation: Ablation, size: str, stage: Stage, samples: int, *words: str) -> Run:
-    settings = Settings.of(ablation.device, stage, samples)
-    train = {"precision": "bf16" if ablation.device.type == "cuda" else "fp32", "micro_batch_tokens": settings.rows}
-    return plan_run(stage, size_named(size).with_layers(ablation.layers), train, [*ablation.overrides, *words], samples)
+def _as_it_is(request: Request, size: str, stage: Stage, words: Sequence[str]) -> tuple[Run, Trial]:
+    """The run that toggles are changed in. Raises UserError where it has no time."""
+    base = Trial()
+    for depth in request.depths(size, stage, beside_another):
+        run, base = request.run(size, stage, depth, words), Trial()
+        attempt(base, request.device, _start, base, run, request.device)
+        if base.void is None:
+            return run, base
+        if base.void != OUT_OF_MEMORY:
+            break
+    raise UserError(f"bench ablate: the run as it is has no time, {base.void}; write --layers N, or a smaller size")
+
+
+def beside_another(trained: int, frozen: int) -> float:
+    """Bytes of a second run between its steps: fp32 weights and AdamW's moments, and what is frozen."""
+    return 12.0 * trained + 2.0 * frozen
 
 
 def _now(config: Config, trainer: Fastllava, key: str) -> str:
@@ -132,29 +108,18 @@ def _now(config: Config, trainer: Fastllava, key: str) -> str:
 
 
 def _start(trial: Trial, run: Run, device: torch.device) -> None:
-    trial.trainer = Fastllava(run, device)
-    trial.loss, trial.norm, trial.peak = weigh(trial.trainer, run.step(0), device)
-    trial.check_finite()
+    trial.start(lambda: Fastllava(run, device), run.step(0), device)
 
 
-def _compare(base: Trial, trial: Trial, other: Run, ablation: Ablation) -> None:
-    device = ablation.device
+def _compare(base: Trial, trial: Trial, other: Run, device: torch.device, seconds: float) -> None:
     _start(trial, other, device)
     if trial.void is not None:
         return
     # Graphs for shapes that the first step did not have.
     trial.trainer.step(trial.trainer.batches(other.step(1)))
-    began = time.perf_counter()
-    while len(trial.taken) < FEWEST or (time.perf_counter() - began) * (1 + 1 / len(trial.taken)) <= ablation.seconds:
-        index = len(trial.taken)
-        pair = [base, trial] if index % 2 == 0 else [trial, base]
-        for one in pair:
-            one.taken.append(_seconds(one.trainer, one.trainer.run.step(index + 1), device))
-
-
-def _seconds(trainer: Fastllava, step: Step, device: torch.device) -> float:
-    batches = trainer.batches(step)
-    return seconds_of(functools.partial(trainer.step, batches), device)
+    for index in turns(seconds):
+        for one in [base, trial] if index % 2 == 0 else [trial, base]:
+            one.turn(one.trainer.run.step(index + 1), device)
 
 
 def row_of(key: str, value: str, base: Trial, trial: Trial, run: Run, size: str) -> Row:

@@ -7,21 +7,20 @@ too: `void` says why, and it has no time.
 
 import dataclasses
 import functools
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benches import kernel_judging as judging
 from benches.ceilings import Ceilings, measure
-from benches.kernel_peers import Bound, peers
-from benches.results import Row, append
-from benches.timing import Call, interleaved, peak_bytes
-from benches.world import world
+from benches.lib import judging
+from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, first_line
+from benches.lib.timing import Call, interleaved, peak_bytes
+from benches.lib.trials import release
+from benches.lib.world import check_device, world
+from benches.peers.rooms import Bound, peers
 from fastllava.errors import UserError
 from fastllava_kernels import Room, rooms
 from fastllava_kernels.room import REFERENCE
@@ -30,8 +29,6 @@ from fastllava_kernels.workload import Cost, Shape
 PASSES = ("forward", "backward", "both")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TINY = "tiny"
-OUT_OF_MEMORY = "out of memory"
-CANNOT = "cannot run here: "
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Plan:
     implementations: Sequence[str] = ()
     passes: Sequence[str] = PASSES
     seconds: float = 0.5
-    """Budget of a row's timing."""
+    """The time to spend on a row."""
 
     def shapes(self, room: Room) -> dict[str, Shape]:
         """The shapes to measure of a room: on a GPU all but tiny, on a CPU tiny only; equal ones once."""
@@ -89,34 +86,36 @@ class Plan:
             for name in names:
                 if name not in known[option]:
                     raise UserError(f"{option}: '{name}' is none of {', '.join(sorted(known[option]))}")
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device: PyTorch finds no CUDA GPU here; write --device cpu")
+        check_device(self.device)
 
 
 def rooms_named(names: Sequence[str]) -> dict[str, Room]:
-    """The rooms with these names; every room for none. Raises UserError on a name that is none."""
+    """The rooms with these names, in this order; every room for none. Raises UserError on a name that is none."""
     known = rooms()
     for name in names:
         if name not in known:
             raise UserError(f"bench kernels: '{name}' is no room; write one of {', '.join(known)}")
-    return {name: room for name, room in known.items() if not names or name in names}
+    return {name: known[name] for name in names or known}
 
 
-def bench(plan: Plan, out: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Measure everything in `plan`; each row is appended to `out` as soon as it is there. Raises UserError on unknown names."""
+def bench(plan: Plan, sheet: Sheet) -> list[Row]:
+    """Measure everything in `plan`; the rows of a shape are appended together. Raises UserError on unknown names."""
     plan.check()
-    dtype = DTYPES[plan.dtype]
-    ceilings = measure(plan.device, dtype, plan.seconds)
-    say(f"{world(plan.device)['device']}: {ceilings.matmul_tflops:.3g} TFLOP/s in {plan.dtype}, {ceilings.copy_gbs:.4g} GB/s copied")
-    rows = []
-    for room in plan.rooms.values():
-        for shape in plan.shapes(room):
-            for row in measure_shape(plan, room, shape, ceilings):
-                rows.append(row)
-                say(in_words(row))
-                if out is not None:
-                    append(out, row)
-    return rows
+    device = world(plan.device)["device"]
+    todo = [(room, shape) for room in plan.rooms.values() for shape in plan.shapes(room) if not _known(plan, room, shape, device, sheet)]
+    if not todo:
+        return sheet.rows
+    ceilings = measure(plan.device, DTYPES[plan.dtype], plan.seconds)
+    sheet.say(f"{device}: {ceilings.matmul_tflops:.3g} TFLOP/s in {plan.dtype}, {ceilings.copy_gbs:.4g} GB/s copied")
+    for room, shape in todo:
+        for row in list(measure_shape(plan, room, shape, ceilings)):
+            sheet.add(row, in_words(row))
+    return sheet.rows
+
+
+def _known(plan: Plan, room: Room, shape: str, device: str, sheet: Sheet) -> bool:
+    wanted = {"room": room.name, "shape": shape, "dtype": plan.dtype, "device": device}
+    return all(sheet.has(implementation=name, **wanted) for name in plan.candidates(room))
 
 
 def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -> Iterator[Row]:
@@ -129,10 +128,10 @@ def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -
     passes = [name for name in plan.passes if name == "forward" or judging.leaves(args)]
     trials = _try_all(plan, room, candidates, args, passes)
     for name in passes:
-        floor = ceilings.floor_ms(cost_of(room, shape, dtype, name))
+        cost = cost_of(room, shape, dtype, name)
+        floor = ceilings.floor_ms(cost)
         timed = {candidate: trial.calls[name] for candidate, trial in trials.items() if trial.void[name] is None}
         times = interleaved(timed, plan.device, plan.seconds)
-        cost = cost_of(room, shape, dtype, name)
         for candidate, trial in trials.items():
             taken = times.get(candidate)
             yield {
@@ -157,7 +156,7 @@ def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -
                 "copy_ceiling_gbs": ceilings.copy_gbs,
             } | world(plan.device)
     del args, trials
-    _release(plan.device)
+    release(plan.device)
 
 
 def cost_of(room: Room, shape: Shape, dtype: torch.dtype, name: str) -> Cost:
@@ -195,7 +194,7 @@ class _Truth:
     reference: judging.Results
 
     def distances(self, got: judging.Results) -> dict[str, list[float]]:
-        """By pass."""
+        """The distances by pass."""
         forward = judging.distances(got.outputs, self.results.outputs)
         backward = judging.distances(got.gradients, self.results.gradients)
         return {"forward": forward, "backward": backward, "both": forward + backward}
@@ -215,7 +214,7 @@ def _try_all(
     try:
         truth = _truth(room, args)
     except torch.OutOfMemoryError:
-        _release(plan.device)
+        release(plan.device)
         trials = {name: _Trial.failed(passes, f"{OUT_OF_MEMORY} computing fp64 truth") for name in able} | trials
         return {name: trials[name] for name in candidates}
     for name, reason in able.items():
@@ -226,7 +225,7 @@ def _try_all(
                 trials[name] = _Trial.failed(passes, OUT_OF_MEMORY)
             except Exception as error:
                 trials[name] = _Trial.failed(passes, f"broke: {type(error).__name__}: {first_line(error)}")
-            _release(plan.device)
+            release(plan.device)
     return {name: trials[name] for name in candidates}
 
 
@@ -273,21 +272,3 @@ def _calls(bound: Bound, upstream: Sequence[Tensor]) -> dict[str, Call]:
         return torch.autograd.grad(outputs, bound.leaves, upstream, allow_unused=True)
 
     return {"forward": Call(forward), "backward": Call(backward, forward), "both": Call(lambda _: backward(forward()))}
-
-
-def first_line(error: Exception) -> str:
-    """Of its message."""
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _release(device: torch.device) -> None:
-    """Give back what failed or finished work held, so that the next has all the memory."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
-def failures(rows: Sequence[Row]) -> list[Row]:
-    """Rows of our own implementations that are wrong or broke: void for a reason that is neither the machine nor its memory."""
-    return [row for row in rows if not row["peer"] and row["void"] and not row["void"].startswith((CANNOT, OUT_OF_MEMORY))]

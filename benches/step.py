@@ -3,119 +3,87 @@
 A row is one JSON line, of the fields that `bench peers` gives its variants. What lacks memory has a row too: `void` says so.
 """
 
-import functools
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benches.ceilings import measure_matmul
-from benches.models import size_named
-from benches.ours import Fastllava, Run, plan_run
-from benches.peer_registry import Settings
-from benches.peer_rows import OURS, figures, in_words, of_ours, setting
-from benches.peer_trials import Trial, attempt, check_device, check_stages, release, weigh
-from benches.results import Row, append, finite
-from benches.step_profile import profile_step
-from benches.timing import seconds_of
-from benches.world import world
+from benches.lib.ours import Fastllava, Run
+from benches.lib.profile import profile_step
+from benches.lib.request import Request
+from benches.lib.results import OUT_OF_MEMORY, Row, Sheet, append, finite
+from benches.lib.rows import OURS, figures, in_words, of_ours, setting
+from benches.lib.trials import Trial, attempt, release, turns
+from benches.lib.world import world
 from fastllava.config import Stage
 
-WARM_UP, FEWEST = 2, 3
-"""Steps before the clock, and under it whatever the budget says."""
+WARM_UP = 2
+"""Steps on a GPU before the clock runs."""
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What to measure."""
-
-    device: torch.device
-    sizes: Sequence[str]
-    stages: Sequence[Stage]
-    samples: int
-    """Of a step; 0: 8 on a CPU, 64 on a GPU."""
-    seconds: float
-    """Budget of the timed steps of one size and stage."""
-    layers: int | None = None
-    overrides: Sequence[str] = ()
-    """key=value words, as for `fastllava train`."""
-    profile: Path | None = None
-
-    def check(self) -> None:
-        """Raises UserError for what is nothing to measure."""
-        check_stages(self.stages)
-        check_device(self.device)
-        for name in self.sizes:
-            size_named(name).with_layers(self.layers)
+def bench(request: Request, sheet: Sheet, profile: Path | None = None) -> list[Row]:
+    """Measure every size and stage. `profile`: folder for where the time of a step goes. Raises UserError on unknown names and keys."""
+    request.check()
+    for size, stage in request.pairs():
+        if not sheet.has(size=size, stage=stage, overrides=list(request.overrides)):
+            for row in measure(request, size, stage, sheet, profile):
+                sheet.add(row, in_words(row))
+    return sheet.rows
 
 
-def bench(steps: Steps, out: Path | None, say: Callable[[str], None]) -> list[Row]:
-    """Measure all of it; each row is appended to `out` as soon as it is there. Raises UserError on unknown names and keys."""
-    steps.check()
-    rows = []
-    for size in steps.sizes or (["7b"] if steps.device.type == "cuda" else ["150m"]):
-        for stage in steps.stages:
-            row = measure_step(steps, size, stage, say)
-            rows.append(row)
-            say(in_words(row))
-            if out is not None:
-                append(out, row)
-    return rows
+def measure(request: Request, size: str, stage: Stage, sheet: Sheet, profile: Path | None) -> Iterator[Row]:
+    """A row; where memory is short one of each attempt, with ever fewer layers if the request lets it take fewer."""
+    for depth in request.depths(size, stage):
+        row = measure_step(request, request.run(size, stage, depth), size, sheet, profile)
+        yield row
+        if not (row["void"] or "").startswith(OUT_OF_MEMORY):
+            return
 
 
-def plan_of(steps: Steps, size: str, stage: Stage) -> Run:
-    """The run of one size and stage. Raises UserError on keys that are none."""
-    on_gpu = steps.device.type == "cuda"
-    samples = steps.samples or (64 if on_gpu else 8)
-    settings = Settings.of(steps.device, stage, samples)
-    train = {"precision": "bf16" if on_gpu else "fp32", "micro_batch_tokens": settings.rows}
-    return plan_run(stage, size_named(size).with_layers(steps.layers), train, steps.overrides, samples)
-
-
-def measure_step(steps: Steps, size: str, stage: Stage, say: Callable[[str], None]) -> Row:
-    """The row of one size and stage."""
-    device, run, trial = steps.device, plan_of(steps, size, stage), Trial()
-    attempt(trial, functools.partial(_measure, trial, run, device, steps.seconds), device)
-    ceiling = measure_matmul(device, run.dtype, min(1.0, steps.seconds / 10))
-    row = row_of(trial, run, size, ceiling, device) | {"overrides": list(steps.overrides), "host_waits": None, "idle_share": None}
-    if steps.profile is not None and trial.void is None:
-        found = profile_step(trial.trainer, run.step(0))
-        found.write(steps.profile)
-        say(f"wrote {steps.profile}: {found.in_words()}")
-        row |= {"host_waits": found.host_waits, "idle_share": found.idle_share}
+def measure_step(request: Request, run: Run, size: str, sheet: Sheet, profile: Path | None = None) -> Row:
+    """The row of one run."""
+    device, trial = request.device, Trial()
+    attempt(trial, device, _measure, trial, run, device, request.seconds)
+    taken = [] if trial.void is not None else trial.taken
+    ceiling = measure_matmul(device, run.dtype, min(1.0, request.seconds / 10))
+    row = (
+        {"variant": OURS}
+        | setting(run, size)
+        | figures(run, [run.step(index) for index in range(len(taken))], taken, trial.trainer, ceiling, device)
+        | {"peak_bytes": trial.peak if taken else None, "loss": finite(trial.loss), "grad_norm": finite(trial.norm)}
+        | {"micro_batches": len(run.step(0).micro_batches)}
+        | of_ours(run, trial.trainer)
+        | {"void": trial.void}
+        | world(device)
+        | {"overrides": list(request.overrides), "host_waits": None, "idle_share": None}
+    )
+    if profile is not None and trial.void is None:
+        row |= _profile(trial.trainer, run, size, request, sheet, profile)
     trial.trainer = None
     release(device)
     return row
 
 
 def _measure(trial: Trial, run: Run, device: torch.device, seconds: float) -> None:
-    trainer = trial.trainer = Fastllava(run, device)
-    trial.loss, trial.norm, trial.peak = weigh(trainer, run.step(0), device)
+    trial.start(lambda: Fastllava(run, device), run.step(0), device)
+    if trial.void is not None:
+        return
     for index in range(WARM_UP if device.type == "cuda" else 0):
-        trainer.step(trainer.batches(run.step(index)))
-    began = time.perf_counter()
-    while len(trial.taken) < FEWEST or (time.perf_counter() - began) * (1 + 1 / len(trial.taken)) <= seconds:
-        batches = trainer.batches(run.step(len(trial.taken)))
-        trial.taken.append(seconds_of(functools.partial(trainer.step, batches), device))
-    trial.check_finite()
+        trial.trainer.step(trial.trainer.batches(run.step(index)))
+    for index in turns(seconds):
+        trial.turn(run.step(index), device)
 
 
-def row_of(trial: Trial, run: Run, size: str, ceiling: float, device: torch.device) -> Row:
-    """One line of results; figures that cannot be said are None."""
-    taken: list[float] | None = trial.taken if trial.void is None else None
-    steps = [run.step(index) for index in range(len(taken or ()))]
-    done = sum(run.accounting.hardware_flops(run.work(step)).total for step in steps)
-    ours: dict[str, Any] = of_ours(run, trial.trainer)
-    return (
-        {"variant": OURS}
-        | setting(run, size)
-        | figures(run, steps, taken, done or None, ceiling, device)
-        | {"peak_bytes": trial.peak if taken else None, "loss": finite(trial.loss), "grad_norm": finite(trial.norm)}
-        | {"micro_batches": len(run.step(0).micro_batches)}
-        | ours
-        | {"void": trial.void}
-        | world(device)
-    )
+def _profile(trainer: Fastllava, run: Run, size: str, request: Request, sheet: Sheet, folder: Path) -> Row:
+    """Write the table, the trace where it is small, and rows to profile.jsonl; what the step's own row says of it."""
+    name = "_".join([size, run.config.stage, *request.overrides]).replace("=", "-")
+    found = profile_step(trainer, run.step(0), folder / f"{name}.trace.json")
+    found.write(folder / f"{name}.txt")
+    sheet.say(f"wrote {folder / name}.txt: {found.in_words()}")
+    shared = {**setting(run, size), "overrides": list(request.overrides)}
+    waits = {"host_waits": found.host_waits, "idle_share": found.idle_share}
+    append(folder / "profile.jsonl", {**shared, "operation": None, "milliseconds": found.milliseconds, **waits, **world(request.device)})
+    for operation in found.operations:
+        append(folder / "profile.jsonl", {**shared, **operation})
+    return waits

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import traceback
 from enum import StrEnum
@@ -14,7 +15,6 @@ from rich.console import Console
 from rich.padding import Padding
 
 from fastllava import __version__
-from fastllava.bench import Overrides, bench, bench_module
 from fastllava.config import load_config
 from fastllava.console.ending import end_soon, talk_to_whoever_listens
 from fastllava.console.masking import masked
@@ -28,8 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, such as configs/llava15_7b_pretrain.yaml")]
 
-
-app.add_typer(bench, name="bench")
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]
 
 
 class Layout(StrEnum):
@@ -107,9 +106,11 @@ def plan_command(
 ) -> None:
     """Foresee memory, time and their limit for a run on GPUs that are not here; no weight is read."""
     from fastllava.model.weights import read_origin
+    from fastllava.planner.drawn import draw_like
     from fastllava.planner.gpus import gpu_named
     from fastllava.planner.plan import plan_stage
     from fastllava.planner.report import as_json, lines
+    from fastllava.planner.sizes import write_configs
     from fastllava.train.startup import prepare_data, speaker
 
     say, chosen = speaker(Console()), gpu_named(gpu)
@@ -119,13 +120,13 @@ def plan_command(
     found = []
     with TemporaryDirectory() as folder:
         if size:
-            overrides += bench_module("models").write_configs(size, Path(folder))
+            overrides += write_configs(size, Path(folder))
         for path in (word for word in configs if "=" not in word):
             config = load_config(Path(path), overrides)
             if drawn is None:
                 _, _, lengths = prepare_data(config, say)
             else:
-                lengths = bench_module("synthetic").draw_like(config.stage, drawn, read_origin(config.model))
+                lengths = draw_like(config.stage, drawn, read_origin(config.model))
             found.append(plan_stage(config, lengths, chosen, world))
             for line in lines(found[-1]):
                 say(line)
@@ -211,6 +212,17 @@ def toggles() -> None:
         console.print(f"[bold]{toggle.key}[/bold]: {toggle.default}")
         for line in (f"one of {', '.join(toggle.values)}", *toggle.why):
             console.print(Padding(line, (0, 0, 0, 4)), highlight=False, markup=False)
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(context: typer.Context) -> None:
+    """Measure this machine, from a checkout of the source tree: kernels, step, peers, ablate, levers, gpu, report."""
+    program = Path(__file__).resolve().parents[1] / "benches" / "__main__.py"
+    if not program.is_file():
+        raise UserError("fastllava bench: the benches come with the source tree, not with the installed package; install from a checkout")
+    sys.stdout.flush()
+    # In place of this process, so that its signals and its exit code are the benches' own. -P: that folder must not be imported from.
+    os.execv(sys.executable, [sys.executable, "-P", str(program), *context.args])  # noqa: S606
 
 
 @app.callback(invoke_without_command=True)

@@ -1,6 +1,7 @@
 """What every test gets: no network, a cache of its own, one thread; and what the original implementation gave, recorded."""
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,6 +21,9 @@ REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO / "tests" / "golden"
 LARGER = REPO.parent / "shared" / "golden"
 """More recordings, for those who have them beside the checkout."""
+# Makes `benches` known by its place: it is no part of an installed package, and must not be found by the import path.
+runpy.run_path(str(REPO / "benches" / "__main__.py"))
+
 
 GPU_GONE = 75
 """Exit code of a process whose GPU a test left unusable."""

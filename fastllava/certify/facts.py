@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +11,7 @@ from fastllava.config import LEVER, Config, as_written, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
-from fastllava.train.metrics.summary import versions
+from fastllava.train.metrics.summary import commit, versions
 from fastllava.train.stages import trained_parts
 
 
@@ -81,15 +78,6 @@ def _sha256_of(model: Llava) -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this code lies in; None where it is installed otherwise. With "+changes" where a file differs from it."""
-    git, root = shutil.which("git"), Path(__file__).resolve().parents[2]
-    if git is None or not (root / ".git").exists():
-        return None
-
-    def said(*words: str) -> str:
-        return subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()  # noqa: S603
-
-    try:
-        return said("rev-parse", "HEAD") + ("+changes" if said("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """The commit of this code, with "+changes" where a file differs from it; None where it is not known."""
+    found = commit()
+    return None if found is None else found[0] + "+changes" * found[1]

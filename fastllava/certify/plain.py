@@ -1,10 +1,10 @@
-"""LLaVA in plain PyTorch: transformers' modules on padded batches, every row's logits, none of our modules or kernels.
+"""LLaVA in plain PyTorch: transformers' modules on padded batches, every token's logits, none of our modules or kernels.
 
 It reads prepared samples by itself and shares weights' values with our model, and nothing else of it.
-Shape letters: B samples, L rows of the longest, I images, P patches an image, C tower width, D decoder width, V vocabulary.
+Shape letters: B samples, L tokens of the longest, I images, P patches an image, C tower width, D decoder width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from fastllava.model.llava import Llava
 from fastllava.model.projectors import kind_of
 
 IGNORED = -100
-"""The target of a row that is not supervised."""
+"""The target of a token that is not supervised."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,29 @@ class Padded:
     """int64 [n] each: the ids that are supervised, IGNORED elsewhere."""
     pixels: Tensor
     """uint8 [I, 3, H, W]."""
+    images: list[int]
+    """How many of `pixels` each sample has, in their order."""
     weights: Tensor
-    """fp64 [B]: of each supervised token of a sample."""
+    """fp64 [B]: the weight of each supervised token of a sample."""
 
 
-def collate(samples: Sequence[Sample], size: int) -> Padded:
-    """A batch of these samples, with images of `size` by `size` pixels."""
-    images = [torch.from_numpy(image) for sample in samples for image in sample.images]
+def collate(samples: Sequence[Sample], size: int, images_at_least: int = 0) -> Padded:
+    """A batch of these samples, with images of `size` by `size` pixels. A sample of fewer than `images_at_least` gets black ones."""
+    images = [[torch.from_numpy(image) for image in sample.images] for sample in samples]
+    for its in images:
+        its += [torch.zeros(3, size, size, dtype=torch.uint8)] * (images_at_least - len(its))
+    pixels = [image for its in images for image in its]
     return Padded(
         ids=[torch.tensor(sample.ids, dtype=torch.int64) for sample in samples],
-        labels=[_labels(sample) for sample in samples],
-        pixels=torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        labels=[labels_of(sample) for sample in samples],
+        pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+        images=[len(its) for its in images],
         weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
     )
 
 
-def _labels(sample: Sample) -> Tensor:
+def labels_of(sample: Sample) -> Tensor:
+    """int64 [n]: the sample's ids where they are supervised, IGNORED elsewhere."""
     labels = np.full(len(sample.ids), IGNORED, np.int64)
     for begin, end in sample.supervised:
         labels[begin:end] = sample.ids[begin:end]
@@ -62,21 +69,29 @@ class PlainLlava:
     What trains is by the stage's rule alone (llava/train/train.py): the projector, in stage finetune the decoder too.
     """
 
-    def __init__(self, ours: Llava, stage: Stage, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+    def __init__(
+        self,
+        ours: Llava,
+        stage: Stage,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_tokens: int,
+        weights: Mapping[str, Tensor] | None = None,
+        attention: str = "sdpa",
+    ) -> None:
+        """`weights`: those of `ours` by name, on `device` in `dtype`, where they are there already. `attention`: transformers' word."""
         self.dtype, self.device, self.max_tokens = dtype, device, max_tokens
         self.size, self.layer = ours.spec.size, ours.origin.select_layer
         self.wide = torch.promote_types(dtype, torch.float32)
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (ours.spec.mean, ours.spec.std))
-        self._weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
-        self.llm = twin.decoder(ours, self._weights.__getitem__, dtype).eval()
-        self.tower = twin.tower(ours, self._weights.__getitem__, dtype).eval().requires_grad_(False)
-        self.projector = {
-            name: nn.Parameter(self._weights.pop(f"projector.{name}"), requires_grad=True) for name, _ in ours.projector.named_parameters()
-        }
+        if weights is None:
+            weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
+        self.llm = twin.decoder(ours, weights.__getitem__, dtype, attention).eval()
+        self.tower = twin.tower(ours, weights.__getitem__, dtype).eval().requires_grad_(False)
+        self.projector = {name: nn.Parameter(weights[f"projector.{name}"]) for name, _ in ours.projector.named_parameters()}
         self._project = partial(kind_of(ours.projector.projector_type).reference, self.projector)
         self._patches = ours.tower.config.patches
         self.llm.requires_grad_(stage == "finetune")
-        del self._weights
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by our names."""
@@ -85,15 +100,19 @@ class PlainLlava:
 
     def loss(self, batch: Padded) -> Tensor:
         """Scalar in fp32, or in fp64 when that is the dtype: the sum of each sample's weight times its supervised tokens' cross-entropy."""
-        embeds_BLD, mask_BL, targets_BL = self._padded(batch)
-        logits_BLV = self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits[:, :-1].to(self.wide)
-        targets = targets_BL[:, 1:]
+        logits_BLV, targets_BL = self.logits(batch)
+        logits_BLV, targets = logits_BLV[:, :-1].to(self.wide), targets_BL[:, 1:]
         losses = F.cross_entropy(logits_BLV.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         weights_B = batch.weights.to(self.device, self.wide)
         return (losses.unflatten(0, targets.shape) * weights_B.unsqueeze(1)).sum()
 
+    def logits(self, batch: Padded) -> tuple[Tensor, Tensor]:
+        """Logits [B, L, V] of every token in the model's dtype, and the tokens that are supervised, int64 [B, L], IGNORED elsewhere."""
+        embeds_BLD, mask_BL, targets_BL = self._padded(batch)
+        return self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits, targets_BL
+
     def _features(self, pixels: Tensor) -> Tensor:
-        """[I, P, D]: the tower's selected hidden state without the class row, projected."""
+        """[I, P, D]: the tower's selected hidden state without the class token, projected."""
         if not len(pixels):
             # The projector stays in the graph, with a gradient of zero.
             return self._project(torch.zeros(1, self._patches, self.tower.config.hidden_size, dtype=self.dtype, device=self.device))[:0]
@@ -103,12 +122,12 @@ class PlainLlava:
         return self._project(states[self.layer][:, 1:])
 
     def _padded(self, batch: Padded) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings [B, L, D], mask int64 [B, L], targets int64 [B, L]: padded on the right, cut at `max_tokens` rows."""
-        features = iter(self._features(batch.pixels).unbind())
-        unused = self._features(batch.pixels[:0]).flatten(0, 1)
+        """Embeddings [B, L, D], mask int64 [B, L], targets int64 [B, L]: padded on the right, cut at `max_tokens` tokens."""
         rows, targets = [], []
-        for ids, labels in zip(batch.ids, batch.labels, strict=True):
-            pieces = list(self._pieces(ids.to(self.device), labels.to(self.device), features))
+        for ids, labels, its_images in zip(batch.ids, batch.labels, self._features(batch.pixels).split(batch.images), strict=True):
+            pieces = list(self._pieces(ids.to(self.device), labels.to(self.device), iter(its_images)))
+            # Nothing of them, so that the projector is in the graph of a sample that shows none.
+            unused = its_images.flatten(0, 1)[:0]
             rows.append(torch.cat([unused, *(piece for piece, _ in pieces)])[: self.max_tokens])
             targets.append(torch.cat([its for _, its in pieces])[: self.max_tokens])
         pad = torch.nn.utils.rnn.pad_sequence

@@ -21,9 +21,8 @@ from fastllava.demo.scenes import BACKGROUNDS, COLOURS, GRID, PLACES, SHAPES, Sc
 from fastllava.model.clip import ClipConfig, ClipVision
 from fastllava.model.llava import normalise
 from fastllava.model.ops import Ops
+from fastllava.model.weights.configs import CLIP_MEAN, CLIP_STD
 
-# CLIP's published pixel statistics.
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SELECT_LAYER = -2
 BATCH = 32
 CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), len(PLACES), len(BACKGROUNDS))
@@ -52,7 +51,7 @@ def make_tower(folder: Path, drawn: DrawnSet, sizes: BackboneSizes, limits: Data
         image_size=sizes.image,
         patch_size=sizes.patch,
     )
-    spec = ImageSpec(config.image_size, config.patches, MEAN, STD)
+    spec = ImageSpec(config.image_size, config.patches, CLIP_MEAN, CLIP_STD)
     generator = torch.Generator().manual_seed(seed)
     tower, readout = ClipVision(config, ops, SELECT_LAYER), nn.Linear(sizes.tower_width, sum(CLASSES))
     draw_weights(tower, 0.02, generator)
@@ -97,7 +96,7 @@ def patch_labels(scenes: list[Scene], side: int) -> Tensor:
 
 def normalised(pixels: Tensor) -> Tensor:
     """fp32 [I, 3, H, W] of uint8 pixels, as the model does it."""
-    return normalise(pixels, torch.tensor(MEAN), torch.tensor(STD))
+    return normalise(pixels, torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD))
 
 
 @torch.no_grad()
@@ -119,8 +118,8 @@ def _preprocessor(size: int) -> dict[str, object]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},

@@ -15,16 +15,17 @@ Weight = Callable[[str], Tensor]
 """The tensor to use for a weight, by our name of it."""
 
 
-def decoder(ours: Llava, weight: Weight, dtype: torch.dtype) -> Any:
-    """The causal language model of `ours` as transformers computes it (LlamaForCausalLM and its like), attention by PyTorch's SDPA.
+def decoder(ours: Llava, weight: Weight, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """The causal language model of `ours` as transformers computes it (LlamaForCausalLM and its like).
 
-    Its parameters are whatever `weight` gives for our names, so in that dtype and on that device.
+    `attention` is transformers' word for the implementation, PyTorch's by default. Its parameters are whatever `weight` gives for our
+    names, so in that dtype and on that device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     text = dict(text_config(ours))
     config = AutoConfig.for_model(text.pop("model_type"), **text)
-    module = filled(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"), weight, "llm")
+    module = filled(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), weight, "llm")
     if ours.llm.config.tied:
         module.lm_head.weight = module.get_input_embeddings().weight
     return module

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fastllava.config.problems import did_you_mean
 from fastllava.errors import UserError
+from fastllava.train.metrics.flops import PEAK_FLOPS
 
 PRODUCT_SHARE = 0.79
 """Of the dense bf16 peak, what large matrix products reach: 769 to 798 of 989 TFLOP/s at 8192^3 on an H200. Assumed of the others."""
@@ -28,7 +29,7 @@ class Gpu:
 
     name: str
     peak: float
-    """Dense bf16 operations a second; those of `accounting.PEAK_FLOPS`."""
+    """Dense bf16 operations a second."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -42,15 +43,15 @@ class Gpu:
         return USABLE * (self.memory - RESERVED)
 
 
-# NVIDIA's data sheets of these products; memory as the driver shows it, links by NVLink (PCIe 5.0 for the last).
+# Peaks as MFU counts them; the rest from NVIDIA's data sheets: memory as the driver shows it, links by NVLink (PCIe 5.0 for the last).
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", 312e12, 39.4 * 2**30, 1.555e12, 300e9),
-        Gpu("a100-80g", 312e12, 79.2 * 2**30, 2.039e12, 300e9),
-        Gpu("h100-80g", 989e12, 79.1 * 2**30, 3.35e12, 450e9),
-        Gpu("h200", 989e12, 139.8 * 2**30, 4.8e12, 450e9),
-        Gpu("h100-pcie", 756e12, 79.1 * 2**30, 2.0e12, 64e9),
+        Gpu("a100-40g", PEAK_FLOPS["A100"], 39.4 * 2**30, 1.555e12, 300e9),
+        Gpu("a100-80g", PEAK_FLOPS["A100"], 79.2 * 2**30, 2.039e12, 300e9),
+        Gpu("h100-80g", PEAK_FLOPS["H100"], 79.1 * 2**30, 3.35e12, 450e9),
+        Gpu("h200", PEAK_FLOPS["H200"], 139.8 * 2**30, 4.8e12, 450e9),
+        Gpu("h100-pcie", PEAK_FLOPS["H100 PCIe"], 79.1 * 2**30, 2.0e12, 64e9),
     )
 }
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import ablate, cli
+from benches.lib import trials
+from benches.lib.request import Request
+from benches.lib.results import Sheet
 from fastllava.config import TrainConfig
 from fastllava.errors import UserError
 from fastllava_kernels import rooms
 
-ablate = bench_module("ablate")
 KEYS = {
     *("toggle", "value", "baseline", "stage", "size", "layers", "dtype", "samples_per_step", "turns", "void", "device", "versions"),
     *("commit", "dirty", "driver", "power_limit_watts", "step_ms_p50", "baseline_ms_p50", "delta_ms_p20", "delta_ms_p50", "delta_ms_p80"),
@@ -37,7 +38,7 @@ def test_each_value_stands_beside_the_run_as_it_is(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     keys = "kernels.masked_linear_cross_entropy,train.recompute,train.micro_batch_tokens"
     options = ["--device", "cpu", "--seconds", "0", "--samples", "2", "--toggles", keys, "--out", str(out)]
-    result = CliRunner().invoke(cli.app, ["bench", "ablate", *options])
+    result = CliRunner().invoke(cli.app, ["ablate", *options])
     assert result.exit_code == 0, result.output
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for line in out.read_text().splitlines():
@@ -47,7 +48,7 @@ def test_each_value_stands_beside_the_run_as_it_is(tmp_path: Path) -> None:
     assert {key for key, _ in rows} == set(keys.split(","))
     recompute = rows["train.recompute", "full"]
     assert recompute["baseline"] == "none"
-    assert recompute["turns"] == ablate.FEWEST
+    assert recompute["turns"] == trials.FEWEST
     assert recompute["delta_bytes"] < 0
     assert recompute["delta_ms_p20"] <= recompute["delta_ms_p50"] <= recompute["delta_ms_p80"]
     for row in rows.values():
@@ -61,16 +62,16 @@ def test_each_value_stands_beside_the_run_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_value_that_breaks_is_void_and_the_command_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    weigh = ablate.weigh
+    weigh = trials.weigh
 
     def broken(trainer: Any, *rest: Any) -> Any:
         if trainer.run.config.train.recompute == "full":
             raise RuntimeError("it broke")
         return weigh(trainer, *rest)
 
-    monkeypatch.setattr(ablate, "weigh", broken)
+    monkeypatch.setattr(trials, "weigh", broken)
     words = ["--device", "cpu", "--seconds", "0", "--samples", "2", "--toggles", "train.recompute", "--out", str(tmp_path / "rows.jsonl")]
-    assert CliRunner().invoke(cli.app, ["bench", "ablate", *words]).exit_code == 1
+    assert CliRunner().invoke(cli.app, ["ablate", *words]).exit_code == 1
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["value"]: row["void"] for row in rows}["full"] == "broke: RuntimeError: it broke"
 
@@ -79,12 +80,11 @@ def test_a_value_whose_gradient_is_not_finite_is_void(monkeypatch: pytest.Monkey
     def broken(trainer: Any, *rest: Any) -> Any:
         return (1.0, math.inf if trainer.run.config.train.last_layer == "all" else 1.0, 1)
 
-    monkeypatch.setattr(ablate, "weigh", broken)
-    ablation = ablate.Ablation(torch.device("cpu"), ["tiny"], ["pretrain"], ["train.last_layer"], 2, 0.0)
-    (row,) = ablate.ablate(ablation, "tiny", "pretrain")
+    monkeypatch.setattr(trials, "weigh", broken)
+    (row,) = ablate.bench(Request(torch.device("cpu"), ["tiny"], ["pretrain"], 2, 0.0), Sheet(), ["train.last_layer"])
     assert (row["value"], row["void"]) == ("all", "wrong: loss 1.0, gradient norm inf")
 
 
 def test_unknown_toggles_are_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"--toggles: 'kernels.swigl' is none of kernels\."):
-        ablate.bench(ablate.Ablation(torch.device("cpu"), ["tiny"], ["pretrain"], ["kernels.swigl"], 2, 0.0), None, lambda line: None)
+        ablate.bench(Request(torch.device("cpu"), ["tiny"], ["pretrain"], 2, 0.0), Sheet(), ["kernels.swigl"])

@@ -1,4 +1,4 @@
-"""What `fastllava bench gpu` is made of: the piece of tests, the layers that fit, the profile of a GPU, and the way into the tables."""
+"""What the commands for a GPU are made of: the run of tests, the layers that fit, the profile, and the way into the tables."""
 
 import importlib.metadata
 import importlib.util
@@ -14,15 +14,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import ceilings, cli, gpu, tests
+from benches import report as reporting
+from benches.lib import fit, ours, profile, request, results, unattended
+from benches.lib.request import Request
+from benches.lib.unattended import LOST_GPU
+from benches.lib.world import REPO, code_of
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
+from fastllava.planner.sizes import SIZES
 
-states, steps, fit, tests, child, ceilings = (
-    bench_module(f"gpu.{name}") for name in ("state", "steps", "fit", "tests", "child", "ceilings")
-)
-runs, profiling, models = (bench_module(name) for name in ("gpu.runner", "step_profile", "models"))
 CPU = torch.device("cpu")
 
 
@@ -54,15 +55,15 @@ def test_tests_go_on_where_they_were_stopped_and_all_failures_are_collected(tmp_
     """With a real process, through the command."""
     made, out = tmp_path / "test_made.py", tmp_path / "out"
     made.write_text(MADE)
-    code = states.code_of((*states.SOURCES, *states.TESTS))
+    code = code_of(tests.TESTED)
     for name, its_code in (("c_was_recorded", code), ("a_passes", "other code")):
         # pytest names tests of files outside the checkout without their file.
         row = {"test": f"::test_{name}", "outcome": "passed", "seconds": 1.0, "error": None, "code": its_code}
-        bench_module("results").append(out / "tests.jsonl", row)
+        results.append(out / "tests.jsonl", row)
     chosen = f"tests/test_house.py::test_ci_is_executable,{made}"
-    done = CliRunner().invoke(cli.app, ["bench", "gpu", "tests", "--device", "cpu", "--tests", chosen, "--out", str(out)])
+    done = CliRunner().invoke(cli.app, ["gpu", "tests", "--device", "cpu", "--tests", chosen, "--out", str(out)])
     assert done.exit_code == 1, done.output
-    rows = [json.loads(line) for line in (out / "tests.jsonl").read_text().splitlines()][2:]
+    rows = results.read(out / "tests.jsonl")[2:]
     outcomes = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows if row["test"]}
     assert outcomes.pop("test_ci_is_executable") == "passed"
     assert outcomes == {"test_a_passes": "passed", "test_b_fails": "failed", "test_d_is_skipped": "skipped"}
@@ -73,6 +74,13 @@ def test_tests_go_on_where_they_were_stopped_and_all_failures_are_collected(tmp_
     (failure,) = [row["error"] for row in rows if row["outcome"] == "failed"]
     assert failure.startswith("AssertionError: the sum is off")
     assert "tests: failed in" in done.output
+    assert "1 failed, 1 skipped; first failure ::test_b_fails" in done.output
+
+
+def test_paths_that_are_not_there_are_the_users_mistake() -> None:
+    done = CliRunner().invoke(cli.app, ["tests", "tests/nowhere", "--device", "cpu"])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith("bench tests: tests/nowhere is not there")
 
 
 def report(test: str, when: str, outcome: str, longrepr: str = "") -> Any:
@@ -82,8 +90,9 @@ def report(test: str, when: str, outcome: str, longrepr: str = "") -> Any:
 
 
 def test_a_test_has_one_row_whatever_its_phases_give(tmp_path: Path) -> None:
-    note = states.Notebook(states.State(tmp_path, "tests", states.Identity("code", "here", "tiny")), CPU)
-    recorder = tests.Recorder(note, {"known"})
+    sheet = results.Sheet(tmp_path / "rows.jsonl", resume=True)
+    sheet.known.append({"test": "known", "outcome": "passed"})
+    recorder = tests.Recorder(sheet)
     for each in (
         *(report("fine", when, "passed") for when in ("setup", "call", "teardown")),
         *(report("torn", when, outcome, "E   late") for when, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", "failed"))),
@@ -96,7 +105,7 @@ def test_a_test_has_one_row_whatever_its_phases_give(tmp_path: Path) -> None:
     ):
         recorder.pytest_runtest_logreport(each)
     recorder.pytest_collectreport(report("tests/broken.py", "collect", "failed", "ImportError: no x"))
-    rows = recorder.note.state.rows()
+    rows = sheet.rows
     assert [(row["test"], row["outcome"], row["error"]) for row in rows] == [
         ("fine", "passed", None),
         ("torn", "failed", "late"),
@@ -104,7 +113,7 @@ def test_a_test_has_one_row_whatever_its_phases_give(tmp_path: Path) -> None:
         ("tests/broken.py", "error", "ImportError: no x"),
     ]
     assert rows[0]["seconds"] == 0.75
-    assert tests.tests_in_words(rows) == "1 passed, 2 failed, 1 error; first failure torn"
+    assert tests.in_words(rows) == "1 passed, 2 failed, 1 error; first failure torn"
 
 
 def test_several_processes_test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +143,7 @@ def test_a_test_that_breaks_the_gpu_ends_its_process(repo: Path, monkeypatch: py
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     with pytest.raises(pytest.exit.Exception, match="a left the GPU unusable: CUDA error: an illegal") as ended:
         conftest.pytest_runtest_logfinish("a")
-    assert ended.value.returncode == conftest.GPU_GONE == tests.GPU_GONE
+    assert ended.value.returncode == conftest.GPU_GONE == LOST_GPU
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
@@ -148,28 +157,29 @@ GIB = 2**30
 
 def test_layers_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     need = {3: 10 * GIB, 32: 68 * GIB}
-    assert [fit.fitting(need, room * GIB, 32) for room in (80, 68, 67.9, 20, 10, 6, 1)] == [32, 32, 31, 8, 3, 1, 1]
+    assert [fit.fitting(need, usable * GIB, 32) for usable in (80, 68, 67.9, 20, 10, 6, 1)] == [32, 32, 31, 8, 3, 1, 1]
     cuda = torch.device("cuda")
-    layers = fit.layers_that_fit.__wrapped__
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=(20 / 0.95 + 1.5) * GIB))
-    monkeypatch.setattr(fit, "run_of", lambda size, depth, *_: depth)
     monkeypatch.setattr(fit, "bytes_of", lambda depth, extra: need[depth] + extra(1, 2))
-    assert layers("7b", "finetune", 64, cuda) == 8
-    assert layers("7b", "finetune", 64, cuda, (), lambda trained, frozen: (trained + frozen) * GIB) == 6
-    assert layers("7b", "finetune", 64, CPU) == 32
+
+    def layers(device: torch.device, *extra: Any) -> int:
+        return fit.layers_that_fit(lambda depth: depth, 32, device, *extra)  # pyright: ignore[reportArgumentType]
+
+    assert layers(cuda) == 8
+    assert layers(cuda, lambda trained, frozen: (trained + frozen) * GIB) == 6
+    assert layers(CPU) == 32
 
     def fails(*_: Any) -> float:
         raise NotImplementedError("no fake")
 
     monkeypatch.setattr(fit, "bytes_of", fails)
-    assert layers("7b", "finetune", 64, cuda) == 32
+    assert layers(cuda) == 32
 
 
 def test_bytes_are_those_of_the_planner() -> None:
-    run = fit.run_of(models.SIZES["tiny"], 2, "finetune", 4, CPU, [])
-    weights = sum(
-        each.numel() for each in models.build(models.SIZES["tiny"], Execution(fit.reference_ops(), torch.float32), CPU).llm.parameters()
-    )
+    run = Request(CPU, ["tiny"], ["finetune"], 4, 0.0).run("tiny", "finetune", 2)
+    model = ours.build(SIZES["tiny"], Execution(fit.reference_ops(), torch.float32), CPU)
+    weights = sum(each.numel() for each in model.llm.parameters())
     # Weights, gradients and two moments, in fp32.
     found = fit.bytes_of(run, lambda trained, frozen: 1e9 * (trained > frozen > 0)) - 1e9
     assert found > 16 * weights
@@ -180,14 +190,25 @@ def test_bytes_are_those_of_the_planner() -> None:
     assert size.samples == max(map(len, micro_batches))
 
 
-def test_a_step_without_memory_is_tried_with_fewer_layers() -> None:
-    def attempt(layers: int) -> list[dict[str, Any]]:
-        void = "out of memory" if layers > 10 else None
-        return [{"variant": "original", "void": "out of memory"}, {"variant": "fastllava", "void": void, "layers": layers}]
+def test_a_step_without_memory_is_tried_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "layers_that_fit", lambda *_: 32)
+    asked = Request(CPU, ["7b"], ["finetune"], 4, 0.0, fit=True)
+    assert list(asked.depths("7b", "finetune"))[:5] == [32, 24, 18, 13, 9]
+    assert list(asked.depths("7b", "finetune"))[-1] == 1
+    assert next(Request(CPU, ["7b"], ["finetune"], 4, 0.0, 8, fit=True).depths("7b", "finetune")) == 8
+    assert list(Request(CPU, ["7b"], ["finetune"], 4, 0.0, 8).depths("7b", "finetune")) == [8]
+    out_of_memory = iter([True, True, False])
 
-    found = [rows[1]["layers"] for rows in steps._with_fewer_layers(32, attempt)]
-    assert found == [32, 24, 18, 13, 9]
-    assert len(list(steps._with_fewer_layers(1, lambda layers: [{"variant": "fastllava", "void": "out of memory"}]))) == 1
+    def weigh(*_: Any) -> Any:
+        if next(out_of_memory, False):
+            raise torch.OutOfMemoryError("20 GiB")
+        return 1.0, 1.0, 1
+
+    monkeypatch.setattr("benches.lib.trials.weigh", weigh)
+    monkeypatch.setattr(request, "layers_that_fit", lambda *_: 2)
+    done = CliRunner().invoke(cli.app, ["step", "--sizes", "tiny", "--stages", "pretrain", "--fit", "--device", "cpu", "--seconds", "0"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("void, out of memory") == 2
 
 
 def event(key: str, device: str, start: float, stop: float, annotation: bool = False) -> Any:
@@ -205,46 +226,37 @@ def test_only_kernels_count_on_a_gpu() -> None:
         event("Optimizer.step#AdamW.step", "CUDA", 0, 1_000_000, annotation=True),
         event("aten::mm", "CPU", 0, 900_000),
     ]
-    assert profiling._busy(found, 1.0) == pytest.approx(0.4)
-    rows = profiling.operations(found, on_gpu=True)
+    assert profile._busy(found, 1.0) == pytest.approx(0.4)
+    rows = profile.operations(found, on_gpu=True)
     assert [(row["operation"], row["calls"], row["ms"]) for row in rows] == [("gemm", 2, 300.0), ("norm", 2, 150.0)]
     assert [row["share"] for row in rows] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]
 
 
 def test_results_in_a_folder_reach_the_tables(tmp_path: Path) -> None:
-    for kind in ("kernel", "step"):
-        report = bench_module(f"{kind}_report")
-        name = {"kernel": "kernels", "step": "peers"}[kind]
-        (source,) = bench_module("results").RESULTS.glob(f"{name}*.jsonl")
-        (tmp_path / "h200").mkdir(exist_ok=True)
-        lines = [json.loads(line) | {"code": "0123456789ab"} for line in source.read_text().splitlines()]
-        (tmp_path / "h200" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        text = report.table(tmp_path)
-        assert f"`benches/results/h200/{name}.jsonl`" in text
-        assert text.count("\n| ") > 3
-    # Without a time there is nothing to draw.
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "peers.jsonl").write_text("".join(json.dumps(line | {"void": "no"}) + "\n" for line in lines))
-    assert report.charts_of_results(tmp_path / "charts", tmp_path) == [tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png"]
+    """Rows as `bench gpu` writes them, of a stage that has a time and of one that has none."""
+    (source,) = results.RESULTS.glob("peers*.jsonl")
+    lines = [json.loads(line) | {"code": "0123456789ab"} for line in source.read_text().splitlines()]
+    for line in lines:
+        results.append(tmp_path / "h200" / "peers.jsonl", line)
+        # Without a time there is nothing to draw.
+        results.append(tmp_path / "none" / "peers.jsonl", line | {"void": "no"})
+    text = reporting.peers_table(tmp_path)
+    assert "`benches/results/h200/peers.jsonl`" in text
+    assert text.count("\n| ") > 3
+    assert reporting.charts_of_results(tmp_path / "charts", tmp_path) == [
+        tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png"
+    ]
     assert (tmp_path / "charts" / "h200" / "peers" / "peers_150m_finetune.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_a_process_is_told_is_read_back(tmp_path: Path) -> None:
-    order = child.Order("step", str(tmp_path), "cpu", states.Identity("code", "here", "tiny"), ["pretrain", "finetune"])
-    assert child.Order.read(order.command()[-1]) == order
-    assert runs.environment("cuda")["TRITON_INTERPRET"] == "0"
-    done = subprocess.run([*order.command()[:3], "import sys; print(sys.path[0])"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() not in ("", str(runs.REPO))
-
-
-def test_a_process_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    parents, codes = iter([7, 7, 1]), []
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(child.time, "sleep", lambda seconds: None)
-    child._end_when_alone(7)
-    assert codes == [1]
-    assert next(parents, None) is None
+def test_processes_do_not_find_the_checkout_on_the_import_path() -> None:
+    assert unattended.environment("cuda")["TRITON_INTERPRET"] == "0"
+    printed = "import runpy, sys; runpy.run_path(sys.argv[1]); import benches; print(sys.path, benches.__path__)"
+    command = [sys.executable, "-c", printed, unattended.program([])[-1]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO)
+    places, path = done.stdout.strip().split("] ")
+    assert not {f"'{REPO}'", f"'{REPO / 'benches'}'", "''"} & set(places.strip("[").split(", "))
+    assert path == str([str(REPO / "benches")])
 
 
 def test_what_nvidia_smi_says_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,23 +273,21 @@ def test_what_nvidia_smi_says_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_gpu_is_named_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that waits must take nothing of it."""
-    request = runs.Request(["tests", "step"], tmp_path, torch.device("cuda"), "7b")
+    asked = gpu.Request(["tests", "step"], tmp_path, "cuda", "7b")
     printed = "a warning\\n" + json.dumps({"device": "NVIDIA H200"})
-    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", f"print('{printed}')"])
-    found = runs.identities_of(request)
-    assert {(each.device, each.size) for each in found.values()} == {("NVIDIA H200", "7b")}
-    assert found["tests"].code != found["step"].code
-    monkeypatch.setattr(runs, "world_command", lambda device: [sys.executable, "-c", "import sys; sys.exit('no driver')"])
-    with pytest.raises(UserError, match="--device: a process that uses the GPU ended with 1: no driver"):
-        runs.identities_of(request)
+    monkeypatch.setattr(gpu, "program", lambda words: [sys.executable, "-c", f"print('{printed}')"])
+    assert gpu.device_of(asked) == "NVIDIA H200"
+    monkeypatch.setattr(gpu, "program", lambda words: [sys.executable, "-c", "import sys; sys.exit('no driver')"])
+    with pytest.raises(UserError, match="no driver"):
+        gpu.device_of(asked)
 
 
 def test_code_is_what_the_files_say(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.py").write_text("1")
-    first = states.code_of(["a/*.py"], tmp_path)
-    assert states.code_of(["a/*.py", "a/x.*"], tmp_path) == first
+    first = code_of(["a/*.py"], tmp_path)
+    assert code_of(["a/*.py", "a/x.*"], tmp_path) == first
     (tmp_path / "a" / "y.txt").write_text("1")
-    assert states.code_of(["a/*.py"], tmp_path) == first
+    assert code_of(["a/*.py"], tmp_path) == first
     (tmp_path / "a" / "x.py").write_text("2")
-    assert states.code_of(["a/*.py"], tmp_path) != first
+    assert code_of(["a/*.py"], tmp_path) != first

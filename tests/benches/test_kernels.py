@@ -5,6 +5,9 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,17 +18,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import ceilings, cli, kernels, report
+from benches.lib import judging, results, timing, world
+from benches.peers import rooms as kernel_peers
+from fastllava.cli import app
 from fastllava.errors import UserError
 from fastllava_kernels import Implementation, Room, rooms
 from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels.room import REFERENCE
 from fastllava_kernels.workload import Cost
 
-kernels, report, results, timing, ceilings, judging, kernel_peers, world = (
-    bench_module(name) for name in ("kernels", "kernel_report", "results", "timing", "ceilings", "kernel_judging", "kernel_peers", "world")
-)
 CPU = torch.device("cpu")
 REPO = Path(__file__).resolve().parents[2]
 COMPILED = {"compiled"}
@@ -52,7 +54,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, A
     """The rows of every room on a CPU, and the file that they were appended to."""
     out = tmp_path_factory.mktemp("bench") / "deep" / "rows.jsonl"
     every = sorted(set().union(*map(names_of, rooms().values())) - COMPILED)
-    return kernels.bench(plan(rooms(), implementations=every), out, lambda line: None), out
+    return kernels.bench(plan(rooms(), implementations=every), results.Sheet(out)), out
 
 
 def test_every_room_shape_and_implementation_has_its_rows(measured) -> None:
@@ -95,7 +97,7 @@ def test_what_runs_on_a_cpu_was_timed(measured) -> None:
     losses = ["chunked_nll", *(["torch_flce"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else [])]
     assert timed >= {("masked_linear_cross_entropy", peer) for peer in losses}
     assert timed >= {("projector_splice", peer) for peer in ("masked_scatter", "gemms")}
-    assert kernels.failures(measured[0]) == []
+    assert results.failures(measured[0]) == []
 
 
 def test_both_costs_what_its_parts_cost(measured) -> None:
@@ -119,11 +121,11 @@ def with_one_more(room: str, function: Any) -> dict[str, Room]:
 
 def void_of(room: str, function: Any) -> dict[str, Any]:
     """By pass, why the implementation has no time; None when it has."""
-    rows = kernels.bench(plan(with_one_more(room, function), implementations=[REFERENCE, "other"], sizes=["tiny"]), None, lambda line: None)
+    rows = kernels.bench(plan(with_one_more(room, function), implementations=[REFERENCE, "other"], sizes=["tiny"]), results.Sheet())
     assert all(row["void"] is None for row in rows if row["implementation"] == REFERENCE)
     mine = [row for row in rows if row["implementation"] == "other"]
     assert all((row["ms_p50"] is None) == (row["void"] is not None) for row in mine)
-    assert bool(kernels.failures(rows)) == any(row["void"] and "memory" not in row["void"] for row in mine)
+    assert bool(results.failures(rows)) == any(row["void"] and "memory" not in row["void"] for row in mine)
     return {row["pass"]: row["void"] for row in mine}
 
 
@@ -202,7 +204,7 @@ def test_floor_is_the_longer_of_products_and_copies() -> None:
 
 
 def test_charts_show_every_room(measured, tmp_path: Path) -> None:
-    written = report.charts(measured[0], tmp_path)
+    written = report.kernels_charts(measured[0], tmp_path)
     assert {path.stem for path in written} == set(rooms())
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -213,19 +215,19 @@ def test_chart_of_two_and_of_many_bars_differ_in_height(measured, tmp_path: Path
     many = [base | {"shape": f"7b-{i}", "implementation": f"i{j}", "pass": "both"} for i in range(4) for j in range(5)]
     heights = []
     for rows in ([base | {"pass": "both"}], many):
-        (path,) = report.charts(rows, tmp_path)
+        (path,) = report.kernels_charts(rows, tmp_path)
         heights.append(int.from_bytes(path.read_bytes()[20:24], "big"))
     assert heights[1] > 3 * heights[0]
 
 
 def test_nothing_timed_gives_no_chart(measured, tmp_path: Path) -> None:
-    assert report.charts([row for row in measured[0] if row["void"] is not None][:3], tmp_path) == []
+    assert report.kernels_charts([row for row in measured[0] if row["void"] is not None][:3], tmp_path) == []
 
 
 def test_table_shows_times_and_says_what_has_none(measured, tmp_path: Path) -> None:
     for row in measured[0]:
         results.append(tmp_path / "kernels_here.jsonl", row)
-    text = report.table(tmp_path)
+    text = report.kernels_table(tmp_path)
     assert "says nothing about a GPU" in text
     assert "| swiglu | tiny | reference | forward, backward |" in text
     assert "| quick_gelu | tiny | reference | forward |" in text
@@ -234,12 +236,12 @@ def test_table_shows_times_and_says_what_has_none(measured, tmp_path: Path) -> N
 
 
 def test_table_without_results_says_so(tmp_path: Path) -> None:
-    assert report.table(tmp_path) == "Nothing has been measured yet."
+    assert report.kernels_table(tmp_path) == "Nothing has been measured yet."
 
 
-def test_markers_must_be_there() -> None:
-    with pytest.raises(ValueError, match="no markers"):
-        results.between_markers("text", "name", "generated")
+def test_a_table_has_two_marks() -> None:
+    with pytest.raises(UserError, match="has no <!-- name: end --> after it"):
+        report.between_marks("<!-- name: begin -->\ntext", "name", "generated")
 
 
 def test_of_rows_measured_twice_the_last_counts(tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_world_names_device_commit_and_versions() -> None:
     ],
 )
 def test_users_mistakes_are_one_line(arguments: list[str], error: str) -> None:
-    done = CliRunner().invoke(cli.app, ["bench", "kernels", *arguments, "--device", "cpu"])
+    done = CliRunner().invoke(cli.app, ["kernels", *arguments, "--device", "cpu"])
     assert isinstance(done.exception, UserError)
     assert str(done.exception).startswith(error)
     assert "\n" not in str(done.exception)
@@ -325,14 +327,14 @@ def test_users_mistakes_are_one_line(arguments: list[str], error: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_that_is_not_there_is_an_error() -> None:
-    done = CliRunner().invoke(cli.app, ["bench", "kernels", "--device", "cuda"])
+    done = CliRunner().invoke(cli.app, ["kernels", "--device", "cuda"])
     assert str(done.exception) == "--device: PyTorch finds no CUDA GPU here; write --device cpu"
 
 
 @pytest.mark.usefixtures("_known_ceilings")
 def test_command_writes_rows_and_charts(tmp_path: Path) -> None:
     arguments = ["rope", "--implementations", REFERENCE, "--passes", "both", "--device", "cpu", "--seconds", "0"]
-    done = CliRunner().invoke(cli.app, ["bench", "kernels", *arguments, "--out", f"{tmp_path}/r.jsonl", "--charts", f"{tmp_path}/charts"])
+    done = CliRunner().invoke(cli.app, ["kernels", *arguments, "--out", f"{tmp_path}/r.jsonl", "--charts", f"{tmp_path}/charts"])
     assert done.exit_code == 0, done.output
     (row,) = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert (row["room"], row["shape"], row["pass"], row["void"]) == ("rope", "tiny", "both", None)
@@ -344,7 +346,7 @@ def test_command_writes_rows_and_charts(tmp_path: Path) -> None:
 def test_command_fails_when_one_of_ours_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = with_one_more("quick_gelu", torch.nn.functional.gelu)
     monkeypatch.setattr(kernels, "rooms_named", lambda names: wrong)
-    done = CliRunner().invoke(cli.app, ["bench", "kernels", "--implementations", "other", "--device", "cpu", "--seconds", "0"])
+    done = CliRunner().invoke(cli.app, ["kernels", "--implementations", "other", "--device", "cpu", "--seconds", "0"])
     assert done.exit_code == 1
     assert "quick_gelu tiny other forward: void, wrong: " in done.output
 
@@ -362,9 +364,36 @@ def test_sizes_choose_shapes_and_equal_shapes_are_measured_once() -> None:
 
 
 def test_installed_without_the_source_tree_says_where_the_benches_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("fastllava.bench.__file__", str(tmp_path / "site-packages" / "fastllava" / "bench.py"))
-    with pytest.raises(UserError, match=r"^fastllava bench: the benches come with the source tree, not with the installed package"):
-        bench_module("kernels")
+    monkeypatch.setattr("fastllava.cli.__file__", str(tmp_path / "site-packages" / "fastllava" / "cli.py"))
+    done = CliRunner().invoke(app, ["bench", "kernels"])
+    assert str(done.exception) == (
+        "fastllava bench: the benches come with the source tree, not with the installed package; install from a checkout"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "--implementations"),
+        (["swigloo", "--device", "cpu"], 2, "error: bench kernels: 'swigloo' is no room"),
+        (["rope", "--no-such-option"], 2, "No such option"),
+    ],
+)
+def test_the_command_is_a_process_of_its_own_that_answers_for_itself(tmp_path: Path, words: list[str], code: int, said: str) -> None:
+    program = [str(Path(sys.executable).with_name("fastllava")), "bench", "kernels", *words]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, check=False, env=os.environ | {"COLUMNS": "300"})
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+
+
+def test_ctrl_c_reaches_the_command(tmp_path: Path) -> None:
+    program = [str(Path(sys.executable).with_name("fastllava")), "bench", "kernels", "rope", "--device", "cpu", "--seconds", "1"]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert "GB/s copied" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_benches_are_not_on_the_import_path() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import ablate, cli
+from benches import levers as bench_levers
+from benches.lib.request import Request
+from benches.lib.results import Sheet
 from fastllava.config.toggles import levers, train_toggles
 from fastllava.errors import UserError
 
@@ -23,7 +25,6 @@ def test_levers_are_no_toggles() -> None:
     keys = [lever.key for lever in levers()]
     assert keys == ["optim.state", "optim.master", "train.fp8"]
     assert not set(keys) & {toggle.key for toggle in train_toggles()}
-    ablate = bench_module("ablate")
     assert not set(keys) & {key for key, _ in ablate.choices(torch.device("cpu"))}
     assert ("optim.state", "8bit") in ablate.choices(torch.device("cpu"), ["optim.state"])
 
@@ -32,7 +33,7 @@ def test_each_lever_stands_beside_the_training_without(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed")
     out = tmp_path / "rows.jsonl"
     options = ["--device", "cpu", "--stages", "finetune", "--steps", "8", "--samples", "2", "--levers", "train.fp8"]
-    result = CliRunner().invoke(cli.app, ["bench", "levers", *options, "--out", str(out)])
+    result = CliRunner().invoke(cli.app, ["levers", *options, "--out", str(out)])
     assert result.exit_code == 0, result.output
     rows: dict[str, dict[str, Any]] = {row["lever"]: row for row in map(json.loads, out.read_text().splitlines())}
     yardstick = rows.pop("train.micro_batch_tokens=1")
@@ -47,6 +48,5 @@ def test_each_lever_stands_beside_the_training_without(tmp_path: Path) -> None:
 
 
 def test_a_lever_that_is_none_is_refused() -> None:
-    module = bench_module("levers")
     with pytest.raises(UserError, match=r"--levers: 'train\.tf32' is none of optim\.state, optim\.master, train\.fp8"):
-        module.bench(module.Levers(torch.device("cpu"), "tiny", ["finetune"], ["train.tf32"], 4, 2), None, print)
+        bench_levers.bench(Request(torch.device("cpu"), ["tiny"], ["finetune"], 2, 0.0), Sheet(), ["train.tf32"], 4)

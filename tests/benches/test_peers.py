@@ -10,17 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import cli
+from benches.lib import ours, results, trials
+from benches.lib import rows as rows_of
+from benches.lib.request import Request
+from benches.lib.results import Sheet
+from benches.peers import compare as peers
+from benches.peers import original, training
+from benches.peers import transformers as patching
 from fastllava.errors import UserError
+from fastllava.planner.sizes import SIZES
 
-peers, registry, rows_of, trials, original, ours, models, patching, results, training = (
-    bench_module(name)
-    for name in (
-        *("peers", "peer_registry", "peer_rows", "peer_trials", "peer_original", "ours", "models", "peer_transformers", "results"),
-        "peer_training",
-    )
-)
 CPU = torch.device("cpu")
 RUNNABLE = {"original", "transformers", "transformers_recompute", "fastllava"}
 SAMPLES = 4
@@ -37,20 +37,24 @@ KEYS = TIMES | {
 
 
 def comparison(**changes: Any) -> Any:
-    given = {"sizes": ["tiny"], "stages": ["pretrain"], "variants": list(registry.VARIANTS), "precision": "fp32", "samples": SAMPLES}
-    return peers.Comparison(CPU, **given | {"seconds": 0.0} | changes)
+    return Request(CPU, **{"sizes": ["tiny"], "stages": ["pretrain"], "samples": SAMPLES, "seconds": 0.0} | changes)
+
+
+def measure(variants: list[str] | None = None, **changes: Any) -> list[dict[str, Any]]:
+    """The rows of these variants, of all when none is given."""
+    return peers.bench(comparison(**changes), Sheet(), variants or list(peers.VARIANTS))
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     """The rows of every variant in both stages, and the file that they were appended to."""
     out = tmp_path_factory.mktemp("bench") / "deep" / "rows.jsonl"
-    return peers.bench(comparison(stages=["pretrain", "finetune"]), out, lambda line: None), out
+    return peers.bench(comparison(stages=["pretrain", "finetune"]), Sheet(out), list(peers.VARIANTS)), out
 
 
 def test_rows_are_whole(measured) -> None:
     rows, out = measured
-    assert [(row["stage"], row["variant"]) for row in rows] == [(s, v) for s in ("pretrain", "finetune") for v in registry.VARIANTS]
+    assert [(row["stage"], row["variant"]) for row in rows] == [(s, v) for s in ("pretrain", "finetune") for v in peers.VARIANTS]
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     for row in rows:
         assert set(row) == KEYS
@@ -64,13 +68,13 @@ def test_rows_are_whole(measured) -> None:
             assert all(row[key] is None for key in TIMES)
             continue
         assert row["void"] is None
-        assert row["turns"] == peers.FEWEST
+        assert row["turns"] == trials.FEWEST
         assert 0 < row["step_ms_p20"] <= row["step_ms_p50"] <= row["step_ms_p80"]
         assert row["samples_per_second"] > 0
         assert row["ceiling_share"] > 0
         assert row["model_flops"] <= row["hardware_flops"]
         assert row["samples_per_step"] == SAMPLES
-    assert rows_of.failures(rows) == []
+    assert results.failures(rows) == []
 
 
 def test_all_variants_have_one_loss_and_gradient(measured) -> None:
@@ -95,24 +99,24 @@ def test_only_ours_has_no_padding_and_no_idle_work(measured) -> None:
 
 def test_the_original_computes_what_its_recipe_computes() -> None:
     """Padded rows, every block, an image for each sample, logits of every row, the decoder's forward pass twice."""
-    run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": "fp32", "reference_micro_batch": 2}, per_step=4)
+    run = ours.plan_run("finetune", SIZES["tiny"], {"precision": "fp32", "reference_micro_batch": 2}, per_step=4)
     mine = ours.Fastllava(run, CPU)
-    peer = original.Original(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
+    peer = original.Original(run, mine, training.Shared.of(mine), 2)
     step = next(step for step in map(run.step, range(run.n_steps)) if not run.samples.n_images[step.samples].any())
     lengths = run.samples.n_tokens[step.samples]
     assert peer.rows(step) == 2 * max(lengths[:2]) + 2 * max(lengths[2:])
     assert peer.images(step) == 4
-    assert all(not batch["images"].any() for batch in peer.batches(step))
+    assert all(len(batch["padded"].pixels) == 2 and not batch["padded"].pixels.any() for batch in peer.batches(step))
     done, needed = peer.hardware_flops(step), run.accounting.model_flops(run.work(step))
     assert needed.tower == 0 < done.tower
     assert done.decoder > 1.2 * needed.decoder * peer.rows(step) / lengths.sum()
     seen: list[tuple[int, ...]] = []
-    block = peer.tower.get_submodule(next(name for name, _ in peer.tower.named_modules() if name.endswith("encoder.layers.2")))
+    block = peer.plain.tower.get_submodule(next(name for name, _ in peer.plain.tower.named_modules() if name.endswith("encoder.layers.2")))
     block.register_forward_hook(lambda module, args, out: seen.append((out[0] if isinstance(out, tuple) else out).shape))
     logits: list[torch.Size] = []
-    peer.llm.lm_head.register_forward_hook(lambda module, args, out: logits.append(out.shape))
+    peer.plain.llm.lm_head.register_forward_hook(lambda module, args, out: logits.append(out.shape))
     layers: list[int] = []
-    peer.llm.model.layers[0].mlp.register_forward_hook(lambda module, args, out: layers.append(1))
+    peer.plain.llm.model.layers[0].mlp.register_forward_hook(lambda module, args, out: layers.append(1))
     peer.step(peer.batches(step))
     assert [shape[0] for shape in seen] == [2, 2]
     assert [shape[0] * shape[1] for shape in logits] == [2 * max(lengths[:2]), 2 * max(lengths[2:])]
@@ -124,7 +128,7 @@ class Shifted(original.Original):
 
     def collate(self, samples: Any) -> Any:
         batch = super().collate(samples)
-        return batch | {"labels": batch["labels"].roll(1, dims=1)}
+        return batch | {"padded": dataclasses.replace(batch["padded"], labels=[labels.roll(1) for labels in batch["padded"].labels])}
 
 
 class Broken(original.Original):
@@ -136,32 +140,31 @@ class Broken(original.Original):
 
 def with_another(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[str]:
     """Names of variants, one of them a `kind`."""
-    build = lambda run, model, device, settings, shared: kind(run, model, device, settings.original, "sdpa", shared)  # noqa: E731
-    known = {**registry.VARIANTS, "other": registry.Variant("of this test", build)}
+    known = {**peers.VARIANTS, "other": peers.Variant("of this test", kind, recomputes=True)}
     monkeypatch.setattr(peers, "VARIANTS", known)
     monkeypatch.setattr(peers, "measure_matmul", lambda *_: 0.1)
     return ["transformers", "other", "fastllava"]
 
 
 def test_a_variant_with_another_loss_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {row["variant"]: row for row in peers.bench(comparison(variants=with_another(monkeypatch, Shifted)), None, lambda line: None)}
+    rows = {row["variant"]: row for row in measure(with_another(monkeypatch, Shifted))}
     assert rows["other"]["void"].startswith("wrong: loss ")
     assert all(rows["other"][key] is None for key in TIMES)
     assert rows["other"]["loss"] is not None
     assert rows["fastllava"]["void"] is rows["transformers"]["void"] is None
-    assert [row["variant"] for row in rows_of.failures(list(rows.values()))] == ["other"]
+    assert [row["variant"] for row in results.failures(list(rows.values()))] == ["other"]
 
 
 def test_a_variant_that_breaks_leaves_the_others_alone_and_the_command_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = with_another(monkeypatch, Broken)
     out = tmp_path / "rows.jsonl"
     options = ["--device", "cpu", "--sizes", "tiny", "--stages", "pretrain", "--samples", "2", "--seconds", "0", "--out", str(out)]
-    result = CliRunner().invoke(cli.app, ["bench", "peers", *options, "--variants", ",".join(names[1:])])
+    result = CliRunner().invoke(cli.app, ["peers", *options, "--variants", ",".join(names[1:])])
     assert result.exit_code == 1, result.output
     found = {row["variant"]: row for row in results.latest(out, ["variant"])}
     assert found["other"]["void"] == "broke: RuntimeError: no such kernel"
     assert found["fastllava"]["void"] is None
-    result = CliRunner().invoke(cli.app, ["bench", "peers", *options, "--variants", "fastllava"])
+    result = CliRunner().invoke(cli.app, ["peers", *options, "--variants", "fastllava"])
     assert result.exit_code == 0, result.output
     assert "tiny pretrain fastllava: " in result.output
 
@@ -175,7 +178,7 @@ class NotFinite(original.Original):
 
 def test_what_is_not_finite_does_not_reach_the_weights_that_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
     names = with_another(monkeypatch, NotFinite)
-    rows = {row["variant"]: row for row in peers.bench(comparison(stages=["finetune"], variants=names), None, lambda line: None)}
+    rows = {row["variant"]: row for row in measure(names, stages=["finetune"])}
     assert rows["other"]["void"].startswith("wrong: loss nan")
     assert rows["other"]["loss"] is rows["other"]["grad_norm"] is None
     assert rows["transformers"]["void"] is rows["fastllava"]["void"] is None
@@ -184,10 +187,10 @@ def test_what_is_not_finite_does_not_reach_the_weights_that_all_share(monkeypatc
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_variants_keep_one_copy_of_what_trains(precision: str) -> None:
-    run = ours.plan_run("finetune", models.SIZES["tiny"], {"precision": precision}, per_step=2)
+    run = ours.plan_run("finetune", SIZES["tiny"], {"precision": precision}, per_step=2)
     mine = ours.Fastllava(run, CPU)
     shared = training.Shared.of(mine)
-    one, other = (original.Original(run, mine.model, CPU, 2, "sdpa", shared) for _ in range(2))
+    one, other = (original.Original(run, mine, shared, 2) for _ in range(2))
     for first, second in zip(one.parameters, other.parameters, strict=True):
         assert first is not second
         assert first.data_ptr() == second.data_ptr()
@@ -265,13 +268,13 @@ def test_without_memory_for_the_weights_every_row_says_so(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(*((peers, "Fastllava") if whose == "ours" else (peers.Shared, "of")), none_left)
     monkeypatch.setattr(peers, "measure_matmul", lambda *_: 0.1)
-    rows = peers.bench(comparison(), None, lambda line: None)
+    rows = measure()
     assert {row["variant"]: row["void"].partition(",")[0] for row in rows} == {
         name: "cannot run here: Liger's kernels need a CUDA GPU" if name == "transformers_liger" else "out of memory"
-        for name in registry.VARIANTS
+        for name in peers.VARIANTS
     }
     assert all(set(row) == KEYS for row in rows)
-    assert rows_of.failures(rows) == []
+    assert results.failures(rows) == []
 
 
 def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
@@ -279,9 +282,9 @@ def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
     from transformers.models.llama import modeling_llama
 
     rotate, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
-    run = ours.plan_run("pretrain", models.SIZES["tiny"], {"precision": "fp32"}, per_step=2)
+    run = ours.plan_run("pretrain", SIZES["tiny"], {"precision": "fp32"}, per_step=2)
     mine = ours.Fastllava(run, CPU)
-    peer = patching.TransformersLiger(run, mine.model, CPU, 2, "sdpa", training.Shared.of(mine))
+    peer = patching.TransformersLiger(run, mine, training.Shared.of(mine), 2)
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert modeling_llama.LlamaRMSNorm is norm
     changed = {name for owner, name, _, _ in peer._changes if owner is modeling_llama}
@@ -306,7 +309,7 @@ def test_ligers_patch_is_in_place_for_its_steps_only() -> None:
 )
 def test_unknown_names_are_the_users_mistake(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
-        peers.bench(comparison(**changes), None, lambda line: None)
+        measure(**changes)
     assert said in str(error.value)
 
 
@@ -326,7 +329,7 @@ def test_weights_in_bf16_have_masters() -> None:
 
 
 def test_fewer_layers_are_said_in_the_row() -> None:
-    size = models.SIZES["7b"].with_layers(4)
+    size = SIZES["7b"].with_layers(4)
     run = ours.plan_run("finetune", size, {"precision": "bf16"}, per_step=16)
     assert rows_of.setting(run, "7b")["layers"] == 4
-    assert dataclasses.asdict(size.llama) == dataclasses.asdict(models.SIZES["7b"].llama) | {"num_hidden_layers": 4}
+    assert dataclasses.asdict(size.llama) == dataclasses.asdict(SIZES["7b"].llama) | {"num_hidden_layers": 4}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastllava import cli
-from fastllava.bench import bench_module
+from benches import cli, report
+from benches.lib import ours, trials
+from benches.lib import profile as profiling
 from fastllava.errors import UserError
+from fastllava.planner.sizes import SIZES
 
-step, report, profiling, ours, models = (bench_module(name) for name in ("step", "step_report", "step_profile", "ours", "models"))
 CPU = torch.device("cpu")
 KEYS = {
     *("variant", "stage", "size", "samples_per_second", "tokens_per_second", "mfu", "hfu", "ceiling_share", "peak_bytes", "device"),
@@ -27,12 +28,12 @@ def run(tmp_path: Path, *words: str) -> tuple[Any, list[dict[str, Any]]]:
     """The command's result and its rows."""
     out = tmp_path / "rows.jsonl"
     options = ["--device", "cpu", "--sizes", "tiny", "--samples", "4", "--seconds", "0", "--out", str(out)]
-    result = CliRunner().invoke(cli.app, ["bench", "step", *options, *words])
+    result = CliRunner().invoke(cli.app, ["step", *options, *words])
     return result, [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
 
 
 def test_rows_follow_the_config_keys(tmp_path: Path) -> None:
-    profile = tmp_path / "deep" / "profile.txt"
+    profile = tmp_path / "deep" / "profile"
     words = ["train.recompute=full", "train.micro_batch_tokens=80", "kernels.swiglu=reference"]
     result, rows = run(tmp_path, "--layers", "1", "--stages", "pretrain", "--profile", str(profile), *words)
     assert result.exit_code == 0, result.output
@@ -41,12 +42,12 @@ def test_rows_follow_the_config_keys(tmp_path: Path) -> None:
     assert (row["variant"], row["stage"], row["size"], row["layers"]) == ("fastllava", "pretrain", "tiny", 1)
     assert (row["recompute"], row["micro_batch_tokens"], row["kernels"]["swiglu"]) == ("full", 80, "reference")
     assert row["micro_batches"] == 4
-    assert row["turns"] == step.FEWEST
+    assert row["turns"] == trials.FEWEST
     assert row["samples_per_second"] > 0
     assert row["peak_bytes"] > 0
     assert row["hardware_flops"] > row["model_flops"] > 0
     assert row["overrides"] == words
-    text = profile.read_text()
+    text = (profile / f"tiny_pretrain_{'_'.join(words).replace('=', '-')}.txt").read_text()
     assert "aten::mm" in text
     assert "host waits: " in text.splitlines()[0]
     assert row["idle_share"] is None
@@ -76,7 +77,7 @@ def test_want_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def none_left(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(step, "weigh", none_left)
+    monkeypatch.setattr(trials, "weigh", none_left)
     result, rows = run(tmp_path, "--stages", "pretrain")
     assert result.exit_code == 0, result.output
     assert rows[0]["void"] == "out of memory"
@@ -84,7 +85,7 @@ def test_want_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_loss_that_is_not_finite_has_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(step, "weigh", lambda *_: (math.nan, 1.0, 1))
+    monkeypatch.setattr(trials, "weigh", lambda *_: (math.nan, 1.0, 1))
     result, rows = run(tmp_path, "--stages", "pretrain")
     assert result.exit_code == 1, result.output
     assert rows[0]["void"] == "wrong: loss nan, gradient norm 1.0"
@@ -92,7 +93,7 @@ def test_a_loss_that_is_not_finite_has_no_time(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_host_waits_are_counted() -> None:
-    trainer = ours.Fastllava(ours.plan_run("pretrain", models.SIZES["tiny"], {"precision": "fp32"}, per_step=2), CPU)
+    trainer = ours.Fastllava(ours.plan_run("pretrain", SIZES["tiny"], {"precision": "fp32"}, per_step=2), CPU)
     inner = trainer.step
 
     def waiting(batches: Any) -> Any:
@@ -118,6 +119,8 @@ def result_row(variant: str, speed: float, gib: float, void: str | None = None) 
         "device": "CPU x",
         "commit": "0123456789abcdef",
         "dirty": False,
+        "driver": None,
+        "power_limit_watts": None,
         "versions": {"torch": "2.13", "cuda": None},
         "samples_per_second": speed,
         "tokens_per_second": 800 * speed,
@@ -147,7 +150,7 @@ def test_steps_have_a_table_of_their_own(tmp_path: Path) -> None:
     text = report.steps_table(tmp_path)
     assert "| finetune | 150m, 14 layers | none | layer | 2 | 1,600 | 4,000 (3,950 to 4,050) | 20% | 50.0% | 62.5% | 70.00 |" in text
     assert text.count("| finetune |") == 2
-    assert "- finetune 150m fastllava: out of memory" in text
+    assert "- out of memory: finetune 150m fastllava" in text
     assert "`benches/results/h200/step.jsonl`" in text
 
 
@@ -158,14 +161,15 @@ def test_table_and_chart_say_what_the_results_say(tmp_path: Path) -> None:
         result_row("fastllava", 2.5, 3.0),
     ]
     (tmp_path / "peers_cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [result_row("fastllava", 9.0, 9.0), *rows]))
-    text = report.table(tmp_path)
+    text = report.peers_table(tmp_path)
     assert "| finetune | 150m, 14 layers | original | 1 | - | 800 | 10% | - | 5.50 | 25% | 8 samples |" in text
-    assert "| finetune | 150m, 14 layers | **fastllava** | 2.5 | 2.50 (2.25 to 2.75) | 2,000 | 25% | - | 3.00 | 25% | 2,048 rows |" in text
+    assert "| finetune | 150m, 14 layers | **fastllava** | 2.5 | 2.50 (2.25 to 2.75) | 2,000 | 25% | - | 3.00 | 25% |" in text
+    assert "| 2,048 tokens |" in text
     # The later row of the same is the one that counts.
     assert "9.00" not in text
-    assert "- finetune 150m transformers_liger: cannot run here: no GPU" in text
+    assert "- cannot run here: no GPU: finetune 150m transformers_liger" in text
     assert "commit 012345678;" in text
-    (path,) = report.charts(rows, tmp_path / "charts")
+    (path,) = report.peers_charts(rows, tmp_path / "charts")
     assert path.name == "peers_150m_finetune.png"
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert report.charts(rows[1:2], tmp_path / "none") == []
+    assert report.peers_charts(rows[1:2], tmp_path / "none") == []

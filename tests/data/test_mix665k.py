@@ -5,27 +5,26 @@ import time
 import numpy as np
 import pytest
 
-from fastllava.bench import bench_module
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
 from fastllava.data.plan import Plan, SampleLengths
+from fastllava.planner import drawn
 
-synthetic = bench_module("synthetic")
-CAP, PATCHES = synthetic.CAP, 576
+CAP, PATCHES = drawn.CAP, 576
 
 
 def mix665k(seed: int = 0) -> SampleLengths:
     """665,298 samples in a drawn order, 40,688 of them without an image."""
     rng = np.random.default_rng(seed)
     columns = [[], [], []]
-    for source in synthetic.MIX665K:
+    for source in drawn.MIX665K:
         text = np.exp(rng.normal(np.log(source.median), source.spread, source.records)).astype(np.int64) + 1
         columns[0].append(text)
         columns[1].append(np.maximum(1, (source.supervised * text).astype(np.int64)))
         columns[2].append(np.full(source.records, source.has_image))
-    order = rng.permutation(sum(source.records for source in synthetic.MIX665K))
+    order = rng.permutation(sum(source.records for source in drawn.MIX665K))
     text, supervised, has_image = (np.concatenate(column)[order] for column in columns)
-    before_answers = synthetic.PREFIX + PATCHES * has_image
+    before_answers = drawn.PREFIX + PATCHES * has_image
     n_tokens = np.minimum(before_answers + text, CAP)
     words = np.maximum(1, text * 7 // 10)
     return SampleLengths(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from benches.lib.timing import allocations
 from fastllava.batch import Batch, ImageSpec
-from fastllava.bench import bench_module
 from fastllava.config import Config, check_config
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava, build_projector
@@ -80,7 +80,7 @@ def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
     step()
     held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     now = most = sum(tensor.nbytes for tensor in held)
-    for change in bench_module("timing").allocations(step)[1]:
+    for change in allocations(step)[1]:
         now += change
         most = max(most, now)
     return most

@@ -32,19 +32,19 @@ REPEATED: Mapping[Recompute, Sequence[str]] = {
 }
 """The products of a layer that backward does again; with `full` attention too."""
 
-PEAK_FLOPS: Sequence[tuple[str, float]] = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
+PEAK_FLOPS: Mapping[str, float] = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 """Dense bf16 operations a second, from NVIDIA's data sheets; the first name that is part of the device's counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
     """The GPU's dense bf16 peak, or None for one that is not listed."""
-    return next((peak for name, peak in PEAK_FLOPS if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def peak_of(device: torch.device) -> float | None:

@@ -3,12 +3,15 @@
 import contextlib
 import importlib.metadata
 import platform
+import shutil
+import subprocess
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import fastllava
 from fastllava.disk import described_all, read_json_object, write_json
 from fastllava.optim.spikes import spike_figures
 from fastllava.train.metrics.log import read_metrics
@@ -81,16 +84,36 @@ def damage_of(folder: Path, only: Container[str]) -> str | None:
 
 def versions() -> dict[str, str]:
     """The software and hardware that numbers were made with."""
-    found = {}
-    for name in ("fastllava", "torch", "transformers", "triton", "pillow", "pyarrow"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # triton is for Linux
-            found[name] = importlib.metadata.version(name)
     return {
-        **found,
+        **versions_of(("fastllava", "torch", "transformers", "triton", "pillow", "pyarrow")),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> tuple[str, bool] | None:
+    """The commit of the checkout that this code lies in, and whether a file differs from it; None where it is installed otherwise."""
+    git, root = shutil.which("git"), Path(fastllava.__file__).resolve().parents[1]
+    if git is None or not (root / ".git").exists():
+        return None
+
+    def said(*words: str) -> str:
+        return subprocess.run([git, "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()  # noqa: S603
+
+    try:
+        return said("rev-parse", "HEAD"), bool(said("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def plot_loss(output_dir: Path, title: str) -> Path | None:

@@ -1,1 +1,0 @@
-"""`fastllava bench gpu`: what a GPU is wanted for, in pieces. `runner` is the way in; each piece has a module."""

@@ -1,0 +1,152 @@
+"""Time and memory of calls: interleaved, with a cold cache, as quantiles."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+FEWEST, MOST = 5, 300
+"""Fewest and most rounds, whatever the budget says."""
+
+
+def nothing() -> None:
+    """Prepare a call that needs no preparation."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """`run(prepare())`: only `run` is measured."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = nothing
+
+
+@dataclass(frozen=True)
+class Times:
+    """Quantiles of some times, in milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @staticmethod
+    def of(taken: Sequence[float]) -> "Times":
+        """The quantiles of at least two measurements."""
+        fifths = statistics.quantiles(taken, n=5, method="inclusive")
+        return Times(fifths[0], statistics.median(taken), fifths[3])
+
+
+def interleaved(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, Times]:
+    """Times of calls that take turns, so that a clock that falls or a busy neighbour meets all of them alike.
+
+    `seconds`: budget for each call, of the clock on the wall, preparation included; at least `FEWEST` rounds. On a GPU, CUDA
+    events around `run`, after the L2 cache was overwritten, which also gives the host the time to launch ahead; on a CPU
+    the host's clock, caches as they are.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    once = _gpu_round if device.type == "cuda" else _cpu_round
+    flush = _flush_buffer(device)
+    once(calls, flush)
+    began = time.perf_counter()
+    for done in range(MOST):
+        if done >= FEWEST and time.perf_counter() - began > seconds * len(calls):
+            break
+        for name, milliseconds in once(calls, flush).items():
+            taken[name].append(milliseconds)
+    return {name: Times.of(each) for name, each in taken.items()}
+
+
+def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
+    """Time a call that is long beside what it takes to launch; on a GPU from idle to idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _flush_buffer(device: torch.device) -> torch.Tensor | None:
+    if device.type != "cuda":
+        return None
+    size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+def _gpu_round(calls: Mapping[str, Call], flush: torch.Tensor | None) -> dict[str, float]:
+    events = {}
+    for name, call in calls.items():
+        state = call.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if flush is not None:
+            flush.zero_()
+        start.record()
+        call.run(state)
+        end.record()
+        events[name] = start, end
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def _cpu_round(calls: Mapping[str, Call], flush: torch.Tensor | None) -> dict[str, float]:
+    taken = {}
+    for name, call in calls.items():
+        state = call.prepare()
+        start = time.perf_counter_ns()
+        call.run(state)
+        taken[name] = (time.perf_counter_ns() - start) / 1e6
+    return taken
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The most bytes allocated at once while `run` runs, above what was allocated before `prepare`: what it saved counts.
+
+    From the CUDA allocator's statistics; on a CPU from the profiler's record of every allocation and release, those inside
+    custom ops too. Call it when the same has run once: workspaces that libraries keep are then no part of it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        state = call.prepare()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call.run(state)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    state, changes = allocations(call.prepare)
+    kept = sum(changes)
+    _, changes = allocations(lambda: call.run(state))
+    now = most = kept
+    for change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """What `function` gives, and the size of every CPU allocation (releases negative) meanwhile, in order."""
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
+        result = function()
+    kineto: Any = profiler.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The profiler of PyTorch 2.13 writes two lines to stderr each time; they go nowhere."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
