@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastllava_kernels.workload import Shape
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -64,6 +66,11 @@ BATCHES: Mapping[str, MicroBatch] = dict.fromkeys(DECODERS, MicroBatch(16384, 16
 def sizes(*names: str) -> list[tuple[str, Decoder, MicroBatch]]:
     """Return (name, decoder, micro-batch) of each name, or of all of them when none is given."""
     return [(name, DECODERS[name], BATCHES[name]) for name in names or DECODERS]
+
+
+def in_both_stages(shapes: Mapping[str, Shape], learns: str) -> dict[str, Shape]:
+    """Return each shape twice: where nothing but the projector learns, and as "<name>-stage2" where what `learns` names does too."""
+    return {f"{name}{suffix}": {**shape, learns: flag} for name, shape in shapes.items() for suffix, flag in (("", 0), ("-stage2", 1))}
 
 
 def text_lengths(rows: int, samples: int) -> list[int]:
@@ -130,3 +137,20 @@ class Draw:
         """Draw different numbers below `below`, ascending: int32 [count]."""
         chosen = torch.randperm(below, device=self.device, generator=self.generator)[:count]
         return chosen.sort().values.int()
+
+    def projector(self, tower_width: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        """Draw the two layers of a projector, weight [out, in] and bias [out], as masters that learn."""
+        return [
+            (self.normal(width, into, scale=into**-0.5, learns=True, master=True), self.normal(width, learns=True, master=True))
+            for into in (tower_width, width)
+        ]
+
+    def text(self, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw what a splice puts beside the patches: the embedding [V, D], token ids [T], text rows and patch rows."""
+        learns = bool(shape["embedding_learns"])
+        embedding_VD = self.normal(shape["vocabulary"], shape["width"], learns=learns, master=learns)
+        text_rows, patch_rows = (
+            torch.tensor(rows, dtype=torch.int32, device=self.device)
+            for rows in splice_rows(shape["rows"], shape["patches"], shape["samples"])
+        )
+        return embedding_VD, self.integers(shape["vocabulary"], len(text_rows) + len(patch_rows)), text_rows, patch_rows

@@ -4,17 +4,13 @@ from typing import Any
 
 import torch
 
-from fastllava_kernels.llava15 import Draw, sizes
+from fastllava_kernels.llava15 import Draw, in_both_stages, sizes
 from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
     """Shapes: rows T and width D; "-stage2": the weight learns too."""
-    found: dict[str, Shape] = {}
-    for name, decoder, batch in sizes():
-        plain = {"rows": batch.rows, "width": decoder.width, "weight_learns": 0}
-        found |= {name: plain, f"{name}-stage2": plain | {"weight_learns": 1}}
-    return found
+    return in_both_stages({name: {"rows": batch.rows, "width": decoder.width} for name, decoder, batch in sizes()}, "weight_learns")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:

@@ -16,13 +16,8 @@ def shapes() -> dict[str, Shape]:
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
     """Draw features of the frozen tower, two layers as masters that learn."""
     draw = Draw(device, dtype, seed)
-    width = shape["width"]
     features_PC = draw.normal(shape["patches"], shape["tower_width"])
-    layers = [
-        (draw.normal(width, into, scale=into**-0.5, learns=True, master=True), draw.normal(width, learns=True, master=True))
-        for into in (shape["tower_width"], width)
-    ]
-    return features_PC, layers
+    return features_PC, draw.projector(shape["tower_width"], shape["width"])
 
 
 def cost(shape: Shape, dtype: torch.dtype, part: Pass) -> Cost:

@@ -4,36 +4,29 @@ from typing import Any
 
 import torch
 
-from fastllava_kernels.llava15 import Draw, sizes, splice_rows
+from fastllava_kernels.llava15 import Draw, in_both_stages, sizes
 from fastllava_kernels.workload import Cost, Pass, Shape, Workload
 
 
 def shapes() -> dict[str, Shape]:
     """Shapes: rows T, patches P of them in samples, width D, vocabulary V; "-stage2": the embedding learns."""
-    found: dict[str, Shape] = {}
-    for name, decoder, batch in sizes():
-        shape = {
+    found = {
+        name: {
             "rows": batch.rows,
             "patches": batch.patches,
             "samples": batch.samples,
             "width": decoder.width,
             "vocabulary": decoder.vocabulary,
         }
-        found |= {name: shape | {"embedding_learns": 0}, f"{name}-stage2": shape | {"embedding_learns": 1}}
-    return found
+        for name, decoder, batch in sizes()
+    }
+    return in_both_stages(found, "embedding_learns")
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
     """Draw projected, which learns, the embedding, token ids, text rows, patch rows."""
     draw = Draw(device, dtype, seed)
-    learns = bool(shape["embedding_learns"])
-    projected_PD = draw.normal(shape["patches"], shape["width"], learns=True)
-    embedding_VD = draw.normal(shape["vocabulary"], shape["width"], learns=learns, master=learns)
-    text_rows, patch_rows = (
-        torch.tensor(rows, dtype=torch.int32, device=device) for rows in splice_rows(shape["rows"], shape["patches"], shape["samples"])
-    )
-    token_ids_T = draw.integers(shape["vocabulary"], len(text_rows) + len(patch_rows))
-    return projected_PD, embedding_VD, token_ids_T, text_rows, patch_rows
+    return draw.normal(shape["patches"], shape["width"], learns=True), *draw.text(shape)
 
 
 def cost(shape: Shape, dtype: torch.dtype, part: Pass) -> Cost:
