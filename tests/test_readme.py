@@ -19,6 +19,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from benches import cli as bench
 from fastllava import cli
 from fastllava.config import key_names, load_config
 from fastllava.data.tokenizer import Tokenizer
@@ -90,11 +91,19 @@ def test_commands_that_are_not_run_are_ones_that_the_command_line_takes() -> Non
         words = words_of_fastllava(command)
         if words is None or reason_not_to_run(command) is None:
             continue
-        group = typer.main.get_command(cli.app)
+        # `fastllava bench` hands its words to the program of the benches.
+        group, words = (typer.main.get_command(bench.app), words[1:]) if words[0] == "bench" else (typer.main.get_command(cli.app), words)
         while isinstance(group, typer.core.TyperGroup):
             name, group, words = group.resolve_command(typer.Context(group), words)
         assert group is not None, command
         group.make_context(name, words)
+
+
+def test_the_page_of_benchmarks_has_every_bench() -> None:
+    group = typer.main.get_command(bench.app)
+    assert isinstance(group, typer.core.TyperGroup)
+    shown = {name for name, command in group.commands.items() if not command.hidden}
+    assert set(re.findall(r"^\| `fastllava bench (\w+)", TEXTS["docs/benchmarks.md"], re.MULTILINE)) == shown
 
 
 def test_downloads_arrive_where_the_configs_look() -> None:
