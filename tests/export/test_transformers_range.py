@@ -12,7 +12,6 @@ import pytest
 pytestmark = pytest.mark.exhaustive
 
 TESTS = (
-    "tests/test_export.py",
     "tests/export",
     "tests/model/test_write_hf.py",
     "tests/model/test_oracle.py",
