@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import fastllava
+from fastllava.data.checks import REASONS
 
 REPO = Path(__file__).resolve().parents[1]
 OWN = [
@@ -167,6 +168,12 @@ def test_the_reference_that_the_kernels_page_shows_is_that_of_the_room() -> None
     shown = re.search(r"^   ```python\n(.*?)^   ```$", TEXTS["docs/kernels.md"], re.MULTILINE | re.DOTALL)
     assert shown is not None
     assert textwrap.dedent(shown[1]) == (REPO / "kernels" / "fastllava_kernels" / "swiglu" / "reference.py").read_text(encoding="utf-8")
+
+
+def test_every_reason_of_the_quarantine_is_explained() -> None:
+    page = TEXTS["docs/bad-records.md"]
+    told = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page[page.index("## The reasons") :], re.MULTILINE))
+    assert {reason: what.replace("`<image>`", "<image>") for reason, what in told.items()} == REASONS
 
 
 def test_exit_codes_are_told() -> None:
