@@ -66,8 +66,8 @@ def test_everything_arrives_where_someone_listens(tmp_path):
     "hangs", ["threading.Thread(target=time.sleep, args=(3600,)).start()", "import atexit; atexit.register(time.sleep, 3600)"]
 )
 def test_what_hangs_at_the_end_holds_nobody_up(hangs):
-    script = f"import sys, threading, time\nfrom fastllava.console import ending\nending._SECONDS = 0.5\n{hangs}\nending.end_soon(3)\nsys.exit(3)"
-    assert python(script).wait(20) == 3
+    begin = "import sys, threading, time\nfrom fastllava.console import ending\nending._SECONDS = 0.5\n"
+    assert python(f"{begin}{hangs}\nending.end_soon(3)\nsys.exit(3)").wait(20) == 3
 
 
 def test_the_end_takes_its_time_when_nothing_hangs():
