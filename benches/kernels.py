@@ -6,9 +6,9 @@ too: `void` says why, and it has no time.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, first_line
 from benches.lib.timing import Call, interleaved, peak_bytes
 from benches.lib.trials import release
 from benches.lib.world import check_device, world
-from benches.peers.rooms import Bound, peers
+from benches.peers.rooms import Bound, Peer, peers
 from fastllava.errors import UserError
 from fastllava_kernels import Room, rooms
 from fastllava_kernels.room import REFERENCE
@@ -29,15 +29,6 @@ from fastllava_kernels.workload import Cost, Shape
 PASSES = ("forward", "backward", "both")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TINY = "tiny"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Something to time on a room's arguments."""
-
-    build: Callable[[tuple[Any, ...]], Bound]
-    unsupported: Callable[[torch.device, torch.dtype], str | None]
-    peer: bool
 
 
 @dataclass(frozen=True)
@@ -63,14 +54,10 @@ class Plan:
                 chosen[name] = shape
         return chosen
 
-    def candidates(self, room: Room) -> dict[str, Candidate]:
-        """Implementations, then peers."""
-        ours = {
-            name: Candidate(functools.partial(_bind, implementation.function), implementation.unsupported, peer=False)
-            for name, implementation in room.implementations.items()
-        }
-        others = {name: Candidate(peer.build, peer.unsupported, peer=True) for name, peer in peers(room).items()}
-        return {name: one for name, one in (ours | others).items() if not self.implementations or name in self.implementations}
+    def candidates(self, room: Room) -> dict[str, Peer]:
+        """What is to be timed of a room: implementations, then peers."""
+        ours = {name: Peer(room.name, partial(_bind, each.function), each.unsupported) for name, each in room.implementations.items()}
+        return {name: one for name, one in (ours | peers(room)).items() if not self.implementations or name in self.implementations}
 
     def check(self) -> None:
         """Raises UserError for a name that is nothing to measure."""
@@ -148,7 +135,7 @@ def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -
                 "error": trial.errors[name][0],
                 "reference_error": trial.errors[name][1],
                 "void": trial.void[name],
-                "peer": candidates[candidate].peer,
+                "peer": candidate not in room.implementations,
                 "floor_ms": floor,
                 "flops": cost.flops,
                 "bytes": cost.bytes,
@@ -204,9 +191,7 @@ def _bind(function: Callable[..., Any], args: tuple[Any, ...]) -> Bound:
     return Bound(lambda: function(*args), judging.leaves(args))
 
 
-def _try_all(
-    plan: Plan, room: Room, candidates: Mapping[str, Candidate], args: tuple[Any, ...], passes: Sequence[str]
-) -> dict[str, _Trial]:
+def _try_all(plan: Plan, room: Room, candidates: Mapping[str, Peer], args: tuple[Any, ...], passes: Sequence[str]) -> dict[str, _Trial]:
     """Build, judge and weigh every candidate; truth is gone when they are timed."""
     dtype = DTYPES[plan.dtype]
     able = {name: one.unsupported(plan.device, dtype) for name, one in candidates.items()}
@@ -239,7 +224,7 @@ def _truth(room: Room, args: tuple[Any, ...]) -> _Truth:
     return _Truth(judging.run(exact.function, exact.leaves, upstream), upstream, reference)
 
 
-def _try(candidate: Candidate, args: tuple[Any, ...], truth: _Truth, passes: Sequence[str], slack: float, device: torch.device) -> _Trial:
+def _try(candidate: Peer, args: tuple[Any, ...], truth: _Truth, passes: Sequence[str], slack: float, device: torch.device) -> _Trial:
     bound = candidate.build(args)
     # What a lower bound gives is not the op's: it has outputs, and so cotangents, of its own.
     upstream = judging.cotangents(judging.as_list(bound.function())) if bound.bound_only else truth.upstream

@@ -5,7 +5,9 @@ A table stands wherever a text has its marks, `<!-- bench peers: begin -->` and 
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from benches.lib.charts import BASELINE, OTHERS, OURS, Bar, bars
@@ -17,7 +19,7 @@ from fastllava.errors import UserError
 from fastllava_kernels.room import REFERENCE
 
 TEXTS = ("README.md", "docs/*.md", "kernels/*.md")
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 KEYS: Mapping[str, Sequence[str]] = {
     "kernels": ("room", "implementation", "shape", "dtype", "pass", "device"),
     "peers": ("variant", "stage", "size", "layers", "dtype", "samples_per_step", "device"),
@@ -28,9 +30,48 @@ KEYS: Mapping[str, Sequence[str]] = {
 }
 """By kind of results, what rows of one measurement agree in: the last of them counts."""
 ON_A_CPU = "Measured on a CPU: it shows that everything runs and is right, and says nothing about a GPU."
-NOTHING = "Nothing has been measured yet."
 
 Table = Callable[[Path], str]
+
+
+class Cells(Formatter):
+    """Formats fields of a row; one that has no value is "-"."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """The text of one field."""
+        return "-" if value is None else super().format_field(value, format_spec)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How rows of a kind become lines of a table."""
+
+    kind: str
+    head: str
+    line: str
+    """A format of a row's fields and those of `derive`."""
+    about: str
+    """A format of what is said of a file's first row."""
+    name: str
+    """A format of what is said of a row without a time."""
+    derive: Callable[[Row], Row]
+
+    def table(self, results: Path) -> str:
+        """For each file of this kind: what it was measured on, a line a row, and what has no time, by reason."""
+        parts = []
+        for path, rows in results_of(results, self.kind):
+            shown = whole(rows) if self.kind == "kernels" else rows
+            text = [_world(shown[0], path), self.about.format(**shown[0])]
+            text += [ON_A_CPU, ""] if shown[0]["device"].startswith("CPU") else [""]
+            text += [self.head, "|" + "---|" * (self.head.count("|") - 1)]
+            text += [Cells().format(self.line, **row, **self.derive(row)) for row in shown if row["void"] is None]
+            reasons: dict[str, dict[str, None]] = {}
+            for row in (row for row in shown if row["void"] is not None):
+                reasons.setdefault(row["void"], {})[self.name.format(**row)] = None
+            if reasons:
+                text += ["", "Without a time:", "", *(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items())]
+            parts.append("\n".join(text))
+        return "\n\n".join(parts) or "Nothing has been measured yet."
 
 
 def results_of(results: Path, kind: str) -> Iterator[tuple[Path, list[Row]]]:
@@ -39,115 +80,87 @@ def results_of(results: Path, kind: str) -> Iterator[tuple[Path, list[Row]]]:
         yield path.relative_to(results), latest(path, KEYS[kind])
 
 
-def kernels_table(results: Path) -> str:
-    """For each file what it was measured on, then a line a room, shape and implementation."""
-    head = ("room", "shape", "implementation", "pass", "ms p50 (p20 to p80)", "% of floor", "peak MiB", "error (reference's)")
-
-    def line(row: Row) -> Sequence[str]:
-        return (
-            *(row["room"], row["shape"], row["implementation"] + (" (peer)" if row["peer"] else "")),
-            *("forward, backward" if row["pass"] == "both" else row["pass"], f"{row['ms_p50']:.3g} {_spread(row, 'ms', '.3g')}"),
-            *(f"{row['floor_share']:.0%}", f"{row['peak_bytes'] / MIB:.3g}"),
-            "a lower bound" if row["error"] is None else f"{row['error']:.1e} ({row['reference_error']:.1e})",
-        )
-
-    def about(row: Row) -> str:
-        return (
-            f"Products {row['matmul_ceiling_tflops']:.3g} TFLOP/s and copies {row['copy_ceiling_gbs']:.3g} GB/s in the same process; "
-            "the floor is the larger of FLOPs over the one and bytes over the other."
-        )
-
-    parts = ((path, whole(rows)) for path, rows in results_of(results, "kernels"))
-    return _parts(parts, about, head, line, lambda row: f"{row['room']} {row['implementation']}")
-
-
 def whole(rows: Sequence[Row]) -> list[Row]:
     """For each shape the rows of both passes together; forward alone where there is no backward pass."""
     both = {(row["room"], row["shape"]) for row in rows if row["pass"] == "both"}
     return [row for row in rows if row["pass"] == ("both" if (row["room"], row["shape"]) in both else "forward")]
 
 
-def peers_table(results: Path) -> str:
-    """For each file what it was measured on, then a line a stage, size and variant."""
-    head = (
-        *("stage", "model", "variant", "samples/s", "times the original's recipe (p20 to p80)", "tokens/s"),
-        *("share of ceiling", "MFU", "peak GiB", "padding", "micro-batch"),
-    )
-
-    def line(row: Row) -> Sequence[str]:
-        times = "-"
-        if row["times_original_p50"] is not None and row["variant"] != ORIGINAL:
-            times = f"{row['times_original_p50']:.2f} {_spread(row, 'times_original', '.2f')}"
-        return (
-            *(row["stage"], _model(row), f"**{MINE}**" if row["variant"] == MINE else row["variant"]),
-            *(f"{row['samples_per_second']:.3g}", times, f"{row['tokens_per_second']:,.0f}", f"{row['ceiling_share']:.0%}"),
-            *(_share(row["mfu"]), f"{row['peak_bytes'] / GIB:.2f}", f"{row['padding_share']:.0%}"),
-            f"{row['micro_batch_tokens']:,} tokens" if row["micro_batch"] is None else f"{row['micro_batch']} samples",
-        )
-
-    return _parts(results_of(results, "peers"), _steps, head, line, _step_name)
+def _of_kernels(row: Row) -> Row:
+    return {
+        "who": row["implementation"] + (" (peer)" if row["peer"] else ""),
+        "passes": "forward, backward" if row["pass"] == "both" else row["pass"],
+        "mib": row["peak_bytes"] / 2**20,
+        "errors": "a lower bound" if row["error"] is None else f"{row['error']:.1e} ({row['reference_error']:.1e})",
+    }
 
 
-def steps_table(results: Path) -> str:
-    """For each file what it was measured on, then a line a stage and setting."""
-    head = (
-        *("stage", "model", "recompute", "compile", "samples/s", "tokens/s", "ms a step (p20 to p80)"),
-        *("share of ceiling", "MFU", "HFU", "peak GiB"),
-    )
+def _of_steps(row: Row) -> Row:
+    times = row.get("times_original_p50")
+    spread = f"{times:.2f} ({row['times_original_p20']:.2f} to {row['times_original_p80']:.2f})" if times is not None else None
+    return {
+        "who": f"**{MINE}**" if row["variant"] == MINE else row["variant"],
+        "times": None if row["variant"] == ORIGINAL else spread,
+        "gib": row["peak_bytes"] / GIB,
+        "taken": f"{row['micro_batch_tokens']:,} tokens" if row.get("micro_batch") is None else f"{row['micro_batch']} samples",
+    }
 
-    def line(row: Row) -> Sequence[str]:
-        return (
-            *(row["stage"], _model(row), row["recompute"], row["compile"]),
-            *(f"{row['samples_per_second']:.3g}", f"{row['tokens_per_second']:,.0f}"),
-            *(f"{row['step_ms_p50']:,.0f} {_spread(row, 'step_ms', ',.0f')}", f"{row['ceiling_share']:.0%}"),
-            *(_share(row["mfu"]), _share(row["hfu"]), f"{row['peak_bytes'] / GIB:.2f}"),
-        )
 
-    return _parts(results_of(results, "step"), _steps, head, line, _step_name)
+KERNELS = Form(
+    "kernels",
+    "| room | shape | implementation | pass | ms p50 (p20 to p80) | % of floor | peak MiB | error (reference's) |",
+    "| {room} | {shape} | {who} | {passes} | {ms_p50:.3g} ({ms_p20:.3g} to {ms_p80:.3g}) | {floor_share:.0%} | {mib:.3g} | {errors} |",
+    "Products {matmul_ceiling_tflops:.3g} TFLOP/s and copies {copy_ceiling_gbs:.3g} GB/s in the same process; the floor is the larger of "
+    "FLOPs over the one and bytes over the other.",
+    "{room} {implementation}",
+    _of_kernels,
+)
+OF_STEPS = (
+    "Steps of {samples_per_step} samples. Products run at {matmul_ceiling_tflops:.3g} TFLOP/s in the same process; the share counts the "
+    "FLOPs that the training needs, so none for padding or recomputation.",
+    "{stage} {size} {variant}",
+    _of_steps,
+)
+PEERS = Form(
+    "peers",
+    "| stage | model | variant | samples/s | times the original's recipe (p20 to p80) | tokens/s | share of ceiling | MFU | peak GiB "
+    "| padding | micro-batch |",
+    "| {stage} | {size}, {layers} layers | {who} | {samples_per_second:.3g} | {times} | {tokens_per_second:,.0f} | {ceiling_share:.0%} "
+    "| {mfu:.1%} | {gib:.2f} | {padding_share:.0%} | {taken} |",
+    *OF_STEPS,
+)
+STEP = Form(
+    "step",
+    "| stage | model | recompute | compile | samples/s | tokens/s | ms a step (p20 to p80) | share of ceiling | MFU | HFU | peak GiB |",
+    "| {stage} | {size}, {layers} layers | {recompute} | {compile} | {samples_per_second:.3g} | {tokens_per_second:,.0f} "
+    "| {step_ms_p50:,.0f} ({step_ms_p20:,.0f} to {step_ms_p80:,.0f}) | {ceiling_share:.0%} | {mfu:.1%} | {hfu:.1%} | {gib:.2f} |",
+    *OF_STEPS,
+)
 
 
 def plan_table(results: Path) -> str:
     """For each results/plan*.json a line a stage, and the sum: what is foreseen of runs that nobody has made."""
-    head = (
-        *("predicted", "stage", "samples", "steps", "recompute", "tokens a micro-batch", "memory, GiB", "s a step"),
-        *("MFU", "hours", "limited by"),
-    )
-    lines = []
+    head = "| predicted | stage | samples | steps | recompute | tokens a micro-batch | memory, GiB | s a step | MFU | hours | limited by |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for path in sorted(results.glob("plan*.json")):
         stages = json.loads(path.read_text(encoding="utf-8"))
         parameters = sum(stages[0]["parameters"].values())
         name = f"{parameters / 1e9:.0f}B on {stages[0]['world']} x {stages[0]['gpu']}"
         for stage in stages:
-            lines.append((name, stage["stage"], f"{stage['samples']:,}", f"{stage['steps']:,}", *_foreseen(stage), stage["limit"]))
+            foreseen = _foreseen(stage) if stage["chosen"] else ("-",) * 6
+            cells = (name, stage["stage"], f"{stage['samples']:,}", f"{stage['steps']:,}", *foreseen, stage["limit"])
+            lines.append(f"| {' | '.join(cells)} |")
         if len(stages) > 1 and all(stage["chosen"] for stage in stages):
             hours, gpu_hours = (sum(stage[unit] for stage in stages) for unit in ("hours", "gpu_hours"))
-            lines.append((name, "**both**", *[""] * 7, f"**{hours:.1f}**", f"{gpu_hours:.0f} GPU-hours"))
-    return _markdown(head, lines)
+            lines.append(f"| {name} | **both** | | | | | | | | **{hours:.1f}** | {gpu_hours:.0f} GPU-hours |")
+    return "\n".join(lines)
 
 
 def _foreseen(stage: Mapping[str, Any]) -> Sequence[str]:
-    if (best := stage["chosen"]) is None:
-        return ("-",) * 6
+    best = stage["chosen"]
     memory = f"{best['peak_memory_bytes'] / GIB:.0f} of {stage['room_bytes'] / GIB:.0f}"
     figures = (f"{best['step_seconds']:.2f}", f"{best['mfu']:.0%}", f"{stage['hours']:.1f}")
     return (best["recompute"], f"{best['micro_batch_tokens']:,}", memory, *figures)
-
-
-def _parts(
-    found: Any, about: Callable[[Row], str], head: Sequence[str], line: Callable[[Row], Sequence[str]], name: Callable[[Row], str]
-) -> str:
-    """A part for each file: the world, `about` it, a line for each row with a time, and what has none by reason."""
-    parts = []
-    for path, rows in found:
-        first, reasons = rows[0], {}
-        for row in (row for row in rows if row["void"] is not None):
-            reasons.setdefault(row["void"], {})[name(row)] = None
-        text = [_world(first, path), about(first), *([ON_A_CPU] if first["device"].startswith("CPU") else []), ""]
-        text.append(_markdown(head, [line(row) for row in rows if row["void"] is None]))
-        if reasons:
-            text += ["", "Without a time:", "", *(f"- {reason}: {', '.join(names)}" for reason, names in reasons.items())]
-        parts.append("\n".join(text))
-    return "\n\n".join(parts) or NOTHING
 
 
 def _world(row: Row, path: Path) -> str:
@@ -157,40 +170,11 @@ def _world(row: Row, path: Path) -> str:
     return f"**{row['device']}**, {', '.join([row['dtype'], *gpu])}; {versions}; commit {commit}; `benches/results/{path.as_posix()}`."
 
 
-def _steps(row: Row) -> str:
-    return (
-        f"Steps of {row['samples_per_step']} samples. Products run at {row['matmul_ceiling_tflops']:.3g} TFLOP/s in the same process; "
-        "the share counts the FLOPs that the training needs, so none for padding or recomputation."
-    )
-
-
-def _step_name(row: Row) -> str:
-    return f"{row['stage']} {row['size']} {row['variant']}"
-
-
-def _model(row: Row) -> str:
-    return f"{row['size']}, {row['layers']} layers"
-
-
-def _spread(row: Row, name: str, form: str) -> str:
-    return f"({row[f'{name}_p20']:{form}} to {row[f'{name}_p80']:{form}})"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    cells = (f"| {' | '.join(line)} |".replace("|  |", "| |").replace("|  |", "| |") for line in (head, *lines))
-    first, *rest = cells
-    return "\n".join([first, "|" + "---|" * len(head), *rest])
-
-
 TABLES: Mapping[str, Table] = {
     "plan": plan_table,
-    "bench peers": peers_table,
-    "bench step": steps_table,
-    "bench kernels": kernels_table,
+    "bench peers": PEERS.table,
+    "bench step": STEP.table,
+    "bench kernels": KERNELS.table,
 }
 """By the words of the marks."""
 

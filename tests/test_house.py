@@ -137,6 +137,19 @@ def test_every_source_folder_is_a_package_and_is_packaged() -> None:
         assert {".".join(folder.relative_to(root).parts) for folder in folders} <= set(packaged)
 
 
+@pytest.mark.parametrize("top", ["fastllava", "kernels"])
+def test_no_package_imports_the_benches(top: str) -> None:
+    """They come with a checkout only; what a command of the package needs lies in the package."""
+    for path in sorted((REPO / top).rglob("*.py")):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = [name for node in tree if isinstance(node, ast.Import | ast.ImportFrom) for name in _imported(node)]
+        assert not [name for name in names if name.partition(".")[0] == "benches"], path
+
+
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+
+
 def test_import_floors_name_every_module() -> None:
     """They name no module that is gone either: a floor with a wrong name would hold nothing."""
     floors = next(contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"] if contract["type"] == "layers")["layers"]

@@ -19,30 +19,6 @@ RECIPE = {"finetune": 16, "pretrain": 32}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How much each way of training takes at once."""
-
-    original: int
-    """Samples of a micro-batch with recomputation."""
-    without_recompute: int
-    """Samples of one that keeps everything for backward."""
-    rows: int
-    """Tokens of one of ours."""
-
-    @property
-    def dealt(self) -> int:
-        """What the original's sampler deals samples to ranks by: the micro-batch, or the next smaller power of two."""
-        return 2 ** (self.original.bit_length() - 1)
-
-    @classmethod
-    def of(cls, device: torch.device, stage: Stage, samples: int) -> "Settings":
-        """On a GPU the recipe's, halved while memory is short; on a CPU what its memory takes for sure. At most the whole step."""
-        if device.type == "cuda":
-            return cls(min(RECIPE[stage], samples), min(RECIPE[stage], samples), 16384)
-        return cls(min(RECIPE[stage], samples), min(4, samples), 1024)
-
-
-@dataclass(frozen=True)
 class Request:
     """Runs of the trainer that are to be measured."""
 
@@ -92,12 +68,16 @@ class Request:
             depth = max(1, depth * 3 // 4)
             yield depth
 
+    def micro_batch(self, stage: Stage, recomputes: bool) -> int:
+        """Samples of others' micro-batch: the recipe's, the whole step at most; without recomputation what a CPU takes for sure."""
+        return min(RECIPE[stage], self.samples) if recomputes or self.on_gpu else min(4, self.samples)
+
     def run(self, size: str, stage: Stage, layers: int | None, words: Sequence[str] = ()) -> Run:
         """The run of a size and stage with so many layers; `words` come after the request's own. Raises UserError on keys that are none."""
-        settings = Settings.of(self.device, stage, self.samples)
         train = {
             "precision": "bf16" if self.on_gpu else "fp32",
-            "micro_batch_tokens": settings.rows,
-            "reference_micro_batch": settings.dealt,
+            "micro_batch_tokens": 16384 if self.on_gpu else 1024,
+            # What the original's sampler deals samples to ranks by: its micro-batch, or the next smaller power of two.
+            "reference_micro_batch": 2 ** (self.micro_batch(stage, recomputes=True).bit_length() - 1),
         }
         return plan_run(stage, size_named(size).with_layers(layers), train, [*self.overrides, *words], self.samples)

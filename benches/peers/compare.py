@@ -15,7 +15,7 @@ import torch
 
 from benches.ceilings import measure_matmul
 from benches.lib.ours import Fastllava, Run
-from benches.lib.request import Request, Settings
+from benches.lib.request import Request
 from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, finite
 from benches.lib.rows import ORIGINAL, OURS, figures, in_words, of_ours, setting
 from benches.lib.timing import Times
@@ -102,7 +102,7 @@ def compare(request: Request, run: Run, size: str, variants: Sequence[str], shee
 
 def start(request: Request, run: Run, variants: Sequence[str]) -> dict[str, Trial]:
     """Build every variant that can run here. Ours draws the weights, which are the very same for all, so it is always built."""
-    device, settings = request.device, Settings.of(request.device, run.config.stage, request.samples)
+    device = request.device
     ours, shared = Trial(), []
     attempt(ours, device, _build, ours, Fastllava, run, device)
     trials = {name: ours if name == OURS else Trial() for name in variants}
@@ -117,7 +117,7 @@ def start(request: Request, run: Run, variants: Sequence[str]) -> dict[str, Tria
         elif ours.void is not None:
             trial.fail(f"{ours.void}, where the weights are drawn")
         else:
-            micro_batch = settings.original if variant.recomputes else settings.without_recompute
+            micro_batch = request.micro_batch(run.config.stage, variant.recomputes)
             attempt(trial, device, _build, trial, variant.build, run, ours.trainer, *shared, micro_batch)
     return trials
 

@@ -36,14 +36,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class Peer:
-    """`build(args)`, untimed, makes of a room's arguments what its users hold already, such as labels for every row."""
+    """Something to time on a room's arguments.
+
+    `build(args)`, untimed, makes of them what its users hold already, such as labels for every row.
+    """
 
     summary: str
     build: Callable[[tuple[Any, ...]], Bound]
     unsupported: Unsupported = runs_anywhere
 
 
-def peers(room: Room) -> Mapping[str, Peer]:
+def peers(room: Room) -> dict[str, Peer]:
     """The peers of a room by name; those that are no implementation of it already."""
     found: dict[str, Peer] = {}
     if "compiled" not in room.implementations:

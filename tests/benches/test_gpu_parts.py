@@ -240,7 +240,7 @@ def test_results_in_a_folder_reach_the_tables(tmp_path: Path) -> None:
         results.append(tmp_path / "h200" / "peers.jsonl", line)
         # Without a time there is nothing to draw.
         results.append(tmp_path / "none" / "peers.jsonl", line | {"void": "no"})
-    text = reporting.peers_table(tmp_path)
+    text = reporting.PEERS.table(tmp_path)
     assert "`benches/results/h200/peers.jsonl`" in text
     assert text.count("\n| ") > 3
     assert reporting.charts_of_results(tmp_path / "charts", tmp_path) == [

@@ -227,7 +227,7 @@ def test_nothing_timed_gives_no_chart(measured, tmp_path: Path) -> None:
 def test_table_shows_times_and_says_what_has_none(measured, tmp_path: Path) -> None:
     for row in measured[0]:
         results.append(tmp_path / "kernels_here.jsonl", row)
-    text = report.kernels_table(tmp_path)
+    text = report.KERNELS.table(tmp_path)
     assert "says nothing about a GPU" in text
     assert "| swiglu | tiny | reference | forward, backward |" in text
     assert "| quick_gelu | tiny | reference | forward |" in text
@@ -236,7 +236,7 @@ def test_table_shows_times_and_says_what_has_none(measured, tmp_path: Path) -> N
 
 
 def test_table_without_results_says_so(tmp_path: Path) -> None:
-    assert report.kernels_table(tmp_path) == "Nothing has been measured yet."
+    assert report.KERNELS.table(tmp_path) == "Nothing has been measured yet."
 
 
 def test_a_table_has_two_marks() -> None:

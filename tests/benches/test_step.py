@@ -147,7 +147,7 @@ def test_steps_have_a_table_of_their_own(tmp_path: Path) -> None:
     first, other, void = (result_row("fastllava", 2.0, 70.0) | step_row | change for change in changes)
     (tmp_path / "h200").mkdir()
     (tmp_path / "h200" / "step.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, other, void, first)))
-    text = report.steps_table(tmp_path)
+    text = report.STEP.table(tmp_path)
     assert "| finetune | 150m, 14 layers | none | layer | 2 | 1,600 | 4,000 (3,950 to 4,050) | 20% | 50.0% | 62.5% | 70.00 |" in text
     assert text.count("| finetune |") == 2
     assert "- out of memory: finetune 150m fastllava" in text
@@ -161,7 +161,7 @@ def test_table_and_chart_say_what_the_results_say(tmp_path: Path) -> None:
         result_row("fastllava", 2.5, 3.0),
     ]
     (tmp_path / "peers_cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [result_row("fastllava", 9.0, 9.0), *rows]))
-    text = report.peers_table(tmp_path)
+    text = report.PEERS.table(tmp_path)
     assert "| finetune | 150m, 14 layers | original | 1 | - | 800 | 10% | - | 5.50 | 25% | 8 samples |" in text
     assert "| finetune | 150m, 14 layers | **fastllava** | 2.5 | 2.50 (2.25 to 2.75) | 2,000 | 25% | - | 3.00 | 25% |" in text
     assert "| 2,048 tokens |" in text
