@@ -20,7 +20,7 @@ from benches.peers.training import Peer, Shared, Tensors, recompute_layers
 from fastllava.batch import IMAGE_ID
 from fastllava.certify.plain import IGNORED, labels_of
 from fastllava.data.loader import Sample
-from fastllava.model.twin import filled
+from fastllava.model.hf_reference import filled
 from fastllava.planner.drawn import CAP, SPECIAL
 from fastllava.planner.sizes import SELECT_LAYER
 from fastllava.train.metrics.flops import Accounting

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastllava.batch import IMAGE_ID
 from fastllava.config import Stage
 from fastllava.data.loader import Sample
-from fastllava.model import twin
+from fastllava.model import hf_reference
 from fastllava.model.llava import Llava
 from fastllava.model.projectors import kind_of
 
@@ -86,8 +86,8 @@ class PlainLlava:
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (ours.spec.mean, ours.spec.std))
         if weights is None:
             weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
-        self.llm = twin.decoder(ours, weights.__getitem__, dtype, attention).eval()
-        self.tower = twin.tower(ours, weights.__getitem__, dtype).eval().requires_grad_(False)
+        self.llm = hf_reference.decoder(ours, weights.__getitem__, dtype, attention).eval()
+        self.tower = hf_reference.tower(ours, weights.__getitem__, dtype).eval().requires_grad_(False)
         self.projector = {name: nn.Parameter(weights[f"projector.{name}"]) for name, _ in ours.projector.named_parameters()}
         self._project = partial(kind_of(ours.projector.projector_type).reference, self.projector)
         self._patches = ours.tower.config.patches

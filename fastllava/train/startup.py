@@ -1,6 +1,6 @@
 """What a run does before its first step: choose the device, prepare the data, say what is about to happen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from fastllava.model.weights import read_origin
 from fastllava.optim import lr_factor
 from fastllava.train.metrics.flops import peak_of
 from fastllava.train.state.checkpoint import begun_with
+from fastllava_kernels import rooms
+from fastllava_kernels.room import SEPARATE
 
 Say = Callable[[str], None]
 
@@ -146,7 +148,7 @@ def announce(
     fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
     say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {_projector_in_words(model)}")
-    for note in model.origin.notes:
+    for note in (*model.origin.notes, *_idle_toggles(config, model)):
         say(f"note: {note}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} tokens with patches, {supervised:,} of them supervised")
     batch = min(train.global_batch, plan.n_samples)
@@ -174,6 +176,17 @@ def _projector_in_words(model: Llava) -> str:
     if model.spec.patches != patches:
         said += f"; {model.spec.patches} tokens an image in place of {patches}"
     return said if kind.remark is None else f"{said}; {kind.remark}: another model than LLaVA-1.5"
+
+
+def _idle_toggles(config: Config, model: Llava) -> Iterator[str]:
+    """A line for each room that the config sets by name and this model does not run; one word for every room sets none by name."""
+    if len(set(config.kernels.values())) == 1:
+        return
+    used, apart = model.kernels(), {name for room in rooms().values() for name in room.parts}
+    for name, wanted in config.kernels.items():
+        if wanted != "auto" and name not in used and not (wanted == SEPARATE and model.projector.chain() is not None):
+            mend = "; it runs with kernels.projector_splice=separate" if name in apart else ""
+            yield f"kernels.{name}={wanted} changes nothing, as this model does not run that room{mend}"
 
 
 def kernels_in_words(model: Llava) -> str:

@@ -35,6 +35,7 @@ RUNS = {
     "one sample": {"train": {"global_batch": 31, "max_steps": None}},
     "stage 1 in bf16": {"stage": "pretrain", "train": {"precision": "bf16"}},
     "stage 2 in bf16": {"train": {"precision": "bf16"}},
+    "fewer tokens an image": {"model": {"projector_type": "mlp_downsample"}},
     "resumed": {"train": {"max_steps": 8, "checkpoint_steps": 3}},
 }
 # How several processes run them.
@@ -44,8 +45,9 @@ PAIRS = {
         "stage 2",
         {"train": {"recompute": "selective", "compile": "layer"}, "parallel": {"reshard": False}},
     ),
-    "reduced once a step": ("clipped", {"parallel": {"reduce": "step"}}),
+    "reduced once a step": ("clipped", {"parallel": {"reduce": "step"}, "kernels": {"projector_splice": "separate"}}),
     "frozen whole": ("stage 1", {"parallel": {"frozen": "replicate"}}),
+    "fewer tokens an image": ("fewer tokens an image", {}),
     "frozen sharded, computed again": ("stage 1", {"parallel": {"frozen": "shard"}, "train": {"recompute": "norms"}}),
     "stage 1 in bf16": ("stage 1 in bf16", {"parallel": {"frozen": "shard"}}),
     "stage 2 in bf16": ("stage 2 in bf16", {}),

@@ -13,14 +13,19 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fastllava.certify.run import certify
 from fastllava.config import check_config
+from fastllava.data.loader import pack, read_sample
 from fastllava.data.prepared import PreparedSet
 from fastllava.errors import UserError
 from fastllava.export import export
-from fastllava.model.weights import read_origin
+from fastllava.model.build import rebuilt
+from fastllava.model.execution import Execution
+from fastllava.model.ops import choose_ops
+from fastllava.model.weights import load_llava, read_origin
 from fastllava.planner.simulate import FROZEN, MicroBatch, gpu_ops, simulate
 from fastllava.train import run
 from fastllava.train.metrics.flops import Accounting
 from fastllava.train.metrics.log import read_metrics
+from fastllava.train.startup import prepare_data
 
 PATCHES, TOKENS = 16, 4
 PROJECTOR = "mlp_downsample"
@@ -89,6 +94,19 @@ def test_from_captions_to_an_export(trained, tmp_path):
     with pytest.raises(UserError, match=r"^--layout: hf holds mlp2x_gelu .* only, this one is mlp_downsample; write --layout llava$"):
         export(second.output_dir, "hf", tmp_path / "hf", said.append)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("mode", ["layer", "step"])
+def test_as_graphs_it_gives_the_eager_loss(settings, tower, mode):
+    torch._dynamo.reset()
+    config = check_config(settings("finetune", model={"vision_tower": str(tower), "projector_type": PROJECTOR}))
+    ops = choose_ops({}, torch.device("cpu"), torch.float32, compiled=True)
+    eager = load_llava(config.model, Execution(ops, torch.float32), 0)
+    compiled = rebuilt(eager, Execution(ops, torch.float32, compile=mode, backend="aot_eager"))
+    _, spec, prepared = prepare_data(config, lambda line: None)
+    samples = [read_sample(prepared, spec, config.data, index, 1.0) for index in range(3)]
+    batch = pack(samples, spec, config.data.max_tokens)
+    torch.testing.assert_close(compiled(batch), eager(batch), rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_run_is_the_unbroken_one(trained, tmp_path):

@@ -1,10 +1,12 @@
 """Every toggle of a room does something: there is a config under which it changes what code runs in a training step."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import fastllava_kernels
 from fastllava.config import Config, check_config
@@ -15,7 +17,7 @@ from fastllava.model.execution import Execution
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer
-from fastllava.train import train_step
+from fastllava.train import run, train_step
 from fastllava.train.metrics.flops import Accounting
 from fastllava.train.stages import prepare_stage
 from fastllava.train.startup import prepare_data
@@ -78,6 +80,23 @@ def test_each_value_of_a_room_runs_other_code(room, needs, settings):
     assert len({frozenset(code) for code in ran.values()}) == len(ran)
     own = {value: {file for file, _ in code if file.startswith(f"{room}/")} for value, code in ran.items()}
     assert all(own[value] for value in ran if value != SEPARATE)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "model", "idle"),
+    [
+        ({"splice": "torch"}, {}, ["splice"]),
+        ({"splice": "torch", "projector_splice": "separate"}, {}, []),
+        ({"splice": "torch", "projector_splice": "separate"}, {"projector_type": "mlp_downsample"}, ["projector_splice"]),
+        ({"swiglu": "reference"}, {}, []),
+        ("reference", {}, []),
+    ],
+)
+def test_a_toggle_that_changes_nothing_is_said(settings, kernels, model, idle):
+    said = io.StringIO()
+    run(check_config(settings("finetune", kernels=kernels, model=model, train={"max_steps": 1})), Console(file=said, width=1000))
+    notes = [line for line in said.getvalue().splitlines() if "changes nothing" in line]
+    assert [line.split("=")[0].removeprefix("note: kernels.") for line in notes] == idle
 
 
 def test_separate_runs_the_parts_and_not_the_whole(settings):

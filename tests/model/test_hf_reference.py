@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastllava.model import twin
+from fastllava.model import hf_reference
 
 
 def test_the_decoder_holds_our_tensors_and_makes_its_own_frequencies(tiny):
     model = tiny.load()
     weights = dict(model.named_parameters())
-    decoder = twin.decoder(model, weights.__getitem__, torch.float32)
+    decoder = hf_reference.decoder(model, weights.__getitem__, torch.float32)
     for name, parameter in decoder.named_parameters():
         assert parameter.data_ptr() == weights[f"llm.{name}"].data_ptr(), name
     (frequencies,) = (buffer for name, buffer in decoder.named_buffers() if name.endswith("rotary_emb.inv_freq"))
@@ -30,4 +30,4 @@ def test_what_is_not_known_is_refused(kind):
         return module
 
     with pytest.raises(RuntimeError, match={"parameter": "has extra.weight, which is no weight", "buffer": "has a buffer offset"}[kind]):
-        twin.filled(make, lambda name: torch.ones(2, 2), "llm")
+        hf_reference.filled(make, lambda name: torch.ones(2, 2), "llm")
