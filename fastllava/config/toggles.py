@@ -57,7 +57,7 @@ def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype | None
         chosen, compiled = (choose(room, "auto", device, dtype, compiled=within) for within in (False, True))
         default = chosen if chosen == compiled else f"{chosen}; {compiled} under train.compile"
         needs = tuple(f"kernels.{whole.name}={SEPARATE}" for whole in rooms().values() if name in whole.parts)
-        why = [room.summary, *(f"runs where {word}, or the projector is no chain of Linear and GELU" for word in needs)]
+        why = [room.summary, *(f"runs in a LLaVA-1.5 with {word}" for word in needs)]
         if room.parts:
             why.append(f"{SEPARATE}: {' and '.join(f'kernels.{part}' for part in room.parts)} run in its place, one after the other")
         yield Toggle(f"kernels.{name}", room.values, default, (*why, *_reasons(room, device, dtype)), needs)

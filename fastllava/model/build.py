@@ -15,7 +15,7 @@ from fastllava.model.projectors import Projector, kind_of
 
 
 def build_llava(architecture: Architecture, execution: Execution, projector_source: str = "fresh") -> Llava:
-    """A LLaVA whose parameters lie on the meta device; `set_parameter`, or `to_empty`, gives them data.
+    """Build a LLaVA whose parameters lie on the meta device; `set_parameter`, or `to_empty`, gives them data.
 
     Nothing about how it computes changes afterwards. `projector_source` is the file or folder that its projector comes from, or
     "fresh". Raises UserError for a `select_layer` that the tower does not have and for a projector that does not fit.
@@ -30,13 +30,13 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
 
 
 def build_projector(architecture: Architecture, ops: Ops) -> Projector:
-    """The projector alone, on the current default device. Raises UserError when it does not fit tower and decoder."""
+    """Build the projector alone, on the current default device. Raises UserError when it does not fit tower and decoder."""
     kind, clip = kind_of(architecture.projector_type), architecture.clip
     return kind.build(architecture.projector_type, clip.hidden_size, architecture.llama.hidden_size, clip.patches, ops)
 
 
 def rebuilt(model: Llava, execution: Execution) -> Llava:
-    """The model of the same weights, which both share, that computes by `execution`; what trains in one trains in the other."""
+    """Build a model that shares the weights of `model` and computes by `execution`; what trains in one trains in the other."""
     other = build_llava(model.origin, execution, model.projector_source)
     for name, weight in model.named_parameters():
         set_parameter(other, name, nn.Parameter(weight.detach(), weight.requires_grad))

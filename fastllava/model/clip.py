@@ -32,7 +32,7 @@ class ClipConfig:
 
     @property
     def patches(self) -> int:
-        """Patches an image."""
+        """The number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -53,7 +53,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ClipEmbeddings(nn.Module):
-    """Patches to rows, the class row before them, positions added."""
+    """Turns the patches of each image into rows: the class row first, and a position added to each."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class ClipBlock(nn.Module):
 
 
 def compute_block(block: ClipBlock, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-    """What `block` computes."""
+    """Compute `block`: attention and MLP, each added to its input."""
     x_RC = x_RC + block.self_attn(block.layer_norm1(x_RC), cu_seqlens, rows)
     return x_RC + block.mlp(block.layer_norm2(x_RC))
 
@@ -163,7 +163,7 @@ class ClipVision(nn.Module):
         self.vision_model = ClipTransformer(config, ops, graph)
 
     def idle_modules(self) -> set[nn.Module]:
-        """Those whose output is not asked for; their weights are kept, so that a checkpoint is whole."""
+        """The modules whose output is not asked for; their weights are kept, so that a checkpoint is whole."""
         parts = [*self.vision_model.encoder.layers[self.blocks_needed :], self.vision_model.post_layernorm]
         return {module for part in parts for module in part.modules()}
 

@@ -35,7 +35,7 @@ _RECOMPILE_LIMIT = 32
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as it is."""
+    """Return `function` as it is: no graph."""
     return function
 
 

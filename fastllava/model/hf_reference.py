@@ -32,7 +32,7 @@ def decoder(ours: Llava, weight: Weight, dtype: torch.dtype, attention: str = "s
 
 
 def tower(ours: Llava, weight: Weight, dtype: torch.dtype) -> Any:
-    """The CLIPVisionModel of `ours`, likewise."""
+    """The tower of `ours` as transformers computes it (CLIPVisionModel), with the same choice of weights as `decoder`."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(**tower_config(ours))

@@ -146,7 +146,7 @@ class DecoderLayer(nn.Module):
         return self._compute(self, x_TD, packing, wanted, recompute)
 
     def transform(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        """The same, with nothing computed again."""
+        """Compute what `forward` gives, with nothing computed again in backward."""
         attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
         residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)
@@ -154,7 +154,7 @@ class DecoderLayer(nn.Module):
 
 
 def compute_layer(layer: DecoderLayer, x_TD: Tensor, packing: Packing, wanted: Tensor | None, recompute: Recompute) -> Tensor:
-    """What `layer` computes. What is computed again is within a graph of this, and within the time that shards are gathered for."""
+    """Compute `layer`. What is computed again is within a graph of this, and within the time that shards are gathered for."""
     if recompute == "none":
         return layer.transform(x_TD, packing, wanted)
     return recomputed(layer.transform, recompute, x_TD, packing, wanted)

@@ -85,6 +85,21 @@ def test_a_value_whose_gradient_is_not_finite_is_void(monkeypatch: pytest.Monkey
     assert (row["value"], row["void"]) == ("all", "wrong: loss 1.0, gradient norm inf")
 
 
+def test_the_parts_of_a_room_are_changed_in_a_run_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh, seen = trials.weigh, []
+
+    def watched(trainer: Any, *rest: Any) -> Any:
+        seen.append({room: use["implementation"] for room, use in trainer.model.kernels().items() if room in ("projector_mlp", "splice")})
+        return weigh(trainer, *rest)
+
+    monkeypatch.setattr(trials, "weigh", watched)
+    rows = ablate.bench(Request(torch.device("cpu"), ["tiny"], ["pretrain"], 2, 0.0), Sheet(), ["kernels.projector_mlp", "kernels.splice"])
+    ran = {(row["toggle"], row["value"]) for row in rows if row["void"] is None}
+    assert ran == {("kernels.projector_mlp", "reference"), ("kernels.splice", "reference")}
+    both = {"projector_mlp": "torch", "splice": "torch"}
+    assert seen == [both, both | {"projector_mlp": "reference"}, both | {"splice": "reference"}]
+
+
 def test_unknown_toggles_are_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"--toggles: 'kernels.swigl' is none of kernels\."):
         ablate.bench(Request(torch.device("cpu"), ["tiny"], ["pretrain"], 2, 0.0), Sheet(), ["kernels.swigl"])

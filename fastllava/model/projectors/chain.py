@@ -51,7 +51,7 @@ class Chain(Projector):
 
 
 def reference(weights: Mapping[str, Tensor], features_IPC: Tensor) -> Tensor:
-    """Linear -> erf GELU -> Linear ..., by the weights in their order."""
+    """Compute Linear -> erf GELU -> Linear ... in plain PyTorch, with the weights in their order: [I, P, D] of features [I, P, C]."""
     x, tensors = features_IPC, list(weights.values())
     for number, (weight, bias) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
         x = F.linear(F.gelu(x) if number else x, weight, bias)

@@ -63,7 +63,7 @@ class Downsample(Projector):
 
 
 def reference(weights: Mapping[str, Tensor], features_IPC: Tensor) -> Tensor:
-    """The same on weights by name."""
+    """Compute the projector in plain PyTorch, from its weights by name: [I, N, D] of features [I, P, C]."""
     norm, up, out = ((weights[f"layers.{index}.weight"], weights[f"layers.{index}.bias"]) for index in (1, 2, 4))
     x = joined(features_IPC, math.isqrt(features_IPC.shape[1]))
     return F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm, _EPS), *up)), *out)

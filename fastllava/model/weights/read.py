@@ -32,7 +32,7 @@ class Origin(Architecture):
     """An architecture as folders describe it, and what else they say, kept to be written again beside the weights."""
 
     layout: Layout
-    """Of model.llm: a plain LLM, or a whole LLaVA in the original or the llava-hf layout."""
+    """The layout of model.llm: a plain LLM, or a whole LLaVA in the original or the llava-hf layout."""
     text: Mapping[str, Any]
     """config.json of the decoder."""
     vision: Mapping[str, Any]
