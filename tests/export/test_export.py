@@ -251,12 +251,15 @@ def test_a_16_bit_checkpoint_keeps_its_dtype(run, tmp_path):
 def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llava_llama", "mm_projector_type": "ldpnet"}')
     cases = [
         (run / "llava", "gguf", tmp_path / "new", r"^--layout: 'gguf' is no layout; write hf or llava"),
         (run / "llava", "hf", tmp_path / "full", r"^--out: .*full exists and is not an empty folder; give a new one"),
         (run / "llava", "hf", tmp_path / "full" / "file", r"^--out: .*file exists and is not an empty folder"),
         (tmp_path / "nowhere", "hf", tmp_path / "new", r"^CHECKPOINT: .*nowhere is no folder; give the output_dir of a run"),
         (tmp_path / "full", "hf", tmp_path / "new", r"^CHECKPOINT: .*full holds no run_config\.json and no config\.json; give"),
+        (tmp_path / "foreign", "llava", tmp_path / "new", r"^CHECKPOINT: .*config\.json has the projector 'ldpnet'; only linear, "),
         (run / "llm", "hf", tmp_path / "new", r"^CHECKPOINT: .*llm holds an LLM without tower and projector; give"),
     ]
     for given, layout, out, pattern in cases:

@@ -6,21 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from parallel_runs import launch, stop_after
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
+from fastllava.distributed.processes import Processes
+from fastllava.distributed.sharding import Sharding, shard
+from fastllava.errors import UserError
+from fastllava.model.execution import Execution
+from fastllava.model.ops import reference_ops
+from fastllava.model.weights import load_llava
 from fastllava.train import run
 from fastllava.train.metrics.log import read_metrics
+from fastllava.train.stages import prepare_stage
 from fastllava.train.state import checkpoint
 
 SAME = ("step", "lr", "samples", "tokens", "supervised_tokens")
@@ -195,3 +205,29 @@ def test_torchrun_starts_again_what_was_killed(settings, world, tmp_path):
     assert process.returncode == 0, err
     assert "resuming before step" in out
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(60))
+
+
+@pytest.mark.parametrize(("frozen", "sharded"), [("shard", True), ("replicate", False)])
+def test_one_graph_of_everything_is_for_layers_that_are_whole(world, frozen, sharded):
+    config = check_config(
+        {
+            "stage": "pretrain",
+            "output_dir": "o",
+            "model": {"llm": str(world / "llm"), "vision_tower": str(world / "clip")},
+            "data": {"records": "r"},
+            "train": {"compile": "step", "precision": "fp32"},
+            "parallel": {"frozen": frozen},
+        }
+    )
+    model = load_llava(config.model, Execution.of(config, reference_ops()), 0)
+    sharding = Sharding(Processes(world=2), config.parallel)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with (
+            pytest.raises(UserError, match=r"^train\.compile: 'step' makes one graph.*write train\.compile=layer$")
+            if sharded
+            else nullcontext()
+        ):
+            prepare_stage(model, config, place=lambda model: shard(model, sharding, torch.device("cpu")))
+    finally:
+        dist.destroy_process_group()
