@@ -7,16 +7,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 
-from benches.lib.request import Request
-from benches.lib.results import Sheet, failures
-from benches.lib.world import check_device
-from benches.lib.world import world as world_of
 from fastllava.errors import UserError
 
-# What only one command needs is imported there: some of it imports for seconds.
+# Heavy imports stay inside the commands: --help should answer at once.
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -190,7 +185,7 @@ def run_tests(
     """Run the tests that use a GPU, a row each. Exits with 1 when one fails, and with 75 when one has left the GPU unusable."""
     from benches import tests as module
 
-    raise typer.Exit(module.bench(_device(device), Sheet(out, typer.echo, resume, module.TESTED), paths or []))
+    raise typer.Exit(module.bench(_device(device), _sheet(out, resume, sources=module.TESTED), paths or []))
 
 
 @app.command()
@@ -268,9 +263,10 @@ def report(
 @app.command(hidden=True)
 def world(device: OnDevice = None) -> None:
     """Print what rows say of the machine, in a process of its own."""
-    where = _device(device)
-    check_device(where)
-    typer.echo(json.dumps(world_of(where)))
+    from benches.lib import world as module
+
+    module.check_device(_device(device))
+    typer.echo(json.dumps(module.world(_device(device))))
 
 
 @app.command(hidden=True)
@@ -286,20 +282,26 @@ def _names(given: str) -> list[str]:
     return [name for name in given.split(",") if name]
 
 
-def _device(given: Device | None) -> torch.device:
+def _device(given: Device | None) -> Any:
     """The device that was asked for, else the GPU where there is one."""
+    import torch
+
     return torch.device(given.value if given else "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _sheet(out: Path | None, resume: bool) -> Sheet:
-    return Sheet(out, typer.echo, resume)
+def _sheet(out: Path | None, resume: bool, **sources: Any) -> Any:
+    from benches.lib.results import Sheet
+
+    return Sheet(out, typer.echo, resume, **sources)
 
 
 def _request(
     device: Device | None, sizes: str, else_sizes: tuple[str, str], stages: str, samples: int, else_samples: tuple[int, int],
     seconds: float, layers: int | None, overrides: list[str] | None, fit: bool,
-) -> Request:  # fmt: skip
+) -> Any:  # fmt: skip
     """The request; of what is left out, the first of the pair on a GPU and the second on a CPU."""
+    from benches.lib.request import Request
+
     where = _device(device)
     at = 0 if where.type == "cuda" else 1
     names = _names(sizes) or [else_sizes[at]]
@@ -308,10 +310,12 @@ def _request(
 
 def _end(rows: list[dict[str, Any]], charts: Path | None = None, kind: str = "") -> None:
     """Draw, and exit with 1 where a row of ours is wrong."""
-    if charts is not None:
-        from benches import report as module
+    from benches.lib.results import failures
 
-        module.CHARTS[kind](rows, charts)
+    if charts is not None:
+        from benches.report import CHARTS
+
+        CHARTS[kind](rows, charts)
     if wrong := failures(rows):
         keys = ("room", "stage", "shape", "implementation", "variant", "toggle", "value", "pass")
         _fail(f"{' '.join(str(wrong[0][key]) for key in keys if key in wrong[0])}: {wrong[0]['void']}")

@@ -21,7 +21,7 @@ from benches.ablate import choices
 from benches.lib.request import STAGES
 from benches.lib.results import Say
 from benches.lib.unattended import NOT_STARTED, Command, Outcome, Piece, environment, program
-from benches.lib.world import SOURCES, code_of
+from benches.lib.world import SOURCES, code_of, device_name
 from benches.tests import TESTED
 from fastllava.errors import UserError
 from fastllava_kernels import rooms
@@ -202,7 +202,12 @@ def bench(request: Request, say: Say) -> list[Outcome]:
 
 
 def device_of(request: Request) -> str:
-    """The device in words, said by another process, as the one that waits must take nothing of a GPU. Raises UserError without one."""
+    """The device in words. A GPU's is said by another process, as the one that waits must take nothing of it.
+
+    Raises UserError where there is none.
+    """
+    if request.device == "cpu":
+        return device_name(torch.device("cpu"))
     done = subprocess.run(
         program(["world", "--device", request.device]), capture_output=True, text=True, env=environment(request.device), check=False
     )
