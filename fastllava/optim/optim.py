@@ -98,7 +98,7 @@ class FiniteGuard:
         self.moving = False
         """On the host, whether the optimizer has begun a step that nobody has counted: what is in memory is then no step's state."""
         self.far = torch.zeros(2, device=device)
-        """fp32 [2] on the device: how far loss and norm of this step lie above those before it (`fastllava.train.metrics.spikes`)."""
+        """fp32 [2] on the device: how far loss and norm of this step lie above those before it (`fastllava.optim.spikes`)."""
         self._optimizer, self._skip_spikes = optimizer, skip_spikes
         self._recent = recent(optimizer)
         self._with_this = self._recent.values

@@ -52,7 +52,7 @@ class Checkpoint:
     prepared_digest: str
     config: Config
     recent: Sequence[Sequence[float]] = ()
-    """Loss and gradient norm of the last steps (`fastllava.train.metrics.spikes`)."""
+    """Loss and gradient norm of the last steps (`fastllava.optim.spikes`)."""
     run: str = ""
     """Which run wrote it; a run keeps that name when it is resumed. Empty in old checkpoints, as is `start`."""
     start: Mapping[str, Any] = field(default_factory=dict)
