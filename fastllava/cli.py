@@ -32,14 +32,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]"
 
 
 class Layout(StrEnum):
-    """Of a written checkpoint."""
+    """The layout of a written checkpoint."""
 
     hf = "hf"
     llava = "llava"
 
 
 class Format(StrEnum):
-    """Of what inspect prints."""
+    """The format of what inspect prints."""
 
     text = "text"
     jsonl = "jsonl"

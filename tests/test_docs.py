@@ -111,7 +111,7 @@ def test_the_map_is_the_tree() -> None:
 
 
 def hours(size: str) -> list[float]:
-    """Of both stages, as the committed plan foresees them."""
+    """The hours of both stages, as the committed plan foresees them."""
     stages = json.loads((REPO / "benches" / "results" / f"plan_8xa100-80g_{size}.json").read_text(encoding="utf-8"))
     return [stage["hours"] for stage in stages]
 

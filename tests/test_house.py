@@ -184,3 +184,15 @@ def test_every_file_says_what_it_is_for(top: str) -> None:
         first = text.removeprefix("#!/usr/bin/env python3\n").splitlines()[0]
         assert first.startswith('"""'), f"{path.relative_to(REPO)}: the docstring comes first"
         assert len(first) > 10, f"{path.relative_to(REPO)}: the first line says what the file is for"
+
+
+@pytest.mark.parametrize("top", ["fastllava", "kernels", "benches", "tests"])
+def test_a_docstring_stands_alone(top: str) -> None:
+    """One that begins with "Of" is a fragment that only the name above it completes; this holds for the strings below attributes too."""
+    fragments = []
+    for path in sorted((REPO / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str() as text)) if text.lstrip().startswith("Of "):
+                    fragments.append(f"{path.relative_to(REPO)}:{node.lineno}: {text.strip().splitlines()[0]}")
+    assert fragments == []

@@ -69,7 +69,7 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
 
 
 def _sha256_of(model: Llava) -> str:
-    """Of all weights as read, by name."""
+    """One hash of all weights as they were read, in the order of their names."""
     found = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         found.update(name.encode())

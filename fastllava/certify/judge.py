@@ -22,7 +22,7 @@ FLOOR: Mapping[torch.dtype, float] = {torch.bfloat16: 2.0**-8, torch.float32: 1e
 """Distance that is allowed in any case. bf16: the spacing of its numbers, so one rounding of the result and one of a summand.
 fp32: what the tests hold packing and transformers to."""
 SIGMAS = 3.0
-"""Of two norms of n independent roundings each, the ratio strays by 1 / sqrt(n): so many times that is allowed. n is limited by a
+"""So many times 1 / sqrt(n) is allowed, by which the ratio of two norms of n independent roundings each strays. n is limited by a
 tensor's entries and by the step's rows too, as each row adds an outer product."""
 ZERO = 1e-7
 """A gradient smaller than this share of all parameters' together is zero to rounding, and judged by that share."""
@@ -34,7 +34,7 @@ _PIECE = 2**24
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two variants that differ in one thing."""
+    """A comparison of two variants that differ in one thing."""
 
     name: str
     what: str

@@ -22,9 +22,9 @@ class Certificate:
     facts: Mapping[str, Any]
     """What identifies the run and the machine; JSON."""
     steps: Sequence[Mapping[str, Any]]
-    """Of each step: `step`, `samples` of `of`, `from`, `ids`, `rows`, `supervised`, `images`, `micro_batches`, `seconds` by variant."""
+    """Each step's `step`, `samples` of `of`, `from`, `ids`, `rows`, `supervised`, `images`, `micro_batches`, `seconds` by variant."""
     figures: Sequence[Mapping[str, Mapping[str, Figures]]]
-    """Of each step: figures by variant, the truth included, and name."""
+    """The figures of each step by variant, the truth included, and by name."""
     judged: Sequence[Judged]
 
     @property

@@ -366,7 +366,7 @@ def same_training() -> Iterator[tuple[str, FieldInfo]]:
 
 
 def value_of(config: Config, key: str) -> Any:
-    """Of a dotted key."""
+    """The value of a dotted key."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
 

@@ -201,7 +201,7 @@ def _unlearned(parts: list[Segment]) -> list[Segment]:
 
 
 def _turn_v0(form: Template, role: str, pieces: list[Segment]) -> list[Segment]:
-    """Of a question the original masks all but its first two tokens, which are the ### it begins with."""
+    """A turn of template v0. The original masks all of a question but its first two tokens, which are the ### it begins with."""
     gpt = role == "gpt"
     return [Segment("###", True), Segment(f" {form.gpt if gpt else form.human}: ", gpt), *pieces, Segment("\n", gpt)]
 

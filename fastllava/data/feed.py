@@ -26,7 +26,7 @@ Report = Callable[[str], None]
 Place = TypeVar("Place")
 
 _DEATHS = 3
-"""Of workers at one sample, after which it is taken to be what kills them."""
+"""Workers that die at one sample before it is taken to be what kills them."""
 _DEATH_SECONDS = 2.0
 """A broken connection is seen before the end of the worker behind it is."""
 _CLOSE_SECONDS = 6.0

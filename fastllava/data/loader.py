@@ -37,7 +37,7 @@ class Sample:
     images: Sequence[NDArray[np.uint8]]
     """One uint8 [3, H, W] for each IMAGE_ID in `ids`."""
     weight: float
-    """Of each supervised token in the step's loss."""
+    """The weight of each supervised token in the step's loss."""
 
 
 _NOTHING = Sample(np.zeros(1, np.int32), np.zeros((0, 2), np.int32), (), 0.0)
@@ -111,7 +111,7 @@ class BadImage:
     sample: int
     """Its number in the prepared set."""
     id: str
-    """Of its record."""
+    """The id of its record."""
     path: str
     reason: str
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastllava.console.printable import shortened
 
 _MOST_NAMES = 200_000
-"""Of a folder, that are looked through."""
+"""The most names of a folder that are looked through."""
 
 
 def missing(path: Path) -> str:

@@ -42,7 +42,7 @@ class SampleLengths:
 
     @classmethod
     def of(cls, lengths: Lengths, samples: NDArray[np.int64]) -> "SampleLengths":
-        """Of these samples of a set, in this order."""
+        """The lengths of these samples of a set, in this order."""
         columns = lengths.n_tokens, lengths.n_supervised, lengths.n_images, lengths.length_key
         return cls(*(column[samples] for column in columns))  # pyright: ignore[reportArgumentType] (each of its own dtype)
 
@@ -74,7 +74,7 @@ class Figures:
     imbalance: float
     """Work of the heaviest rank of each micro-batch over the ranks' mean, both summed over the micro-batches: 1 where none waits."""
     padding_share: float
-    """Of the rows computed, those that no sample has."""
+    """The share of the rows computed that no sample has."""
 
 
 class Plan:
@@ -118,7 +118,7 @@ class Plan:
         return self.cost.of(lengths.n_tokens[samples], lengths.n_images[samples], lengths.n_supervised[samples])
 
     def figures(self, indices: Sequence[int]) -> Figures:
-        """Of the steps with these numbers."""
+        """The figures of the steps with these numbers."""
         heaviest = total = rows = empty = count = 0
         for step in map(self.step, indices):
             work = self.work(step.samples)
@@ -137,7 +137,7 @@ class Plan:
         return self._of(index, samples, np.array([self.left_out.get(i, index + 1) > index for i in samples.tolist()]))
 
     def _of(self, index: int, samples: NDArray[np.int64], kept: NDArray[np.bool_] | None = None) -> Step:
-        """Of the `kept` ones, or all, of the samples that the recipe gives the step."""
+        """The step of the samples that the recipe gives it, or of the `kept` ones among them."""
         kept = np.ones(len(samples), bool) if kept is None else kept
         weights = self._weights(self.lengths.n_supervised[samples], kept)
         samples = samples[kept]
@@ -174,7 +174,7 @@ class Plan:
         return samples[~np.isin(samples, out)]
 
     def _weights(self, n_supervised: NDArray[np.int32], kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Of the `kept` samples of a step. A micro-batch that has lost all of its samples does not count.
+        """The weights of the `kept` samples of a step. A micro-batch that has lost all of its samples does not count.
 
         loss_norm=token: the mean over the step's tokens. loss_norm=llava: the mean of the means of the original's micro-batches.
         """

@@ -27,7 +27,7 @@ class Accuracy:
     before: dict[str, float]
     after: dict[str, float]
     majority: dict[str, float]
-    """Of answering each question with its type's most frequent answer. Chosen on the held-out set itself, so none can be better."""
+    """The shares when each question gets its type's most frequent answer, chosen on the held-out set itself, so none can be better."""
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ class Processes:
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Of a UserError in this block, which every process comes to alike, only the first tells."""
+        """Let only the first process tell a UserError in this block, which every process comes to alike."""
         try:
             yield
         except UserError as error:

@@ -24,7 +24,7 @@ from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 
 FROZEN_SHARE = 0.4
-"""Of a GPU's memory: what a replicated frozen decoder may take."""
+"""The share of a GPU's memory that a replicated frozen decoder may take."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sharding:
 
 
 UNSHARDED = Sharding(ALONE, ParallelConfig())
-"""Of one process, where there is nothing to do."""
+"""The sharding of one process, where there is nothing to do."""
 
 
 def check_replicas(config: ParallelConfig, world: int) -> None:

@@ -13,7 +13,7 @@ _MURMUR = (-2048144789, -1028477387)
 
 
 class Constants(NamedTuple):
-    """Of a parameter group."""
+    """AdamW's constants of a parameter group."""
 
     beta1: float
     beta2: float

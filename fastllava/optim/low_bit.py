@@ -196,7 +196,7 @@ def _eight_bit() -> ModuleType:
 
 
 def _pieces(parameter: Tensor) -> list[slice]:
-    """Of its values in a row."""
+    """The slices of its values in a row."""
     return [slice(start, min(start + _PIECE, parameter.numel())) for start in range(0, parameter.numel(), _PIECE)]
 
 

@@ -29,7 +29,7 @@ class Recent:
         """fp32 [2, WINDOW]: losses, then norms, the newest last; NaN where there was no step yet."""
 
     def judge(self, now: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a step's loss and norm, fp32 [2]: how many deviations above the mean each lies, and `values` with this step.
+        """How many deviations above the mean a step's loss and norm, fp32 [2], lie, and `values` with this step.
 
         fp32 [2], 0 while too little is known, and fp32 [2, WINDOW]. Nothing here waits for the device.
         """
@@ -75,7 +75,7 @@ def is_spike(far: Sequence[float]) -> bool:
 
 
 def spike_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Of a run's rows of metrics.jsonl: the steps that were spikes, and those of them in which nothing moved."""
+    """The steps that were spikes by a run's rows of metrics.jsonl, and those of them in which nothing moved."""
     spikes = [row for row in rows if "spike" in row]
     return {
         "spike_steps": [row["step"] for row in spikes],

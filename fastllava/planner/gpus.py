@@ -8,9 +8,9 @@ from fastllava.errors import UserError
 from fastllava.train.metrics.flops import PEAK_FLOPS
 
 PRODUCT_SHARE = 0.79
-"""Of the dense bf16 peak, what large matrix products reach: 769 to 798 of 989 TFLOP/s at 8192^3 on an H200. Assumed of the others."""
+"""The share of the dense bf16 peak that large products reach: 769 to 798 of 989 TFLOP/s at 8192^3 on an H200. Assumed of the others."""
 COPY_SHARE = 0.90
-"""Of the memory's bandwidth, what a copy reaches: 4.3 of 4.8 TB/s on an H200. Assumed of the others."""
+"""The share of the memory's bandwidth that a copy reaches: 4.3 of 4.8 TB/s on an H200. Assumed of the others."""
 STEP_SHARE = 0.9
 """What a step is assumed to reach of the sum of its parts, each at its own ceiling: gaps, small products, waiting. Not measured yet."""
 NETWORK = 50e9
@@ -20,7 +20,7 @@ NODE = 8
 RESERVED = 1.5 * 2**30
 """Bytes that CUDA, its libraries and their workspaces take, about."""
 USABLE = 0.95
-"""Of the rest, what tensors can fill before the allocator runs out of room in one piece."""
+"""The share of the rest that tensors can fill before the allocator runs out of room in one piece."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Gpu:
     memory: float
     """Bytes."""
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """The bandwidth of its memory, bytes a second."""
     link: float
     """To the other GPUs of a node, bytes a second each way."""
 

@@ -38,7 +38,7 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        """Of a whole step: the sum, and what is assumed to be lost between its parts."""
+        """The seconds of a whole step: the sum, and what is assumed to be lost between its parts."""
         return (max(self.products + self.traffic, self.communication) + self.optimizer) / STEP_SHARE
 
 
@@ -75,12 +75,12 @@ class StagePlan:
 
     @property
     def hours(self) -> float | None:
-        """Of the whole stage."""
+        """The hours of the whole stage."""
         return None if self.chosen is None else self.plan.n_steps * self.chosen.seconds.step / 3600
 
     @property
     def gpu_hours(self) -> float | None:
-        """Of all GPUs together."""
+        """The hours of all GPUs together."""
         return None if self.hours is None else self.world * self.hours
 
     @property

@@ -64,7 +64,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of a step on one GPU, in bytes."""
+    """What a step costs one GPU, in bytes."""
 
     memory: Mapping[str, int]
     """By kind, at the moment when all together are most."""

@@ -139,7 +139,7 @@ class Tally(TorchDispatchMode):
 
 
 def _moves_nothing(func: Any) -> bool:
-    """Of views, of memory that is only set aside, and of questions about a tensor."""
+    """Whether an op only makes a view, sets memory aside or asks something about a tensor."""
     returns = func._schema.returns
     is_view = bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
     return is_view or func.namespace == "prim" or "::empty" in func.name() or "::new_empty" in func.name()

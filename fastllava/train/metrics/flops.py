@@ -66,7 +66,7 @@ class Work:
 
     @classmethod
     def of(cls, n_tokens: ArrayLike, n_images: ArrayLike, n_supervised: ArrayLike) -> "Work":
-        """Of samples with these rows, images and supervised rows."""
+        """The work of samples with these rows, images and supervised rows."""
         lengths = np.asarray(n_tokens, dtype=np.int64)
         return cls(
             rows=int(lengths.sum()),
@@ -85,7 +85,7 @@ class Flops:
     decoder: float
     """Matrix products of the layers."""
     attention: float
-    """Of the decoder; the tower's is in `tower`."""
+    """The decoder's attention; the tower's is in `tower`."""
     head: float
 
     @property
@@ -110,7 +110,7 @@ class Accounting:
 
     @classmethod
     def of(cls, config: Config) -> "Accounting":
-        """Of the run that `config` describes; reads the config.json files of its model. Raises UserError, as `read_origin`."""
+        """The accounting of a run; reads the config.json files of its model. Raises UserError, as `read_origin`."""
         return cls.of_model(read_origin(config.model), config.stage, config.train.recompute, config.train.last_layer)
 
     @classmethod

@@ -21,11 +21,11 @@ class Throughput:
 
     @classmethod
     def of(cls, plan: Plan, accounting: Accounting, device: torch.device) -> "Throughput":
-        """Of steps on GPUs such as `device`, or on CPUs."""
+        """The throughput of steps on GPUs such as `device`, or on CPUs."""
         return cls(plan, accounting, peak_of(device))
 
     def step(self, step: Step, seconds: float, waited: float) -> Figures:
-        """Of a step that took `seconds`, of which it `waited` for data; the sums are over all ranks.
+        """The figures of a step that took `seconds`, of which it `waited` for data; the sums are over all ranks.
 
         tokens: rows that samples have, text and patches. padding_share: of the rows computed, those that no sample has.
         model_flops, hardware_flops: operations the training needs and those this trainer does (`fastllava/train/metrics/flops.py`).
@@ -64,7 +64,7 @@ class Throughput:
 
 
 def run_figures(rows: Sequence[Mapping[str, float | int]], first_step: int, wall_seconds: float) -> dict[str, float | int | None]:
-    """Of a run with these rows of metrics.jsonl, whose present process began at `first_step`, `wall_seconds` ago.
+    """The figures of a run with these rows of metrics.jsonl, whose present process began at `first_step`, `wall_seconds` ago.
 
     The sums and rates are those of the steps, waiting for data included. goodput: the share of the process's time that went
     into steps of the result, without waiting for data; set-up and checkpoints are what it lacks besides.

@@ -29,7 +29,7 @@ _MOST_THREADS = 8
 
 
 def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
-    """Of a model as `load_llava` gives it, on the CPU; all `processes` together, each hashing its share."""
+    """The fingerprint of a model as `load_llava` gives it, on the CPU; all `processes` together, each hashing its share."""
     spec = {"mean": model.spec.mean, "std": model.spec.std}
     configs = {
         "llm": asdict(model.llm.config),

@@ -71,7 +71,7 @@ class Held:
     checkpoint: Checkpoint | None = None
     """To go on from; None to begin at step 0."""
     summary: Mapping[str, Any] | None = None
-    """Of the finished run, when there is nothing left to do."""
+    """The summary of the finished run, when there is nothing left to do."""
     notes: tuple[str, ...] = ()
     """What was found damaged, and what was done about it."""
 

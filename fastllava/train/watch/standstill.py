@@ -152,7 +152,7 @@ class Judge:
         self.ended_at = now if self.ended_at is None else self.ended_at
 
     def _silence(self, now: float) -> str | None:
-        """Of a process that has not been heard of for long, if any."""
+        """The complaint about a process that has not been heard of for long, if there is one."""
         assert self._exchange is not None  # noqa: S101 (the caller has looked)
         for rank in self._exchange.lines:
             silent, phase = now - self._heard[rank], self._beats.get(rank, {}).get("phase", Phase.STARTING.name)

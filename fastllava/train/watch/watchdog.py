@@ -42,7 +42,7 @@ class Watchdog:
     def __init__(self, seconds: float | None, group: Processes, workers: int) -> None:
         self.board = Board(workers)
         self.sample_in_words: Callable[[int], str] = lambda number: f"record number {number} of data.records"
-        """Of what stands on the board: records as long as the run prepares its data, then samples."""
+        """A name for the number on the board: of a record as long as the run prepares its data, then of a sample."""
         self.goes_on: Callable[[], str] = lambda: "the same command starts anew"
         """Where from, when the run has to end."""
         self._seconds, self._group = seconds or math.inf, group
@@ -95,7 +95,7 @@ class Watchdog:
                 os._exit(ENDED)
 
     def _trouble(self, seconds: float) -> str:
-        """Of this process, whose workers have not moved for so long."""
+        """What is wrong with this process, whose workers have not moved for so long."""
         stopped = [str(child.pid) for child in multiprocessing.active_children() if process_state(child.pid or 0) in ("T", "t")]
         reading = [self.sample_in_words(sample) for sample in self.board.reading().values()]
         where = f"which read {', '.join(reading)}" if reading else "which read nothing"
