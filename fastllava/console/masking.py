@@ -4,10 +4,12 @@ Three kinds: what looks like one by its form; what follows a name that says so; 
 such a name, wherever they turn up.
 """
 
+import glob
 import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 MASK = "***"
@@ -46,6 +48,14 @@ def masked_values(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     return MASK if value and _SECRET_KEY.match(name) else _USER_AND_PASSWORD.sub(f"{MASK}@", masked(value))
+
+
+def paths_behind(path: Path) -> list[Path]:
+    """Find what `path` can have been before a part of it was masked: itself where it exists or nothing was, else all that are there."""
+    if MASK not in str(path) or path.exists():
+        return [path]
+    pattern = "*".join(map(glob.escape, str(path).split(MASK)))
+    return sorted(map(Path, glob.glob(pattern)))
 
 
 def _of_the_environment() -> Iterable[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllava.config import PROJECTORS, Config, ModelConfig, check_config, projector_name
+from fastllava.console.masking import paths_behind
 from fastllava.data.templates import template
 from fastllava.disk import read_json_object
 from fastllava.errors import UserError
@@ -126,7 +127,24 @@ def _start(file: Path, run: Config) -> dict[str, Any]:
     return {key: {"config": part.get("config"), **({} if key in trained else part)} for key, part in parts.items()}
 
 
+def _unmasked(model: ModelConfig) -> ModelConfig:
+    """`model` with the paths that are here. What looked like a password in them was masked when run_config.json was written."""
+    found = {}
+    for key in ("llm", "vision_tower", "projector", "tokenizer"):
+        path = getattr(model, key)
+        if isinstance(path, Path):
+            paths = paths_behind(path)
+            if len(paths) != 1:
+                raise UserError(
+                    f"model.{key}: a part of it was masked in run_config.json, and {len(paths)} paths here match {path}; "
+                    "make that very path a link to the one that was trained with"
+                )
+            found[key] = paths[0]
+    return model.model_copy(update=found)
+
+
 def _of_run(run: Config, model: ModelConfig, weights: dict[str, Tensor]) -> _Subject:
+    model = _unmasked(model)
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     return _Subject(model, weights, dtype, run.data.template, run.data.image_policy, run.data.max_tokens, run.data.legacy)
 

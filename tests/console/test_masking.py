@@ -1,13 +1,14 @@
 """Secrets are masked in what a run writes, says and sends, and nothing else is."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from fastllava.config import as_written, check_config
 from fastllava.config.strict_yaml import in_yaml
-from fastllava.console.masking import masked, masked_values
+from fastllava.console.masking import masked, masked_values, paths_behind
 from fastllava.errors import UserError
 
 HIDDEN = {
@@ -89,3 +90,17 @@ def settings_of_a_run(tmp_path):
         return {"stage": "pretrain", "output_dir": str(tmp_path), "model": {"llm": "llm"}, "data": {"records": "r.json"}, **sections}
 
     return make
+
+
+def test_a_masked_path_is_found_again_where_it_is_there(tmp_path):
+    for user in ("me", "you"):
+        (tmp_path / f"{user}:secret@mirror" / user).mkdir(parents=True)
+    written = Path(masked_values({"llm": str(tmp_path / "me:secret@mirror" / "me")})["llm"])
+    assert written == tmp_path / "***@mirror" / "me"
+    assert paths_behind(written) == [tmp_path / "me:secret@mirror" / "me"]
+    assert paths_behind(written.parent) == [tmp_path / f"{user}:secret@mirror" / "" for user in ("me", "you")]
+    assert paths_behind(tmp_path / "***@elsewhere") == []
+    written.parent.mkdir()
+    written.symlink_to(tmp_path)
+    assert paths_behind(written) == [written]
+    assert paths_behind(tmp_path / "nothing") == [tmp_path / "nothing"]

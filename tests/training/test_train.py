@@ -22,6 +22,7 @@ from fastllava.batch import Batch
 from fastllava.config import ParallelConfig, check_config
 from fastllava.distributed.sharding import check_replicas
 from fastllava.errors import UserError
+from fastllava.export import export
 from fastllava.train import run
 from fastllava.train.metrics.log import read_metrics
 from fastllava.train.metrics.summary import CLOSING_STEPS
@@ -418,6 +419,31 @@ def test_a_batch_that_finds_no_room_in_shared_memory_names_the_remedy_and_that_w
         train(settings(data={"workers": 1}))
     assert multiprocessing.active_children() == []
     assert train(settings(data={"workers": 0})).summary["status"] == "complete"
+
+
+def test_paths_that_are_masked_in_what_is_written_are_found_by_export_and_by_a_resume(settings, world, tmp_path):
+    owned = tmp_path / "me:hunter2secret@mirror"
+    for name in ("llm", "clip", "images"):
+        shutil.copytree(world / name, owned / name)
+    values = settings("finetune", model={"llm": str(owned / "llm"), "vision_tower": str(owned / "clip")}, train={"checkpoint_steps": 2})
+    values = {**values, "data": {**values["data"], "images": str(owned / "images")}, "output_dir": str(owned / "run")}
+    values["train"]["max_steps"] = 4
+    train(values)
+    # The result's config.json names the tower, as whoever loads it needs that.
+    written = [path.read_bytes() for path in (owned / "run").rglob("*") if path.is_file() and path.name != "config.json"]
+    assert not any(b"hunter2secret" in text for text in written)
+    export(owned / "run" / "checkpoint-2", "llava", tmp_path / "exported")
+    (owned / "run" / "run_summary.json").unlink()
+    shutil.rmtree(owned / "run" / "checkpoint-4")
+    assert train(values).summary["steps"] == 4
+    (owned / "llm").rename(owned / "elsewhere")
+    with pytest.raises(
+        UserError, match=r"model\.llm: a part of it was masked .* 0 paths here match .*\*\*\*@mirror/llm; make that very path"
+    ):
+        export(owned / "run" / "checkpoint-2", "llava", tmp_path / "again")
+    (tmp_path / "***@mirror").mkdir()
+    (tmp_path / "***@mirror" / "llm").symlink_to(owned / "elsewhere")
+    export(owned / "run" / "checkpoint-2", "llava", tmp_path / "again")
 
 
 def test_too_little_gpu_memory_names_the_keys_and_keeps_the_state(settings, tmp_path, monkeypatch):

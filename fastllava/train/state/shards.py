@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -30,7 +30,7 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes)
     """Write each process's part of `tensors` into `folder`, synced; all `processes` together. Raises OSError."""
     with _quiet():
         try:
-            dcp_save(tensors, storage_writer=FileSystemWriter(folder, sync_files=True), **_group(processes))
+            dcp_save(tensors, storage_writer=_Writer(folder, sync_files=True), **_group(processes))
         except CheckpointException as error:
             # It derives from BaseException, so an `except OSError` further up would let it through.
             causes = [cause for cause, _ in error.failures.values()]
@@ -58,6 +58,13 @@ def read_weights(folder: Path, prefix: str) -> dict[str, Tensor]:
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described if name.startswith(prefix)}  # pyright: ignore[reportAttributeAccessIssue] (read_metadata finds tensors only)
     read_shards(tensors, folder)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer of files, which keeps to itself where they were written: the path may hold a password, and nobody reads it."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        return None
 
 
 class _Reader(FileSystemReader):
