@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | plan | certify | inspect | export | toggles | bench`."""
+"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | toggles | bench`."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_m
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Train LLaVA-1.5, both stages.")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, such as configs/llava15_7b_pretrain.yaml")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML config, or the name of a shipped one")]
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]
 
@@ -87,6 +87,14 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     if result.stopped_by is not None:
         # The shell's convention for a stop by signal, so that `train A && train B` does not go on.
         raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command("config")
+def config_command(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the config as a run reads it: every key, with the stage's defaults and what is changed here."""
+    from fastllava.config.load import resolved
+
+    sys.stdout.write(resolved(load_config(config, overrides or ())))
 
 
 @app.command("plan")

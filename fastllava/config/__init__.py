@@ -16,13 +16,11 @@ from fastllava.config.keys import (
     Rows,
     Stage,
     TrainConfig,
-    as_written,
-    check_config,
     key_names,
-    load_config,
     marked,
     projector_name,
     same_training,
     value_of,
     without_levers,
 )
+from fastllava.config.load import as_written, check_config, load_config

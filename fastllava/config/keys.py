@@ -1,22 +1,17 @@
-"""The configuration of a run: YAML plus `key=value` overrides, checked as a whole before anything starts.
-
-`load_config` merges the stage's defaults (the official recipe), the file and the overrides, in this order.
-"""
+"""The keys of a run's configuration: every section with its fields, their types, defaults and rules."""
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from fastllava.config.problems import did_you_mean, in_words
-from fastllava.config.strict_yaml import in_yaml, parse_yaml
-from fastllava.console.masking import masked_values
-from fastllava.console.printable import quoted, shortened
-from fastllava.errors import UserError
+from fastllava.config.problems import did_you_mean
+from fastllava.config.strict_yaml import in_yaml
+from fastllava.console.printable import shortened
 from fastllava_kernels import rooms
 
 Stage = Literal["pretrain", "finetune"]
@@ -302,46 +297,6 @@ class Config(Section):
         return self
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration from the YAML file at `path` and `key=value` words such as `optim.lr=2e-5`.
-
-    Raises UserError that lists every problem, each in one line that names the key, what was given and what to write.
-    """
-    try:
-        given = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give the path of a YAML config") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not text in UTF-8; give the path of a YAML config") from None
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: holds {in_yaml(given)}, not keys; a config holds lines such as 'stage: pretrain'")
-    for word in overrides:
-        _set_override(given, word)
-    return check_config(given)
-
-
-def check_config(given: Mapping[str, Any]) -> Config:
-    """A Config from a plain mapping; the stage's defaults fill what it leaves out. Raises UserError like `load_config`."""
-    defaults = STAGE_DEFAULTS.get(str(given.get("stage")), {})
-    merged: dict[str, Any] = dict(given)
-    for section in SECTIONS:
-        # A section whose keys are all commented out reads as null.
-        value = {} if merged.get(section) is None else merged[section]
-        merged[section] = {**defaults.get(section, {}), **value} if isinstance(value, Mapping) else value
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as error:
-        # Without a stage there are no defaults, and complaints about missing keys would hide the one that matters.
-        problems = [p for p in error.errors() if defaults or p["type"] != "missing" or p["loc"] == ("stage",)]
-        raise UserError(in_words(problems, list(key_names()), dict(_defaults()))) from None
-
-
-def as_written(config: Config) -> dict[str, Any]:
-    """`config` as plain values for what a run writes, says or sends: without secrets."""
-    return masked_values(config.model_dump(mode="json"))
-
-
 def key_names(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted config key, such as 'optim.lr'."""
     for name, field in model.model_fields.items():
@@ -351,11 +306,11 @@ def key_names(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
             yield f"{prefix}{name}"
 
 
-def _defaults(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def default_values(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every dotted key that has a default, and it."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _defaults(field.annotation, f"{prefix}{name}.")
+            yield from default_values(field.annotation, f"{prefix}{name}.")
         elif field.default is not None and not field.is_required():
             yield f"{prefix}{name}", field.default
 
@@ -386,25 +341,3 @@ def marked(mark: str) -> Iterator[tuple[str, FieldInfo]]:
         model = Config.model_fields[section].annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
             yield from ((f"{section}.{name}", field) for name, field in model.model_fields.items() if mark in field.metadata)
-
-
-def _set_override(given: dict[str, Any], word: str) -> None:
-    key, separator, text = word.partition("=")
-    named = f"override {quoted(word)}"
-    if not separator or not all(key.split(".")):
-        raise UserError(f"{named}: is not of the form key=value; write for example optim.lr=2e-5")
-    *sections, name = key.split(".")
-    target = given
-    for section in sections:
-        inner: Any = target.get(section)
-        if section == "kernels" and isinstance(inner, str):
-            inner = dict.fromkeys(rooms(), inner)
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"{named}: {section} holds {in_yaml(inner)} and has no keys of its own; write {section}=VALUE")
-        # A copy: YAML anchors may have put one mapping in two places.
-        inner = dict(inner)
-        target[section] = inner
-        target = inner
-    target[name] = parse_yaml(text, named)

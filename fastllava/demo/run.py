@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from fastllava.config import Config, ModelConfig, load_config
+from fastllava.config.load import SHIPPED
 from fastllava.data.images import load_image
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.demo.answers import Accuracy, compare, greedy
@@ -27,7 +28,6 @@ from fastllava.model.weights import load_llava
 from fastllava.train import run
 from fastllava.train.startup import choose_device, speaker
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAMP = "demo.json"
 
 
@@ -101,8 +101,6 @@ def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[
 
 def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, Config]:
     """The shipped configs of both stages, with `out` in the place of their folder demo/."""
-    if not CONFIGS.is_dir():
-        raise UserError(f"demo: its configs are not at {CONFIGS}; run it from a checkout that was installed with pip install -e .")
 
     def load(stage: str) -> Config:
         places = {
@@ -116,7 +114,7 @@ def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, C
         if stage == "finetune":
             places["model.projector"] = out / "pretrain" / "mm_projector.safetensors"
         words = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-        return load_config(CONFIGS / f"demo_{stage}.yaml", [*words, *overrides])
+        return load_config(SHIPPED / f"demo_{stage}.yaml", [*words, *overrides])
 
     return load("pretrain"), load("finetune")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastllava.config import Config, check_config, key_names, load_config
-from fastllava.config.keys import _defaults
+from fastllava.config.keys import default_values
 from fastllava.errors import UserError
 from fastllava_kernels import rooms
 
@@ -357,7 +357,7 @@ def test_no_message_copies_a_huge_value(word, tmp_path):
     assert len(str(told.value)) < 700
 
 
-@pytest.mark.parametrize("key", [key for key, default in _defaults() if isinstance(default, int | float) and not isinstance(default, bool)])
+@pytest.mark.parametrize("key", [key for key, value in default_values() if isinstance(value, int | float) and not isinstance(value, bool)])
 def test_the_number_that_a_message_proposes_is_taken(key, tmp_path):
     with pytest.raises(UserError, match=rf"{re.escape(key)}: 'no' is no (whole )?number; write one such as ") as told:
         load(tmp_path, BASE, f"{key}='no'")
