@@ -82,7 +82,7 @@ def test_every_command_is_run_or_said_to_be_run_elsewhere() -> None:
     assert [command for command in run if words_of_fastllava(command) is None] == []
     assert [command for command in ELSEWHERE if command not in COMMANDS] == []
     assert len(run) >= 10
-    for name in ("train", "prepare", "plan", "certify", "inspect", "export", "toggles"):
+    for name in ("train", "prepare", "config", "plan", "certify", "inspect", "export", "toggles"):
         assert any(f"fastllava {name}" in command for command in run), name
 
 
