@@ -29,7 +29,7 @@ def make(world, peak, n=6):
             "train": {"global_batch": 4, "reference_micro_batch": 2, "micro_batch_tokens": 1000},
         }
     )
-    accounting = Accounting(LLAMA, CLIP, 1, ((8, 8), (8, 8)), "finetune")
+    accounting = Accounting(LLAMA, CLIP, 1, 4 * 2.0 * (2 * 64 + 3 * 64), "finetune")
     lengths = SampleLengths(rows, np.full(n, 3, np.int32), images, np.where(images, 1, -1).astype(np.int32))
     return Throughput(Plan(lengths, config.data, config.train, accounting.cost(), world), accounting, peak)
 
