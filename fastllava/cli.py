@@ -65,8 +65,9 @@ def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check and tokenise the records once; bad ones go to quarantine.jsonl with a reason."""
     talk_to_whoever_listens()
+    from fastllava.console.speaker import speaker
     from fastllava.distributed.processes import ALONE
-    from fastllava.train.startup import prepare_data, speaker
+    from fastllava.train.dataset import prepare_data
     from fastllava.train.watch.watchdog import Watchdog
 
     say, checked = speaker(Console()), load_config(config, overrides or ())
@@ -113,13 +114,14 @@ def plan_command(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the plan there too")] = None,
 ) -> None:
     """Foresee memory, time and their limit for a run on GPUs that are not here; no weight is read."""
+    from fastllava.console.speaker import speaker
     from fastllava.model.weights import read_origin
     from fastllava.planner.drawn import draw_like
     from fastllava.planner.gpus import gpu_named
     from fastllava.planner.plan import plan_stage
     from fastllava.planner.report import as_json, lines
     from fastllava.planner.sizes import write_configs
-    from fastllava.train.startup import prepare_data, speaker
+    from fastllava.train.dataset import prepare_data
 
     say, chosen = speaker(Console()), gpu_named(gpu)
     overrides = [word for word in configs if "=" in word]
@@ -159,7 +161,7 @@ def certify(
     with first_of_machine_speaks():
         checked = load_config(config, overrides or ())
         from fastllava.certify.run import certify as run_certify
-        from fastllava.train.startup import speaker
+        from fastllava.console.speaker import speaker
 
         given = None if truth is None else truth.value
         certificate = run_certify(
@@ -183,7 +185,7 @@ def inspect(
 ) -> None:
     """Show what the records become: ids, and which of them are supervised."""
     from fastllava.data.inspect import inspect_records, render_text
-    from fastllava.train.startup import load_tokenizer
+    from fastllava.train.dataset import load_tokenizer
 
     if legacy not in (None, "true", "false"):
         raise UserError(f"--legacy: '{legacy}' is neither true nor false")
@@ -204,8 +206,8 @@ def export(
 ) -> None:
     """Write a checkpoint that other tools load, read it back and compare."""
     talk_to_whoever_listens()
+    from fastllava.console.speaker import speaker
     from fastllava.export import export as run_export
-    from fastllava.train.startup import speaker
 
     run_export(checkpoint, layout.value, out, speaker(Console()))
 

@@ -27,10 +27,10 @@ from fastllava.optim.low_bit import check_low_bit
 from fastllava.planner.drawn import CAP, Samples, draw
 from fastllava.planner.sizes import Size
 from fastllava.train import train_step
+from fastllava.train.machine import check_fp8, check_fp8_widths, set_tf32
 from fastllava.train.metrics.flops import Accounting, Flops, Work
 from fastllava.train.metrics.log import DeviceScalars
 from fastllava.train.stages import prepare_stage
-from fastllava.train.startup import check_fp8, check_fp8_widths, set_tf32
 
 DRAWN = 2048
 """Samples to plan from: 8 steps of the larger global batch."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from benches.lib.ours import Fastllava, Run, tensor_bytes
 from fastllava.data.loader import Sample
 from fastllava.data.plan import Step
+from fastllava.train.machine import set_tf32
 from fastllava.train.metrics.flops import Accounting, Flops, Work
 from fastllava.train.metrics.log import DeviceScalars
-from fastllava.train.startup import set_tf32
 
 Tensors = dict[str, Any]
 

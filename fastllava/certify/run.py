@@ -12,15 +12,16 @@ from fastllava.certify.page import Certificate, as_json, lines
 from fastllava.certify.selection import Selection, choose
 from fastllava.certify.variants import TRUTH, VARIANTS, Contents, Variants
 from fastllava.config import Config
+from fastllava.console.speaker import Say
 from fastllava.data.loader import read_sample, steps
 from fastllava.data.plan import Plan
 from fastllava.distributed.processes import ALONE
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
 from fastllava.model.weights import load_llava
-from fastllava.train.loop import check_run
+from fastllava.train.dataset import prepare_data
+from fastllava.train.machine import check_run
 from fastllava.train.metrics.flops import Accounting
-from fastllava.train.startup import Say, prepare_data
 
 TRUTHS = {"fp32": torch.float32, "fp64": torch.float64}
 TEXT, JSON = "certificate.txt", "certificate.json"

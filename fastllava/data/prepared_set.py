@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ class PreparedSet:
     def named(self, name: str) -> list[int]:
         """The samples whose record is called `name`."""
         return [i for i, found in enumerate(self._table.column("id").to_pylist()) if found == name]
+
+    def names(self, samples: Iterable[int]) -> list[str]:
+        """What the records of these samples are called, in their order."""
+        return [self.row(int(i)).id for i in samples]
 
     def _column(self, name: str, dtype: type) -> NDArray:
         return self._table.column(name).to_numpy().astype(dtype, copy=False)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fastllava.config import Config, ModelConfig, load_config
 from fastllava.config.load import SHIPPED
+from fastllava.console.speaker import speaker
 from fastllava.data.images import load_image
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.demo.answers import Accuracy, compare, greedy
@@ -26,7 +27,7 @@ from fastllava.model.execution import Execution
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.train import run
-from fastllava.train.startup import choose_device, speaker
+from fastllava.train.machine import choose_device
 
 STAMP = "demo.json"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,68 +41,65 @@ class Processes:
         """Whether this is the one that prepares, speaks and writes."""
         return self.rank == 0
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every process runs, and in which none may wait for another: when it fails in one, all raise that error."""
+        failed = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self._raise_any(failed)
+
+    @contextmanager
+    def first_speaks(self) -> Iterator[None]:
+        """A block in which every process comes to the same UserError, if to any: only the first of them tells it."""
+        try:
+            yield
+        except UserError as error:
+            raise error if self.first else ToldElsewhere(str(error)) from None
+
     def on_first(self, action: Callable[[], T]) -> T:
         """What `action` returns on the first process, which alone runs it; when it fails, its error on every process."""
+        with self.together():
+            outcome: list[Any] = [action() if self.first else None]
+        if self.world > 1:
+            with collective():
+                dist.broadcast_object_list(outcome, src=0, group=self.host)
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The `value` of each process, in the order of their ranks."""
         if self.world == 1:
-            return action()
-        value, error = attempt(action) if self.first else (None, None)
-        outcome = [value, _for_others(error)]
-        with peers():
-            dist.broadcast_object_list(outcome, src=0, group=self.host)
-        if error is not None:
-            raise error
-        value, error = outcome
-        if error is not None:
-            _raise_anothers(error)
-        return value
+            return [value]
+        values: list[Any] = [None] * self.world
+        with collective():
+            dist.all_gather_object(values, value, group=self.host)
+        return values
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Run `action`, in which no process may wait for another, on every process; when one fails, all raise its error."""
-        values: list[T] = []
-        self.gather(lambda: values.append(action()))
-        return values[0]
-
-    def gather(self, action: Callable[[], T]) -> list[T]:
-        """What `action`, in which no process may wait for another, returns on each process; when one fails, all raise its error."""
-        if self.world == 1:
-            return [action()]
-        outcomes: list[Any] = [None] * self.world
-        value, mine = attempt(action)
-        with peers():
-            dist.all_gather_object(outcomes, (value, _for_others(mine)), group=self.host)
-        for rank, (_, error) in enumerate(outcomes):
-            if error is not None:
-                _reraise(mine if rank == self.rank else None)
-                _raise_anothers(error)
-        return [value for value, _ in outcomes]
-
-    def agree(self, failed: Exception | None = None, *numbers: int) -> list[int]:
+    def vote(self, failed: Exception | None = None, *numbers: int) -> list[int]:
         """The largest value that each of `numbers` has on any process. When one `failed`, all raise its error instead.
 
         One all-reduce of a few bytes between the hosts.
         """
         if self.world == 1:
-            _reraise(failed)
+            self._raise_any(failed)
             return list(numbers)
         values = torch.tensor([int(failed is not None), *numbers], dtype=torch.int32)
-        with peers():
+        with collective():
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self.host)
         any_failed, *largest = values.tolist()
         if any_failed:
-            self.gather(lambda: _reraise(failed))
+            self._raise_any(failed)
         return largest
 
-    def voiced(self, error: UserError) -> UserError:
-        """`error`, which every process has come to alike, for the first of them to tell."""
-        return error if self.first else ToldElsewhere(str(error))
-
-    @contextmanager
-    def alike(self) -> Iterator[None]:
-        """Let only the first process tell a UserError in this block, which every process comes to alike."""
-        try:
-            yield
-        except UserError as error:
-            raise self.voiced(error) from None
+    def _raise_any(self, failed: Exception | None) -> None:
+        """Raise the error of the first process that `failed`, on all of them; nothing happens where none did."""
+        for rank, error in enumerate(self.gather(_for_others(failed))):
+            if error is not None:
+                if failed is not None and rank == self.rank:
+                    raise failed
+                raise _anothers(error) from None
 
     def total(self, value: Tensor) -> Tensor:
         """`value`, summed over the processes in place. On GPUs the host does not wait."""
@@ -148,22 +145,14 @@ def processes() -> Iterator[Processes]:
 
 
 @contextmanager
-def peers() -> Iterator[None]:
-    """A collective that fails because a process has gone raises PeerLost."""
+def collective() -> Iterator[None]:
+    """A block of collective operations: when one fails because a process has gone, PeerLost is raised."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST):
             raise PeerLost("another process of this run has ended") from None
         raise
-
-
-def attempt(action: Callable[[], T]) -> tuple[Any, Exception | None]:
-    """What `action` returns, and None; or None, and what it raised."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
 
 
 def _for_others(error: Exception | None) -> Exception | None:
@@ -175,13 +164,8 @@ def _for_others(error: Exception | None) -> Exception | None:
     return ToldElsewhere(f"{type(error).__name__}: {error}")
 
 
-def _reraise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-def _raise_anothers(error: Exception) -> NoReturn:
-    raise DiskElsewhere(*error.args) if isinstance(error, OSError) else ToldElsewhere(str(error))
+def _anothers(error: Exception) -> Exception:
+    return DiskElsewhere(*error.args) if isinstance(error, OSError) else ToldElsewhere(str(error))
 
 
 def _number(name: str, default: int | None = None) -> int:

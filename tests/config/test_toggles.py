@@ -5,7 +5,7 @@ import torch
 from fastllava import cli
 from fastllava.config import check_config, key_names
 from fastllava.config.toggles import kernel_toggles, train_toggles
-from fastllava.train.startup import set_tf32
+from fastllava.train.machine import set_tf32
 from fastllava_kernels import rooms
 
 CPU = torch.device("cpu")

@@ -71,7 +71,7 @@ def test_a_message_about_a_config_tells_no_secret(settings_of_a_run):
 
 
 def test_a_line_on_the_screen_tells_no_secret(capsys):
-    from fastllava.train.startup import speaker
+    from fastllava.console.speaker import speaker
 
     speaker(Console())("in https://me:s3krit@host/p")
     assert capsys.readouterr().out == "in https://***@host/p\n"

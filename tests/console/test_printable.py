@@ -7,8 +7,8 @@ from rich.console import Console
 
 from fastllava import cli
 from fastllava.console.printable import printable, quoted, shortened
+from fastllava.console.speaker import speaker
 from fastllava.errors import UserError
-from fastllava.train.startup import speaker
 
 # Title and clear screen (7 bits and 8 bits), carriage return, delete, right-to-left override, isolates, line separator, half a character.
 ACTS = [

@@ -15,8 +15,8 @@ from fastllava.model.compiled import whole_graph
 from fastllava.model.execution import Execution
 from fastllava.model.layers import Linear, linear
 from fastllava.model.weights import load_llava, read_origin
+from fastllava.train.machine import check_fp8, check_fp8_widths
 from fastllava.train.stages import prepare_stage
-from fastllava.train.startup import check_fp8, check_fp8_widths
 
 float8_linear = pytest.importorskip("torchao.float8.float8_linear", reason="torchao is not installed")
 fp8 = pytest.importorskip("fastllava.model.fp8")

@@ -22,7 +22,9 @@ from fastllava.data.checks import BadRecord
 from fastllava.data.images import ImageError
 from fastllava.errors import UserError
 from fastllava.model import compiled
+from fastllava.model.llava import Llava
 from fastllava.train import loop as train
+from fastllava.train import machine
 from fastllava.train.state import shards
 
 # CUDA does not outlive a fork.
@@ -61,7 +63,7 @@ def _connected(rank: int, count: int, folder: str, jobs: Sequence[Job], log: Pat
         own = Path(f"{log}.{number}.{rank}")
         with pytest.MonkeyPatch.context() as patch:
             # To compile takes longer than all else together.
-            patch.setattr(train, "check_compiler", lambda *_: None)
+            patch.setattr(machine, "check_compiler", lambda *_: None)
             patch.setattr(compiled, "whole_graph", _in_place_of_a_graph)
             if fate is not None and rank == count - 1:
                 stop_after(patch, fate) if isinstance(fate, int) else MISHAPS[fate](patch)
@@ -123,13 +125,13 @@ def _picture_is_bad(patch: pytest.MonkeyPatch) -> None:
 
 
 def _loss_overflows(patch: pytest.MonkeyPatch) -> None:
-    honest, computed = train.Llava.forward, []
+    honest, computed = Llava.forward, []
 
     def forward(model: Any, batch: Any) -> Any:
         computed.append(1)
         return honest(model, batch) * (float("nan") if len(computed) == 4 else 1.0)
 
-    patch.setattr(train.Llava, "forward", forward)
+    patch.setattr(Llava, "forward", forward)
 
 
 def _disk_fills_up(patch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,10 @@ from parallel_runs import METHOD
 from fastllava import cli
 from fastllava.data import loader
 from fastllava.errors import UserError
+from fastllava.model.llava import Llava
 from fastllava.optim import optim
+from fastllava.train import dataset, result, setup, step
 from fastllava.train import loop as train
-from fastllava.train import startup, step
 from fastllava.train.metrics import log as metrics
 from fastllava.train.state import checkpoint
 
@@ -27,22 +28,22 @@ SOON = 15.0
 
 # Where it goes wrong: what is replaced, and on which process, the first or the last.
 PHASES = {
-    "prepare": (startup, "prepare_data", "first"),
+    "prepare": (dataset, "prepare_data", "first"),
     "check": (train, "check_run", "last"),
-    "weights": (train, "load_llava", "last"),
-    "optimizer": (train, "build_optimizer", "last"),
+    "weights": (setup, "load_llava", "last"),
+    "optimizer": (setup, "build_optimizer", "last"),
     "fetch": (loader, "load_image", "last"),
     "rate": (train, "set_lr", "last"),
-    "forward": (train.Llava, "forward", "last"),
+    "forward": (Llava, "forward", "last"),
     "backward": (step, "gradient_norm", "last"),
     "guard": (optim.FiniteGuard, "watch", "last"),
     "numbers": (metrics.DeviceScalars, "read", "last"),
     "record": (metrics.Metrics, "write", "first"),
     "save": (checkpoint, "_complete", "first"),
     "rotate": (checkpoint, "keep_last", "first"),
-    "gather": (train, "gather_result", "last"),
-    "result": (train, "write_result", "first"),
-    "summary": (train, "write_summary", "first"),
+    "gather": (result, "gather_result", "last"),
+    "result": (result, "write_result", "first"),
+    "summary": (result, "write_summary", "first"),
 }
 MISHAPS = {
     "user": lambda: UserError("data.images: it is so"),
@@ -121,7 +122,7 @@ def _command(rank, count, path, phase, mishap, folder):
             raise MISHAPS[mishap]()
 
         setattr(where, name, fails)
-    train.plot_loss = lambda *_: None
+    result.plot_loss = lambda *_: None
     sys.argv = ["fastllava", "train", str(path)]
     cli.main()
 

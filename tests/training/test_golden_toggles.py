@@ -11,6 +11,7 @@ from golden_trace import check_equal, config_of
 from fastllava.config import check_config
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.train import loop as train
+from fastllava.train import machine
 from fastllava.train.metrics.log import read_metrics
 from fastllava_kernels import rooms
 from fastllava_kernels._device.launch import INTERPRETED
@@ -66,7 +67,7 @@ def training_tables():
 def run_interpreted(config: dict, monkeypatch, **choice: str) -> dict[str, str]:
     """Train with Triton kernels on CPU tensors, which a config could not ask for; the implementation of each room in use."""
     ops = Ops(choose_ops({}, CPU, FP32).chosen | choice)
-    monkeypatch.setattr(train, "choose_ops", lambda *_, **__: ops)
+    monkeypatch.setattr(machine, "choose_ops", lambda *_, **__: ops)
     return implementations(train.run(check_config(config)))
 
 

@@ -23,9 +23,9 @@ from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava, read_origin
 from fastllava.planner.simulate import FROZEN, MicroBatch, gpu_ops, simulate
 from fastllava.train import run
+from fastllava.train.dataset import prepare_data
 from fastllava.train.metrics.flops import Accounting
 from fastllava.train.metrics.log import read_metrics
-from fastllava.train.startup import prepare_data
 
 PATCHES, TOKENS = 16, 4
 PROJECTOR = "mlp_downsample"

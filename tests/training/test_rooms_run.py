@@ -18,9 +18,9 @@ from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
 from fastllava.optim import FiniteGuard, build_optimizer
 from fastllava.train import run, train_step
+from fastllava.train.dataset import prepare_data
 from fastllava.train.metrics.flops import Accounting
 from fastllava.train.stages import prepare_stage
-from fastllava.train.startup import prepare_data
 from fastllava_kernels import rooms
 from fastllava_kernels.room import SEPARATE, Room, why_not
 

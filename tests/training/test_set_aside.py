@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from fastllava.config import check_config
 from fastllava.errors import UserError
 from fastllava.train import Trainer, run
+from fastllava.train.dataset import prepare_data
 from fastllava.train.metrics.log import read_metrics
-from fastllava.train.startup import prepare_data
 from fastllava.train.state import checkpoint
 from fastllava.train.state.set_aside import SET_ASIDE
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastllava.config import OptimConfig, check_config
+from fastllava.model.llava import Llava
 from fastllava.optim import FiniteGuard, build_optimizer
 from fastllava.optim.spikes import FEWEST, WINDOW, Recent, checked
 from fastllava.train import loop as train
@@ -117,13 +118,13 @@ def test_rows_that_are_none_are_refused(rows: Any):
 
 def spiking(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """The `call`-th forward from here on gives a hundred times its loss."""
-    honest, calls = train.Llava.forward, []
+    honest, calls = Llava.forward, []
 
     def forward(model: Any, batch: Any) -> Any:
         calls.append(1)
         return honest(model, batch) * (100.0 if len(calls) == call else 1.0)
 
-    monkeypatch.setattr(train.Llava, "forward", forward)
+    monkeypatch.setattr(Llava, "forward", forward)
 
 
 def test_a_spike_is_flagged_and_skipped_alike_after_a_resume(settings, tmp_path, monkeypatch, capsys):

@@ -203,7 +203,7 @@ def test_an_image_that_vanishes_before_a_run_is_counted_and_its_return_noticed(s
     for path in (world / "images").iterdir():
         (images / path.name).write_bytes(path.read_bytes())
     values = settings(data={"images": str(images), "shuffle": False, "workers": 1})
-    from fastllava.train.startup import prepare_data
+    from fastllava.train.dataset import prepare_data
 
     prepare_data(check_config(values), lambda _: None)
     (images / "9.png").unlink()
@@ -534,7 +534,7 @@ def test_there_is_no_checkpoint_before_the_first_step(settings, tmp_path, monkey
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("no Qt"), ValueError("'Qt4Agg' is no\nbackend")])
 def test_a_plot_that_cannot_be_drawn_is_one_line_after_the_result(error, settings, tmp_path, monkeypatch, capsys):
-    import fastllava.train.loop as module
+    import fastllava.train.result as module
 
     def fails(*_):
         assert json.loads((tmp_path / "run" / "run_summary.json").read_text())["status"] == "complete"

@@ -17,6 +17,7 @@ from fastllava.config import check_config
 from fastllava.data import loader, rows
 from fastllava.distributed.processes import ALONE
 from fastllava.train import loop as train
+from fastllava.train.state import checkpoint
 from fastllava.train.watch.standstill import Phase
 from fastllava.train.watch.watchdog import STUCK, Watchdog
 
@@ -149,13 +150,13 @@ def slow(seconds):
             return honest_load_image(*args)
 
         loader.load_image = load_image
-        honest = train.checkpoint.save
+        honest = checkpoint.save
 
         def save(*args, **named):
             time.sleep(2 * SECONDS * (rank == 0))
             return honest(*args, **named)
 
-        train.checkpoint.save = save
+        checkpoint.save = save
 
     return deed
 

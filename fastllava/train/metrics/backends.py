@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from fastllava.config import Config, LogConfig, as_written
-from fastllava.console.masking import masked
-from fastllava.console.printable import printable
+from fastllava.console.speaker import speaker
 from fastllava.disk import read_json_object, write_json
 from fastllava.errors import UserError
 
@@ -96,7 +95,7 @@ class Backend:
 
 
 def _say(line: str) -> None:
-    Console(stderr=True).print(printable(masked(line)), highlight=False, soft_wrap=True, markup=False, emoji=False)
+    speaker(Console(stderr=True))(line)
 
 
 def _open_tensorboard(config: Config, first_step: int) -> Opened:

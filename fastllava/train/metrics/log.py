@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastllava.config import Config
-from fastllava.console.masking import masked
-from fastllava.console.printable import printable
+from fastllava.console.speaker import speaker
 from fastllava.train.metrics.backends import Backend
 from fastllava.train.metrics.lines import Lines
 
@@ -64,7 +63,7 @@ class Metrics:
     def __init__(self, config: Config, first_step: int, n_steps: int, console: Console) -> None:
         self._path = config.output_dir / METRICS_FILE
         self._n_steps = n_steps
-        self._console = console
+        self._console, self._say = console, speaker(console)
         self._config = config
         rows, self._damaged = _sorted_out(config.output_dir)
         self._kept = [row for row in rows if row["step"] < first_step]
@@ -106,9 +105,6 @@ class Metrics:
             file.writelines(line + b"\n" for line in self._damaged)
         what = "1 line is no row" if len(self._damaged) == 1 else f"{len(self._damaged)} lines are no rows"
         self._say(f"{self._path}: {what}: moved to {DAMAGED_FILE}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(printable(masked(line)), highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def write(self, row: Row) -> None:
         """Record one step."""

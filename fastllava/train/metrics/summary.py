@@ -50,6 +50,17 @@ def write_summary(
     return summary
 
 
+def figures_in_words(summary: Mapping[str, Any]) -> str:
+    """Loss and rates of a finished run, as far as its metrics tell."""
+    if summary["closing_loss"] is None or not summary["samples_per_second"]:
+        return f"{summary['samples']:,} samples; rows of metrics.jsonl are missing, so loss and rates are not told"
+    return (
+        f"loss {summary['closing_loss']:.4f} (mean of the last {summary['closing_steps']} steps), "
+        f"{summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
+        f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
+    )
+
+
 def describe_result(output_dir: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Size and hash of each file of the result, by name below `output_dir`: what a summary holds as `result`."""
     return described_all(output_dir, [file.relative_to(output_dir).as_posix() for file in files])

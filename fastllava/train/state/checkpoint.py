@@ -88,10 +88,16 @@ def save(
     state["set_aside"] = sorted((set_aside or {}).items())
     with writing(output_dir, sum(tensor.nbytes for tensor in tensors.values())):
         try:
-            processes.on_first(lambda: _make_anew(beside))
+            with processes.together():
+                if processes.first:
+                    _make_anew(beside)
             write_shards(tensors, beside / _TENSORS, processes)
-            hashed = processes.gather(lambda: _shards_of(beside / _TENSORS, processes.rank))
-            processes.on_first(lambda: _complete(beside, final, config, {**state, "recent": recent(optimizer).rows()}, hashed))
+            with processes.together():
+                mine = _shards_of(beside / _TENSORS, processes.rank)
+            hashed = processes.gather(mine)
+            with processes.together():
+                if processes.first:
+                    _complete(beside, final, config, {**state, "recent": recent(optimizer).rows()}, hashed)
         except OSError:
             if processes.first:
                 shutil.rmtree(beside, ignore_errors=True)

@@ -39,9 +39,9 @@ def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
     drawn = model.projector_source == "fresh"
     tensors = {name: tensor for name, tensor in sorted(model.named_parameters()) if not (drawn and name.startswith("projector."))}
     mine = list(tensors)[processes.rank :: processes.world]
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-        parts = processes.gather(lambda: dict(zip(mine, threads.map(_hashed, (tensors[name] for name in mine)), strict=True)))
-    hashes = {name: value for part in parts for name, value in part.items()}
+    with processes.together(), ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+        hashed = dict(zip(mine, threads.map(_hashed, (tensors[name] for name in mine)), strict=True))
+    hashes = {name: value for part in processes.gather(hashed) for name, value in part.items()}
     weights = {part: _together({name: hashes[name] for name in tensors if name.startswith(f"{part}.")}) for part in KEYS}
     if drawn:
         # From the seed, which the config holds.

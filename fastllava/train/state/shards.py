@@ -42,7 +42,8 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes)
 
 def read_shards(tensors: dict[str, Tensor], folder: Path, processes: Processes = ALONE) -> None:
     """Fill `tensors` in place from `folder`, by name; all `processes` together. Raises UserError when they do not fit."""
-    reader = processes.together(lambda: _Reader(folder))
+    with processes.together():
+        reader = _Reader(folder)
     with _quiet():
         try:
             dcp_load(tensors, storage_reader=reader, **_group(processes))
