@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 import yaml
-from parallel_runs import launch, stop_after
+from parallel_runs import METHOD, launch, stop_after
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -209,6 +210,11 @@ def test_torchrun_starts_again_what_was_killed(settings, world, tmp_path):
 
 @pytest.mark.parametrize(("frozen", "sharded"), [("shard", True), ("replicate", False)])
 def test_one_graph_of_everything_is_for_layers_that_are_whole(world, frozen, sharded):
+    # In a process of its own: what torch keeps of a fake group would reach the processes that later tests fork from this one.
+    torch.multiprocessing.start_processes(_place, (world, frozen, sharded), nprocs=1, start_method=METHOD)
+
+
+def _place(_, world, frozen, sharded):
     config = check_config(
         {
             "stage": "pretrain",
