@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: install  ## train both stages on the embedded default, about five minutes on two CPU cores
+demo: install  ## train both stages on the embedded default, two to five minutes on two CPU cores
 	$(BIN)/fastllava demo --out $(OUT)
 	@echo "The report is $(OUT)/report.html; everything the run left lies in $(OUT)/"
 
