@@ -59,7 +59,7 @@ _FROZEN_TOWER = "leave it out: the vision tower is frozen in both stages"
 _OPTIMIZER = (
     "leave it out: the optimizer is AdamW, and its numbers are optim.lr, optim.weight_decay, optim.beta1, optim.beta2 and optim.eps"
 )
-_PROFILE = "leave it out: metrics.jsonl has each step's times and operations, and fastllava bench step --profile FILE a table of them"
+_PROFILE = "leave it out: metrics.jsonl has each step's times and operations, and fastllava bench step --profile DIR writes a table of them"
 
 INSTEAD: Mapping[str, str] = {
     # LLaVA
