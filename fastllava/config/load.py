@@ -31,12 +31,13 @@ def shipped(path: Path) -> Path | None:
     return file if not path.exists() and path.parent in (Path(), Path("configs")) and file.is_file() else None
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration from the YAML file at `path` and `key=value` words such as `optim.lr=2e-5`.
 
     A `path` that is not there may be the name of a shipped config, as `shipped` finds it. Raises UserError that lists every problem,
     each in one line that names the key, what was given and what to write.
     """
+    path = Path(path)
     try:
         given = parse_yaml((shipped(path) or path).read_text(encoding="utf-8"), str(path))
     except OSError as error:

@@ -34,6 +34,7 @@ def test_a_file_that_is_there_is_no_shipped_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped(Path("demo_pretrain")) == shipped(Path("demo_pretrain.yaml")) == SHIPPED / "demo_pretrain.yaml"
     assert shipped(Path("elsewhere/demo_pretrain.yaml")) is None
+    assert load_config("demo_pretrain") == load_config(SHIPPED / "demo_pretrain.yaml")
     Path("demo_pretrain.yaml").write_text("stage: pretrain\n", encoding="utf-8")
     assert shipped(Path("demo_pretrain.yaml")) is None
     with pytest.raises(UserError, match=r"output_dir: is missing"):
