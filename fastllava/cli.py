@@ -19,7 +19,7 @@ from fastllava.config import load_config
 from fastllava.console.ending import end_soon, talk_to_whoever_listens
 from fastllava.console.masking import masked
 from fastllava.console.printable import printable
-from fastllava.console.stopping import second_signal_ends
+from fastllava.console.stopping import ends_imports, second_signal_ends
 from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_machine_speaks
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
@@ -248,6 +248,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # A terminal that knows ASCII alone gets the rest as escapes.
             stream.reconfigure(errors="backslashreplace")
+    ends_imports()
     with second_signal_ends():
         try:
             app()
@@ -256,13 +257,27 @@ def main() -> None:
         except (ToldElsewhere, DiskElsewhere):
             _leave(2)
         except UserError as error:
-            _leave(2, *(f"error: {line}" for line in printable(masked(str(error))).splitlines()))
+            _leave(130 if _interrupted(error) else 2, *(f"error: {line}" for line in printable(masked(str(error))).splitlines()))
         except OSError as error:
             _leave(2, f"error: {printable(str(error))}; make room or give access there, and start the same command again")
         except KeyboardInterrupt:
             _leave(130, "interrupted")
-        except Exception:
+        except Exception as error:
+            if _interrupted(error):
+                _leave(130, "interrupted")
             _leave(1, printable(masked(traceback.format_exc().rstrip())))
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether a Ctrl-C is behind `error`: a library that it hit while it was being imported raises an error of its own."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _leave(code: int, *lines: str) -> NoReturn:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,6 +48,26 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+
+
+def ends_imports() -> None:
+    """From here on a Ctrl-C while a module is imported ends the process with 130, as nothing has been begun that a kill would lose.
+
+    Elsewhere it raises KeyboardInterrupt as ever. Native modules do not stand that while they initialise: they report another error,
+    print a traceback or go on.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_or_interrupt)
+
+
+def _end_or_interrupt(number: int, frame: FrameType | None) -> None:
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"interrupted\n")
+            os._exit(128 + number)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
 
 
 @contextmanager

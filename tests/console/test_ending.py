@@ -144,3 +144,46 @@ def test_for_a_library_the_second_signal_acts_as_it_would_without():
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=10)[1]
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fastllava import cli
+import typer
+app = typer.Typer()
+@app.command()
+def run(how: str):
+    if how == "import":
+        import slow
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise ImportError("initialization failed") from error
+cli.app = app
+sys.argv[1:] = [sys.argv[2]]
+cli.main()
+"""
+SLOW = """
+import time
+print("importing", flush=True)
+try:
+    time.sleep(30)
+except KeyboardInterrupt as error:
+    raise ImportError("initialization failed") from error
+"""
+
+
+def test_ctrl_c_within_an_import_ends_the_process_whatever_the_module_makes_of_it(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    process = python(INTERRUPTED, tmp_path, "import", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_an_error_that_a_ctrl_c_is_behind_is_one(tmp_path):
+    process = python(INTERRUPTED, tmp_path, "error", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "interrupted\n")
