@@ -1,0 +1,13 @@
+"""The benchmarks by name, in the order of the original's table. One module a benchmark, named as `score` and `eval` take it."""
+
+from fastllava.errors import UserError
+from fastllava.evaluate.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in ()}
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark called `name`. Raises UserError that lists the names."""
+    if name not in BENCHMARKS:
+        raise UserError(f"no benchmark '{name}'; write one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
