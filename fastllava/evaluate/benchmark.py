@@ -25,7 +25,9 @@ class Score:
     figures: Mapping[str, float]
     """By the names of `score --json`, as the official code has them before it rounds for printing."""
     questions: list[dict[str, Any]]
-    """A row for each judged answer: `question_id`, `line` (Answer.line; None where there is no answer), `score` in [0, 1], `verdict` where the official code has one."""
+    """A row for each judged answer: `question_id`, `line` (that of the Answer, or None when there is none), `score` in [0, 1], and
+    `verdict` where the official code has one.
+    """
     warnings: list[str] = field(default_factory=list)
     """Where the official code would have given another figure, and which."""
 
