@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | toggles | bench`."""
+"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | score | toggles | bench`."""
 
 import io
 import json
@@ -21,6 +21,7 @@ from fastllava.console.masking import masked
 from fastllava.console.printable import printable
 from fastllava.console.stopping import ends_imports, second_signal_ends
 from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_machine_speaks
+from fastllava.evaluate import commands as evaluation
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
 
@@ -210,6 +211,9 @@ def export(
     from fastllava.export import export as run_export
 
     run_export(checkpoint, layout.value, out, speaker(Console()))
+
+
+app.command()(evaluation.score)
 
 
 @app.command()
