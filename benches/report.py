@@ -158,7 +158,7 @@ def plan_table(results: Path) -> str:
 
 def _foreseen(stage: Mapping[str, Any]) -> Sequence[str]:
     best = stage["chosen"]
-    memory = f"{best['peak_memory_bytes'] / GIB:.0f} of {stage['room_bytes'] / GIB:.0f}"
+    memory = f"{best['peak_memory_bytes'] / GIB:.0f} of {stage['usable_bytes'] / GIB:.0f}"
     figures = (f"{best['step_seconds']:.2f}", f"{best['mfu']:.0%}", f"{stage['hours']:.1f}")
     return (best["recompute"], f"{best['micro_batch_tokens']:,}", memory, *figures)
 

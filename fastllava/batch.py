@@ -63,7 +63,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def share_memory(self) -> "Batch":
-        """The same batch in memory that another process can map. Raises RuntimeError when there is no room for it."""
+        """The same batch in memory that another process can map. Raises RuntimeError when there is no space for it."""
         return self._map(lambda tensor: tensor.share_memory_() if tensor.numel() else tensor)
 
     def _map(self, change) -> "Batch":

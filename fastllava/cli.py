@@ -263,7 +263,7 @@ def main() -> None:
         except UserError as error:
             _leave(130 if _interrupted(error) else 2, *(f"error: {line}" for line in printable(masked(str(error))).splitlines()))
         except OSError as error:
-            _leave(2, f"error: {printable(str(error))}; make room or give access there, and start the same command again")
+            _leave(2, f"error: {printable(str(error))}; free space or give access there, and start the same command again")
         except KeyboardInterrupt:
             _leave(130, "interrupted")
         except Exception as error:

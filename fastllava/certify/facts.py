@@ -24,7 +24,7 @@ def of_step(part: Part, plan: Plan, prepared: PreparedSet) -> dict[str, Any]:
         "of": part.whole,
         "from": part.start,
         "ids": [prepared.row(int(i)).id for i in samples],
-        "rows": int(lengths.n_tokens[samples].sum()),
+        "tokens": int(lengths.n_tokens[samples].sum()),
         "supervised": int(lengths.n_supervised[samples].sum()),
         "images": int(lengths.n_images[samples].sum()),
         "micro_batches": len(part.step.micro_batches),

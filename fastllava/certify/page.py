@@ -22,7 +22,7 @@ class Certificate:
     facts: Mapping[str, Any]
     """What identifies the run and the machine; JSON."""
     steps: Sequence[Mapping[str, Any]]
-    """Each step's `step`, `samples` of `of`, `from`, `ids`, `rows`, `supervised`, `images`, `micro_batches`, `seconds` by variant."""
+    """Each step's `step`, `samples` of `of`, `from`, `ids`, `tokens`, `supervised`, `images`, `micro_batches`, `seconds` by variant."""
     figures: Sequence[Mapping[str, Mapping[str, Figures]]]
     """The figures of each step by variant, the truth included, and by name."""
     judged: Sequence[Judged]
@@ -115,7 +115,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         ids = ", ".join(step["ids"][:_IDS_SHOWN]) + (", ..." if len(step["ids"]) > _IDS_SHOWN else "")
         yield (
             f"step {step['step']:<4} {step['samples']} of its {step['of']} samples, from number {step['from']} on ({ids}): "
-            f"{step['rows']:,} rows, {step['supervised']:,} supervised, {step['images']} images, {step['micro_batches']} micro-batches"
+            f"{step['tokens']:,} tokens, {step['supervised']:,} supervised, {step['images']} images, {step['micro_batches']} micro-batches"
         )
     if len(steps) > _STEPS_SHOWN:
         yield f"         and {len(steps) - _STEPS_SHOWN} steps more"

@@ -101,4 +101,4 @@ def _write(certificate: Certificate, folder: Path) -> None:
         (folder / TEXT).write_text("\n".join(lines(certificate)) + "\n", encoding="utf-8")
         (folder / JSON).write_text(json.dumps(as_json(certificate), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out: {folder} could not be written ({error.strerror}); make room there or give another folder") from None
+        raise UserError(f"--out: {folder} could not be written ({error.strerror}); free space there or give another folder") from None

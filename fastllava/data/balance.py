@@ -42,13 +42,13 @@ def balance(n_tokens: NDArray[np.int32], cost: NDArray[np.int64], budget: int, w
 
     No rank's rows in a micro-batch exceed `budget`, but for a sample longer than that, which is alone. Within each micro-batch
     the ranks' operations are about equal. Longest processing time first (Graham 1969), then swaps between the heaviest bin and
-    light ones; first-fit decreasing (Johnson 1973) where room is too short for that. Ties go by position: one answer everywhere.
+    light ones; first-fit decreasing (Johnson 1973) where space is too short for that. Ties go by position: one answer everywhere.
     """
     rows, work = n_tokens.tolist(), cost.tolist()
     bins = _first_fit(rows, budget)
     count = _ceil(len(bins), world) * world
     bins += [[] for _ in range(count - len(bins))]
-    # An even spread needs more room than first fit, as a rule; now and then it finds a place for all in less.
+    # An even spread needs more space than first fit, as a rule; now and then it finds a place for all in less.
     while count and (spread := _longest_first(rows, work, budget, count)) is not None:
         bins, count = spread, count - world
     if world > 1:
@@ -63,7 +63,7 @@ def balance(n_tokens: NDArray[np.int32], cost: NDArray[np.int64], budget: int, w
 
 
 def _longest_first(rows: list[int], work: list[int], budget: int, count: int) -> list[list[int]] | None:
-    """Each sample, most work first, to the bin with the least so far that has room; None where one has no place."""
+    """Each sample, most work first, to the bin with the least so far that has space; None where one has no place."""
     bins: list[list[int]] = [[] for _ in range(count)]
     filled, loads = [0] * count, [0] * count
     for i in sorted(range(len(rows)), key=lambda i: -work[i]):
@@ -78,23 +78,23 @@ def _longest_first(rows: list[int], work: list[int], budget: int, count: int) ->
 
 
 def _first_fit(rows: list[int], budget: int) -> list[list[int]]:
-    """Each sample, longest first, to the first bin that has room."""
+    """Each sample, longest first, to the first bin that has space."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    space: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: -rows[i]):
-        first = next((b for b, left in enumerate(room) if rows[i] <= left), len(bins))
+        first = next((b for b, left in enumerate(space) if rows[i] <= left), len(bins))
         if first == len(bins):
             bins.append([])
-            room.append(budget)
+            space.append(budget)
         bins[first].append(i)
-        room[first] -= rows[i]
+        space[first] -= rows[i]
     return bins
 
 
 def _swap(bins: list[list[int]], rows: NDArray[np.int64], work: NDArray[np.int64], budget: int) -> None:
     """Make the heaviest bin lighter, by a swap or a move, as long as that helps; in place."""
     loads = np.array([work[chosen].sum() for chosen in bins])
-    room = budget - np.array([rows[chosen].sum() for chosen in bins])
+    space = budget - np.array([rows[chosen].sum() for chosen in bins])
     even = _EVEN * int(loads.sum()) / len(bins)
     for _ in range(8 * len(bins)):
         heavy = int(loads.argmax())
@@ -107,7 +107,7 @@ def _swap(bins: list[list[int]], rows: NDArray[np.int64], work: NDArray[np.int64
             more_rows = rows[given][:, None] - np.append(rows[taken[:-1]], 0)
             gap = int(loads[heavy] - loads[light])
             left = np.abs(gap - 2 * more_work)
-            left[(more_rows > room[light]) | (-more_rows > room[heavy])] = gap
+            left[(more_rows > space[light]) | (-more_rows > space[heavy])] = gap
             best = int(left.argmin())
             if left.flat[best] < gap:
                 break
@@ -118,7 +118,7 @@ def _swap(bins: list[list[int]], rows: NDArray[np.int64], work: NDArray[np.int64
         bins[light][t : t + 1] = [int(given[g])]
         for b, sign in ((heavy, -1), (light, 1)):
             loads[b] += sign * more_work[g, t]
-            room[b] -= sign * more_rows[g, t]
+            space[b] -= sign * more_rows[g, t]
 
 
 def _ceil(a: int, b: int) -> int:

@@ -173,7 +173,7 @@ def _shared(batch: Batch) -> Batch:
         return batch.share_memory()
     except RuntimeError as error:
         needed = in_words(sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor)))
-        raise no_workers(f"a batch of {needed} finds no room in shared memory ({' '.join(str(error).split())[:160]})") from None
+        raise no_workers(f"a batch of {needed} finds no space in shared memory ({' '.join(str(error).split())[:160]})") from None
 
 
 def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index: int, weight: float) -> Sample:

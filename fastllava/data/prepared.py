@@ -91,7 +91,7 @@ def prepare(
                 prepared = _make(folder, content, images, preparer, report)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"data.prepared_dir: {root} cannot be used ({reason}); make room there or choose another") from None
+        raise UserError(f"data.prepared_dir: {root} cannot be used ({reason}); free space there or choose another") from None
     report(summary(prepared))
     refuse(prepared, data.max_quarantined_share)
     return prepared
@@ -133,7 +133,7 @@ def _make(folder: Path, content: dict[str, Any], images: str | None, preparer: P
         try:
             _fill(partial, content, images, preparer, report)
         except BaseException:
-            # A full disk above all: what is of no use makes room.
+            # A full disk above all: what is of no use frees the space.
             shutil.rmtree(partial, ignore_errors=True)
             raise
     if folder.exists():
@@ -159,7 +159,7 @@ def _fill(partial: Path, content: dict[str, Any], images: str | None, preparer: 
 
 
 def _put_aside(folder: Path) -> None:
-    """Make room for a new set. The old one, if whole, is kept for the runs that began with it; those before it go.
+    """Move the old set out of the way of a new one. The old one, if whole, is kept for the runs that began with it; those before it go.
 
     A run that reads rows that go keeps them: its memory map holds on to the file.
     """

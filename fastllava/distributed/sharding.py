@@ -103,7 +103,7 @@ def sharding_in_words(model: Llava, sharding: Sharding) -> str:
 def full_tensors(module: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
     """The whole state of `module` on the CPU in `dtype`, by name; nothing where not `keep`. Every process must call this.
 
-    A tensor is gathered at a time, so on the device there is room for the largest one only.
+    A tensor is gathered at a time, so the device holds the largest one only.
     """
     return {name: tensor for name, tensor in _gathered(module, dtype, keep) if keep}
 

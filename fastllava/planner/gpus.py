@@ -20,7 +20,7 @@ NODE = 8
 RESERVED = 1.5 * 2**30
 """Bytes that CUDA, its libraries and their workspaces take, about."""
 USABLE = 0.95
-"""The share of the rest that tensors can fill before the allocator runs out of room in one piece."""
+"""The share of the rest that tensors can fill before the allocator runs out of space in one piece."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Gpu:
     """To the other GPUs of a node, bytes a second each way."""
 
     @property
-    def room(self) -> float:
+    def usable(self) -> float:
         """Bytes for the tensors of a run."""
         return USABLE * (self.memory - RESERVED)
 

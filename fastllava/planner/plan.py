@@ -55,8 +55,8 @@ class Candidate:
     """Operations that the training needs, a second, over the peak."""
 
     def fits(self, gpu: Gpu) -> bool:
-        """Whether the most that lives at once has room on it."""
-        return self.cost.peak <= gpu.room
+        """Whether the most that lives at once fits on it."""
+        return self.cost.peak <= gpu.usable
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def lines(found: StagePlan) -> Iterator[str]:
     best = found.chosen
     if best is None:
         least = min(found.candidates, key=lambda c: c.cost.peak)
-        yield f"  nothing fits into the {gpu.room / GIB:.1f} GiB of {gpu.name} that tensors can fill; what needs least:"
+        yield f"  nothing fits into the {gpu.usable / GIB:.1f} GiB of {gpu.name} that tensors can fill; what needs least:"
         yield from _memory(least)
         return
     packed = best.packed
@@ -43,7 +43,7 @@ def lines(found: StagePlan) -> Iterator[str]:
         f"  packing        {packed.micro_batches:.1f} micro-batches a step, imbalance {packed.imbalance:.3f}, "
         f"padding {packed.padding_share:.2%}"
     )
-    yield f"  memory         {best.cost.peak / GIB:.1f} of {gpu.room / GIB:.1f} GiB that tensors can fill"
+    yield f"  memory         {best.cost.peak / GIB:.1f} of {gpu.usable / GIB:.1f} GiB that tensors can fill"
     yield from _memory(best)
     seconds = best.seconds
     yield (
@@ -69,8 +69,8 @@ def as_json(found: StagePlan) -> dict[str, Any]:
         "parameters": dict(found.parameters),
         "samples": found.plan.n_samples,
         "steps": found.plan.n_steps,
-        "rows": int(found.plan.lengths.n_tokens.sum()),
-        "room_bytes": int(found.gpu.room),
+        "tokens": int(found.plan.lengths.n_tokens.sum()),
+        "usable_bytes": int(found.gpu.usable),
         "candidates": [_candidate(candidate) for candidate in found.candidates],
         "chosen": None if best is None else _candidate(best),
         "hours": found.hours,

@@ -117,7 +117,7 @@ class Trainer:
         out, again = self.config.output_dir, "the same command goes on from there"
         if not self._save():
             with self.group.first_speaks():
-                raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; make room there")
+                raise UserError(f"output_dir: {out} took no checkpoint when the run was stopped at step {self.next_step}; free space there")
         self.say(f"stopped by {stop.name} before step {self.next_step} of {self.plan.n_steps}; {again}")
         summary = self.group.on_first(lambda: summarize(self.setup, "interrupted", self.next_step))
         plot(self.setup)
@@ -258,7 +258,7 @@ class Trainer:
     def _fail(self, error: UserError | OSError) -> NoReturn:
         """Raise `error` as a UserError that says what is left."""
         if isinstance(error, OSError):
-            words = f"output_dir: {self.config.output_dir} could not be written ({error}); make room and start the same command again"
+            words = f"output_dir: {self.config.output_dir} could not be written ({error}); free space and start the same command again"
             if not self._in_step:
                 with self.group.first_speaks():
                     raise UserError(words) from None

@@ -26,7 +26,7 @@ def leave_result(setup: Setup, steps: int, goes_on: str) -> dict[str, Any]:
         left = group.on_first(lambda: write_result(model, config, state, say))
         summary = group.on_first(lambda: summarize(setup, "complete", steps, result=describe_result(out, left)))
     except OSError as error:
-        mend = f"output_dir: {out} did not take the result ({error}); make room and start the same command again; {goes_on}"
+        mend = f"output_dir: {out} did not take the result ({error}); free space and start the same command again; {goes_on}"
         with group.first_speaks():
             raise UserError(mend) from None
     if config.train.checkpoint_steps is config.train.checkpoint_minutes is None:

@@ -41,7 +41,7 @@ def test_plans_say_what_was_foreseen_or_that_nothing_fits(tmp_path: Path) -> Non
         "parameters": {"trained": 20_000_000, "frozen": 7_040_000_000},
         "samples": 2560,
         "steps": 10,
-        "room_bytes": 74 * 2**30,
+        "usable_bytes": 74 * 2**30,
         "limit": "products",
     }
     chosen = {"recompute": "none", "micro_batch_tokens": 16384, "peak_memory_bytes": 60 * 2**30, "step_seconds": 2.5, "mfu": 0.61}

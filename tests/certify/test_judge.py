@@ -124,7 +124,8 @@ def large(wrong: str | None) -> Certificate:
     off = fine if wrong is None else fine | {wrong: Figures(1.0, math.nan, math.nan, math.nan)}
     figures = dict.fromkeys(VARIANTS, fine) | {"configured": off}
     judged = [each for step in range(5) for each in judge(step, figures, names, FP32)]
-    step = {"samples": 16, "of": 128, "from": 7, "rows": 9000, "supervised": 900, "images": 9, "micro_batches": 1, "seconds": {TRUTH: 1.0}}
+    counts = {"tokens": 9000, "supervised": 900, "images": 9, "micro_batches": 1}
+    step = {"samples": 16, "of": 128, "from": 7, **counts, "seconds": {TRUTH: 1.0}}
     steps = [{"step": number, "ids": [f"record{i}" for i in range(16)], **step} for number in range(5)]
     facts = {
         "stage": "finetune",

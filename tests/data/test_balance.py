@@ -48,14 +48,14 @@ def test_every_answer_is_whole_and_within_the_budget(step):
 @given(steps)
 def test_no_more_micro_batches_than_first_fit_needs(step):
     n_tokens, cost, budget, world = step
-    room = []
+    space = []
     for n in sorted(n_tokens, reverse=True):
-        first = next((b for b, left in enumerate(room) if n <= left), None)
+        first = next((b for b, left in enumerate(space) if n <= left), None)
         if first is None:
-            room.append(budget - n)
+            space.append(budget - n)
         else:
-            room[first] -= n
-    assert len(dealt(n_tokens, budget, world, cost)) <= -(-len(room) // world)
+            space[first] -= n
+    assert len(dealt(n_tokens, budget, world, cost)) <= -(-len(space) // world)
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,13 +79,13 @@ def test_a_swap_finds_what_longest_first_does_not():
     assert sorted(positions.tolist() for positions in ranks) == [[0, 2], [1, 3, 4]]
 
 
-def test_first_fit_where_an_even_spread_has_no_room():
+def test_first_fit_where_an_even_spread_has_no_space():
     # Longest first would have 6 alone, 5 + 4 together, and no place for the other 5.
     assert lists(dealt([6, 5, 4, 5], 10, 2, cost=[11, 10, 9, 1])) == [[[0, 2], [1, 3]]]
 
 
 def test_first_fit_s_empty_rank_is_given_samples():
-    # The four of one row would be spread first and leave no room for those of ten; first fit puts them together, beside nothing.
+    # The four of one row would be spread first and leave no space for those of ten; first fit puts them together, beside nothing.
     (ranks,) = dealt([1, 1, 1, 1, 10, 10], 10, 4, cost=[10, 10, 10, 10, 1, 1])
     assert sorted(map(len, ranks)) == [1, 1, 2, 2]
 

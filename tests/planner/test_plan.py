@@ -76,7 +76,7 @@ def test_less_room_takes_smaller_micro_batches_or_recompute_whichever_is_faster(
     # For each policy down to the first that fits, and no further.
     for recompute in {recompute for recompute, _ in peaks}:
         tried = sorted((rows for policy, rows in peaks if policy == recompute), reverse=True)
-        assert all(peaks[recompute, rows] > found.gpu.room for rows in tried[:-1])
+        assert all(peaks[recompute, rows] > found.gpu.usable for rows in tried[:-1])
     faster_with_room = min(c.seconds.step for c in found.candidates) < 0.99 * best_of(found).seconds.step
     assert found.limit.startswith("memory: with more of it") == faster_with_room
 

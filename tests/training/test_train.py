@@ -414,7 +414,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_names_the_remedy_and_that_w
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
 
     monkeypatch.setattr(Batch, "share_memory", no_room)
-    named = r"data\.workers: a batch of \d.* finds no room in shared memory .*make /dev/shm larger .*or data\.workers=0"
+    named = r"data\.workers: a batch of \d.* finds no space in shared memory .*make /dev/shm larger .*or data\.workers=0"
     with pytest.raises(UserError, match=named):
         train(settings(data={"workers": 1}))
     assert multiprocessing.active_children() == []

@@ -26,7 +26,8 @@ class Lines:
             self._try()
         os.close(self._file)
         if self._waiting:
-            self._say(f"{self._path}: lacks its last {self._waiting.count(bytes([10]))} lines, which could not be written; make room there")
+            lost = self._waiting.count(b"\n")
+            self._say(f"{self._path}: lacks its last {lost} lines, which could not be written; free space there")
 
     def _try(self) -> None:
         try:

@@ -86,19 +86,19 @@ def read_metadata(folder: Path) -> Metadata:
 
 def _metadata(record: Any, folder: Path) -> Metadata:
     said = _state(record, "Metadata")
-    room = sum(file.stat().st_size for file in folder.iterdir() if SHARD_NAME.fullmatch(file.name))
-    tensors: dict[str, Any] = {_text(name): _tensor(entry, room) for name, entry in _mapping(said["state_dict_metadata"]).items()}
+    space = sum(file.stat().st_size for file in folder.iterdir() if SHARD_NAME.fullmatch(file.name))
+    tensors: dict[str, Any] = {_text(name): _tensor(entry, space) for name, entry in _mapping(said["state_dict_metadata"]).items()}
     places = {_index(key): _place(value) for key, value in _mapping(said["storage_data"]).items()}
     plan = {_text(name): (_text(name),) for name in tensors}
     # Where it was written, and by which call, is nobody's business here.
     return Metadata(tensors, planner_data=plan, storage_data=places, storage_meta=StorageMeta(), version=said.get("version"))
 
 
-def _tensor(entry: Any, room: int) -> TensorStorageMetadata:
+def _tensor(entry: Any, space: int) -> TensorStorageMetadata:
     said = _state(entry, "TensorStorageMetadata")
     properties = _record(said["properties"], "TensorProperties").state
     dtype, size = _DTYPES[_text(properties[0])], _size(said["size"])
-    if math.prod(size) * dtype.itemsize > room:
+    if math.prod(size) * dtype.itemsize > space:
         raise ValueError(f"a tensor {list(size)} is larger than all files")
     if not isinstance(said["chunks"], list):
         raise TypeError("chunks are no list")
