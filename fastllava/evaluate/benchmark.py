@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from fastllava.errors import UserError
-from fastllava.evaluate.answers import Answers
+from fastllava.evaluate.answers import Answers, read_answers
 from fastllava.evaluate.questions import Question
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -62,6 +62,10 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, data: Path, answers: Answers) -> Score:
         """The official figures. Raises Missing when the labels are not there, UserError for answers that cannot be scored."""
+
+    def read(self, path: Path) -> Answers:
+        """The answers in `path`: an answers file, or another format in which results of this benchmark are published. Raises UserError."""
+        return read_answers(path)
 
     def upload(self, data: Path, answers: Answers, out: Path) -> list[Path]:
         """Write the files that the benchmark's server or its official code takes into the folder `out`; none when it has none."""

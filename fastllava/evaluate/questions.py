@@ -4,9 +4,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastllava.errors import UserError
+
+
+class StoredImage(Protocol):
+    """An image file inside another file, as MMBench's tables have them: read when it is needed, as all of them are too much to hold."""
+
+    def read(self) -> bytes:
+        """The bytes of the image file. Raises UserError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -17,12 +25,23 @@ class Question:
     """Its `question_id`. TextVQA and MME have several questions under one."""
     text: str
     """What the prompt holds after the image's line."""
-    image: Path | bytes | None
-    """An image file, or the bytes of one; None for a question without a picture."""
+    image: Path | StoredImage | bytes | None
+    """An image file, or the bytes of one (image_bytes gives them); None for a question without a picture."""
     prompt: str
     """The field `prompt` of its line in the answers file."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of its line in the answers file, as MMBench has them."""
+
+
+def image_bytes(question: Question) -> bytes | None:
+    """The bytes of a question's image file, wherever it lies. Raises UserError that names the question when it cannot be read."""
+    image = question.image
+    if image is None or isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes() if isinstance(image, Path) else image.read()
+    except OSError as error:
+        raise UserError(f"question {question.id}: the image {image} cannot be read ({error.strerror}); put the file there") from None
 
 
 def read_questions(path: Path, images: Path | None) -> list[Question]:

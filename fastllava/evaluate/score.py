@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.table import Table
 
-from fastllava.evaluate.answers import read_answers
 from fastllava.evaluate.benchmark import Benchmark, Score
 
 _SHARES = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
@@ -14,7 +13,7 @@ _SHARES = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
 
 def score_file(benchmark: Benchmark, data: Path, answers: Path) -> Score:
     """The score of the answers in the file `answers`. `data` is the benchmark's own folder. Raises UserError."""
-    return benchmark.score(benchmark.need(data), read_answers(answers))
+    return benchmark.score(benchmark.need(data), benchmark.read(answers))
 
 
 def as_json(benchmark: Benchmark, score: Score) -> dict[str, Any]:
