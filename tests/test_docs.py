@@ -92,7 +92,7 @@ def test_every_picture_is_shown() -> None:
 def map_of_readme() -> set[str]:
     """The folders that the README's map names, from the root."""
     section = README[README.index("## A map of the repository") :]
-    table = section[: section.index("| where do I add")]
+    table = section[: section.index("\n## Glossary")]
     named: set[str] = set()
     for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
         first, *others = re.findall(r"`([\w/.]+?)/?`", cell)
@@ -108,6 +108,10 @@ def test_the_map_is_the_tree() -> None:
     assert kept <= named
     packages = {path.parent.relative_to(REPO).as_posix() for path in (REPO / "fastllava").glob("*/__init__.py")}
     assert packages <= named, "a folder of fastllava/ is missing in the map"
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def hours(size: str) -> list[float]:

@@ -30,7 +30,6 @@ REPO = Path(__file__).resolve().parents[1]
 # In the order in which a newcomer reads them.
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "CONTRIBUTING.md"]
 TEXTS = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
-README = TEXTS["README.md"]
 
 
 def commands(text: str) -> list[str]:
@@ -121,7 +120,7 @@ def test_downloads_arrive_where_the_configs_look() -> None:
     (unzip,) = (shlex.split(command) for command in COMMANDS if command.startswith("unzip "))
     assert Path(unzip[2]) in arrived
     assert Path(unzip[unzip.index("-d") + 1]) == first.data.images
-    folders = re.findall(r"^\|.*GB \| `([\w/]+)` \|", README, re.MULTILINE)
+    folders = re.findall(r"^\|.*GB \| `([\w/]+)` \|", TEXTS["docs/downloads.md"], re.MULTILINE)
     assert {Path(folder).parent for folder in folders} == {second.data.images}
     assert sorted(Path(folder).name for folder in folders) == ["coco", "gqa", "ocr_vqa", "textvqa", "vg"]
 
