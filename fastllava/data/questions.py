@@ -1,0 +1,88 @@
+"""Questions, and the file that the original keeps them in: one JSON object a line (llava/eval/model_vqa_loader.py)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastllava.errors import UserError
+
+
+class StoredImage(Protocol):
+    """An image file inside another file, as MMBench's tables have them: read when it is needed, as all of them are too much to hold."""
+
+    def read(self) -> bytes:
+        """The bytes of the image file. Raises UserError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as a model is asked it, and what the answers file says of it."""
+
+    id: int | str
+    """Its `question_id`. TextVQA and MME have several questions under one."""
+    text: str
+    """What the prompt holds after the image's line."""
+    image: Path | StoredImage | bytes | None
+    """An image file, or the bytes of one (image_bytes gives them); None for a question without a picture."""
+    prompt: str
+    """The field `prompt` of its line in the answers file."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of its line in the answers file, as MMBench has them."""
+
+
+def image_bytes(question: Question) -> bytes | None:
+    """The bytes of a question's image file, wherever it lies. Raises UserError that names the question when it cannot be read."""
+    image = question.image
+    if image is None or isinstance(image, bytes):
+        return image
+    try:
+        return image.read_bytes() if isinstance(image, Path) else image.read()
+    except OSError as error:
+        raise UserError(f"question {question.id}: the image {image} cannot be read ({error.strerror}); put the file there") from None
+
+
+def read_questions(path: Path, images: Path | None) -> list[Question]:
+    """The questions of a file in the original's format, in its order, with their images below the folder `images`.
+
+    A line is a JSON object of `question_id`, `text` and, for a question about a picture, `image`. Raises UserError that names the
+    line and what it lacks.
+    """
+    questions = []
+    for number, row in json_lines(path):
+        where = f"{path}: line {number}"
+        if (missing := [key for key in ("question_id", "text") if key not in row]) or not isinstance(row["text"], str):
+            raise UserError(
+                f"{where} has no {' and no '.join(missing) or 'text that is a string'}; write question_id, image and text in every line"
+            )
+        image = row.get("image")
+        if image is not None and not isinstance(image, str):
+            raise UserError(f"{where}: image is {type(image).__name__}; write one path below the folder of images")
+        if image is not None and images is None:
+            raise UserError(f"{where} names the image {image}; give the folder that it lies in")
+        file = None if image is None or images is None else images / image
+        questions.append(Question(row["question_id"], row["text"], file, row["text"]))
+    return questions
+
+
+def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The JSON objects of `path`, one a line, each with its line number from 1; empty lines are passed over. Raises UserError."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"is no UTF-8 ({error.reason})"
+        raise UserError(f"{path} cannot be read ({reason}); give a file of JSON lines") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}: line {number} is no JSON; write one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}; write one JSON object a line")
+        rows.append((number, row))
+    return rows
