@@ -1,5 +1,6 @@
-"""What tests of evaluation share: the recordings of the official evaluation code, for those who have them beside the checkout."""
+"""What tests of evaluation share: the recordings of the official evaluation code, and a tiny checkpoint that can be asked."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,14 @@ def official() -> Path:
     if not OFFICIAL.is_dir():
         pytest.skip(f"no recordings of the official evaluation code at {OFFICIAL}")
     return OFFICIAL
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of golden/trace/stage2 with tokenizer and tower, as a user would have it."""
+    root = tmp_path_factory.mktemp("tiny_llava")
+    shutil.copytree(golden / "trace" / "stage2", root / "llava")
+    shutil.copytree(golden / "trace" / "clip", root / "clip")
+    shutil.copyfile(golden / "tokenizer" / "tokenizer.model", root / "llava" / "tokenizer.model")
+    shutil.copyfile(golden / "trace" / "llm" / "tokenizer_config.json", root / "llava" / "tokenizer_config.json")
+    return root / "llava"
