@@ -48,7 +48,7 @@ class Request:
             if name not in STAGES:
                 raise UserError(f"--stages: '{name}' is none of {', '.join(STAGES)}")
         for name in self.sizes:
-            size_named(name).with_layers(None if self.fit else self.layers)
+            size_named(name, "--sizes").with_layers(None if self.fit else self.layers)
 
     def pairs(self) -> Iterator[tuple[str, Stage]]:
         """Every size and stage, the sizes first."""

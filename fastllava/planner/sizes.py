@@ -100,7 +100,7 @@ SIZES: Mapping[str, Size] = {
 }
 
 
-def size_named(name: str, option: str = "--sizes") -> Size:
+def size_named(name: str, option: str = "--size") -> Size:
     """Look a size up. Raises UserError for one that is not there."""
     if name not in SIZES:
         raise UserError(f"{option}: '{name}' is none of {', '.join(SIZES)}")
