@@ -91,7 +91,7 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
     _check_learned(record, turns, form)
     _check_images(record, turns, form)
     # Where the record shows an image, the placeholder is no text, whether or not the tokenizer has a token of that name.
-    spelled = _spelled((literals | form.separators) - ({IMAGE} if record.image is not None else set()))
+    spelled = literal_pattern((literals | form.separators) - ({IMAGE} if record.image is not None else set()))
     for _, text in turns:
         if found := spelled.search(text):
             raise BadRecord("control_literal", f"the text spells the control token {found[0]}; take it out or spell it otherwise")
@@ -277,6 +277,6 @@ def _check_separator(form: Template, question: str, answer: str) -> None:
 
 
 @lru_cache
-def _spelled(literals: frozenset[str]) -> re.Pattern[str]:
+def literal_pattern(literals: frozenset[str]) -> re.Pattern[str]:
     """Finds any of the literals; where there are none, nothing."""
     return re.compile("|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True)) or r"(?!)")

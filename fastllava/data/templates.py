@@ -33,6 +33,25 @@ _LLAMA_2 = (
     "If you don't know the answer to a question, please don't share false information."
 )
 _MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+# FastChat's example for its first Vicuna, which knew no conversations otherwise; a prompt that is to be equal needs every word of it.
+_EXAMPLE = (
+    "What are the key differences between renewable and non-renewable energy sources?",
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, wind, "
+    "hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, such "
+    "as coal, oil, and natural gas. Here are some key differences between renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are finite and will "
+    "eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable sources, which can lead "
+    "to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower operational costs than "
+    "non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than non-renewable "
+    "sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and needs, while "
+    "non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and their "
+    "depletion can lead to economic and social instability.\n",
+)
 _SEPARATORS: dict[Style, frozenset[str]] = {
     "plain": frozenset(),
     "v0": frozenset(),
@@ -56,7 +75,9 @@ class Template:
     begin: str = ""
     """llama_2 alone: what stands before every round but the first."""
     mmtag: bool = False
-    """Write the image as <Image> image </Image>."""
+    """Write the image as <Image> image </Image>; in training alone."""
+    example: tuple[str, str] | None = None
+    """A question and its answer that stand before what is asked; in training they do not."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -76,8 +97,8 @@ class Template:
         return _SEPARATORS[self.style]
 
 
-def _v0(name: str, system: str, mmtag: bool = False) -> Template:
-    return Template(name, "v0", system, "Human", "Assistant", mmtag=mmtag)
+def _v0(name: str, system: str, mmtag: bool = False, example: tuple[str, str] | None = None) -> Template:
+    return Template(name, "v0", system, "Human", "Assistant", mmtag=mmtag, example=example)
 
 
 def _v1(name: str, system: str, mmtag: bool = False) -> Template:
@@ -97,9 +118,8 @@ TEMPLATES: dict[str, Template] = {
         _v1("vicuna_v1", _CURIOUS.format(one="user")),
         _v1("llava_v1", _CURIOUS.format(one="human")),
         _v1("v1_mmtag", _MMTAG, mmtag=True),
-        # default and v0 carry an example conversation in the original, for inference alone: training never sees it.
-        _v0("default", _CURIOUS.format(one="human")),
-        _v0("v0", _CURIOUS.format(one="human")),
+        _v0("default", _CURIOUS.format(one="human"), example=_EXAMPLE),
+        _v0("v0", _CURIOUS.format(one="human"), example=_EXAMPLE),
         _v0("llava_v0", _CURIOUS.format(one="human")),
         _v0("v0_mmtag", _MMTAG, mmtag=True),
         Template("llama_2", "llama_2", _LLAMA_2, begin="<s>"),
