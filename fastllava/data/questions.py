@@ -1,12 +1,14 @@
 """Questions, and the file that the original keeps them in: one JSON object a line (llava/eval/model_vqa_loader.py)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastllava.errors import UserError
+
+Json = TypeVar("Json", dict[str, Any], list[Any])
 
 
 class StoredImage(Protocol):
@@ -67,22 +69,44 @@ def read_questions(path: Path, images: Path | None) -> list[Question]:
     return questions
 
 
-def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The JSON objects of `path`, one a line, each with its line number from 1; empty lines are passed over. Raises UserError."""
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of `path`, one a line, each with its line number from 1; empty lines are passed over. Raises UserError.
+
+    One after the other, so that a file of 450,000 questions is never in memory as a whole.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json_object(path, number, line)
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"is no UTF-8 ({error.reason})"
-        raise UserError(f"{path} cannot be read ({reason}); give a file of JSON lines") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}: line {number} is no JSON; write one JSON object a line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}; write one JSON object a line")
-        rows.append((number, row))
-    return rows
+        raise UserError(f"{path} cannot be read ({_why(error)}); give a file of JSON lines") from None
+
+
+def json_file(path: Path, kind: type[Json]) -> Json:
+    """What the JSON file `path` holds: an object where `kind` is dict, an array where it is list. Raises UserError."""
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({_why(error)}); give a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}); download it again") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}; give the benchmark's own file")
+    return value
+
+
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """The JSON object in `line`. Raises UserError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: line {number} is no JSON; write one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: line {number} is a JSON {type(row).__name__}; write one JSON object a line")
+    return row
+
+
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    """Why a file cannot be read."""
+    return str(error.strerror) if isinstance(error, OSError) else f"it is no UTF-8: {error.reason}"

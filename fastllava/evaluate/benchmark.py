@@ -18,6 +18,10 @@ class Missing(UserError):
     """Files of a benchmark that are not there; the message names them and where to get them."""
 
 
+class ServerScored(UserError):
+    """Answers that only a server can score; the message names it and the file to upload."""
+
+
 @dataclass(frozen=True)
 class Score:
     """What answers are worth."""
