@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answers, read_answers
+from fastllava.evaluate.judge import NEEDED, Judge
 from fastllava.evaluate.questions import Question
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -34,6 +35,8 @@ class Score:
     """
     warnings: list[str] = field(default_factory=list)
     """Where the official code would have given another figure, and which."""
+    judge: Mapping[str, Any] | None = None
+    """Who judged, where and when (fastllava.evaluate.judge.judging), `note` being a line for people; None where a rule decides."""
 
 
 class Benchmark(ABC):
@@ -80,3 +83,21 @@ class Benchmark(ABC):
         if not path.exists():
             raise Missing(f"{self.name}: {path} is not there; {self.source}")
         return path
+
+
+class JudgedBenchmark(Benchmark):
+    """A benchmark whose answers are judged by a model."""
+
+    published_judge: ClassVar[str]
+    """The model that judged for the published figures."""
+
+    @abstractmethod
+    def judged(self, data: Path, answers: Answers, judge: Judge, rules: Path | None = None) -> Score:
+        """The official figures by `judge`, with Score.judge set. `rules` is the file with the judge's instruction, by default in `data`.
+
+        Raises Missing for files that are not there, UserError for answers or replies that cannot be scored.
+        """
+
+    def score(self, data: Path, answers: Answers) -> Score:
+        """Raise UserError: there is no figure without a judge."""
+        raise UserError(f"{self.name}: {NEEDED}")

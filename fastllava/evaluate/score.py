@@ -19,6 +19,8 @@ def score_file(benchmark: Benchmark, data: Path, answers: Path) -> Score:
 def as_json(benchmark: Benchmark, score: Score) -> dict[str, Any]:
     """What `--json` writes: `benchmark`, `figures`, `questions`, and `warnings` where there are any."""
     found = {"benchmark": benchmark.name, "figures": dict(score.figures), "questions": score.questions}
+    if score.judge is not None:
+        found["judge"] = dict(score.judge)
     return {**found, "warnings": score.warnings} if score.warnings else found
 
 
