@@ -1,7 +1,10 @@
 """What tests of evaluation share: the recordings of the official evaluation code, and a tiny checkpoint that can be asked."""
 
+import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +28,16 @@ def tiny_llava(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copyfile(golden / "tokenizer" / "tokenizer.model", root / "llava" / "tokenizer.model")
     shutil.copyfile(golden / "trace" / "llm" / "tokenizer_config.json", root / "llava" / "tokenizer_config.json")
     return root / "llava"
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[[str, Iterable[Any]], Path]:
+    """Write objects as JSON lines into a file below tmp_path."""
+
+    def write(name: str, rows: Iterable[Any]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write

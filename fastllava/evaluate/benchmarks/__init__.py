@@ -2,8 +2,16 @@
 
 from fastllava.errors import UserError
 from fastllava.evaluate.benchmark import Benchmark
+from fastllava.evaluate.benchmarks.pope import Pope
+from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
 
-BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in ()}
+BENCHMARKS: dict[str, Benchmark] = {
+    one.name: one
+    for one in (
+        ScienceQA(),
+        Pope(),
+    )
+}
 
 
 def benchmark(name: str) -> Benchmark:
