@@ -151,6 +151,15 @@ def load_image(
     return clip_pixels(rgb, policy, spec)
 
 
+def open_rgb(source: Path | bytes, limits: DataConfig) -> Image.Image:
+    """The RGB image in a file, which must be no link, or in bytes, in its own size, for people to look at. Raises BadRecord."""
+    if isinstance(source, bytes) and len(source) > limits.max_image_bytes:
+        raise BadRecord("image_bytes", f"has {len(source)} bytes; data.max_image_bytes allows 1 to {limits.max_image_bytes}")
+    data = source if isinstance(source, bytes) else _read(source, limits)[1]
+    with _opened(data, limits) as image:
+        return _decode(image)
+
+
 def same_content(path: Path, limits: DataConfig, expected: ImageStamp) -> ImageStamp:
     """The stamp that the file at `path` has now, its content being the `expected` one. Raises BadRecord when it is not."""
     stamp, _ = _read(path, limits, always=True)
