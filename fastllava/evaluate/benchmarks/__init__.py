@@ -2,14 +2,18 @@
 
 from fastllava.errors import UserError
 from fastllava.evaluate.benchmark import Benchmark
+from fastllava.evaluate.benchmarks.mme import MME
 from fastllava.evaluate.benchmarks.pope import Pope
 from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
+from fastllava.evaluate.benchmarks.seed_bench import SeedBench
 
 BENCHMARKS: dict[str, Benchmark] = {
     one.name: one
     for one in (
         ScienceQA(),
         Pope(),
+        MME(),
+        SeedBench(),
     )
 }
 
