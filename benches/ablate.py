@@ -12,7 +12,7 @@ from benches.lib.ours import Fastllava, Run
 from benches.lib.request import Request
 from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, first_line
 from benches.lib.rows import setting
-from benches.lib.timing import Times
+from benches.lib.timing import Times, quantiles
 from benches.lib.trials import Trial, attempt, release, turns
 from benches.lib.world import world
 from fastllava.config import Config, Stage, value_of
@@ -48,7 +48,7 @@ def bench(request: Request, sheet: Sheet, toggles: Sequence[str] = ()) -> list[R
     for size, stage in request.pairs():
         wanted = [(key, value) for key, value in choices(request.device, toggles) if not toggles or key in toggles]
         for row in ablate(request, size, stage, wanted, sheet):
-            sheet.add(row, in_words(row))
+            sheet.add(row, in_words)
     return sheet.rows
 
 
@@ -136,9 +136,7 @@ def row_of(key: str, value: str, base: Trial, trial: Trial, run: Run, size: str)
         | {
             "step_ms_p50": after and after.p50,
             "baseline_ms_p50": before and before.p50,
-            "delta_ms_p20": delta and delta.p20,
-            "delta_ms_p50": delta and delta.p50,
-            "delta_ms_p80": delta and delta.p80,
+            **quantiles("delta_ms", delta),
             "delta_bytes": _less(peak, peak_before),
             "loss": loss,
             "delta_loss": _less(loss, loss_before),
@@ -155,12 +153,9 @@ def _less(after: float | None, before: float | None) -> float | None:
 
 
 def in_words(row: Row) -> str:
-    """One line for the screen."""
-    begin = f"{row['size']} {row['stage']} {row['toggle']}={row['value']} in place of {row['baseline']}: "
-    if row["void"] is not None:
-        return begin + f"void, {row['void']}"
+    """What it changes."""
     return (
-        begin
-        + f"{row['delta_ms_p50']:+.4g} ms of {row['baseline_ms_p50']:.4g} ({row['delta_ms_p20']:+.3g} to {row['delta_ms_p80']:+.3g}), "
+        f"in place of {row['baseline']} "
+        f"{row['delta_ms_p50']:+.4g} ms of {row['baseline_ms_p50']:.4g} ({row['delta_ms_p20']:+.3g} to {row['delta_ms_p80']:+.3g}), "
         f"{row['delta_bytes'] / 2**20:+.4g} MiB, loss {row['delta_loss']:+.2g}, gradient norm {row['delta_grad_norm']:+.2g}"
     )

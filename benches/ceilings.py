@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from benches.lib.results import Row, Sheet
-from benches.lib.timing import Call, Times, interleaved
+from benches.lib.timing import Call, Times, interleaved, quantiles
 from benches.lib.world import check_device, nvidia_smi, world
 from fastllava_kernels.workload import Cost
 
@@ -86,26 +86,25 @@ def bench(device: torch.device, sheet: Sheet, seconds: float) -> list[Row]:
     name, dtype = ("bf16", torch.bfloat16) if on_gpu else ("fp32", torch.float32)
 
     def add(row: Row, words: str) -> None:
-        sheet.add({"what": row.pop("what"), "dtype": name} | row | world(device), words)
+        sheet.add({"what": row.pop("what"), "dtype": name} | row | world(device), lambda _: words)
 
-    add(conditions(device), "the machine as it is")
+    add(conditions(device), "as it is")
     for product in MORE_PRODUCTS:
         sizes = product if on_gpu else tuple(max(1, size // 64) for size in product)
         shape = dict(zip(("rows", "inner", "columns"), sizes, strict=True))
         if not sheet.has(what="product", dtype=name, **shape):
             times = timed_product(sizes, device, dtype, seconds)
             tflops = product_tflops(sizes, times)
-            add({"what": "product", **shape, **_times(times), "tflops": tflops}, f"{'x'.join(map(str, sizes))}: {tflops:.4g} TFLOP/s")
+            add(
+                {"what": "product", **shape, **quantiles("ms", times), "tflops": tflops},
+                f"{'x'.join(map(str, sizes))}, {tflops:.4g} TFLOP/s",
+            )
     if not sheet.has(what="copy", dtype=name):
         times = timed_copy(device, dtype, seconds)
         gbs = copy_gbs(times, device)
-        add({"what": "copy", "bytes": COPIED[device.type], **_times(times), "gbs": gbs}, f"copy: {gbs:.4g} GB/s")
-    add(conditions(device), "the machine, warm")
+        add({"what": "copy", "bytes": COPIED[device.type], **quantiles("ms", times), "gbs": gbs}, f"{gbs:.4g} GB/s")
+    add(conditions(device), "warm")
     return sheet.rows
-
-
-def _times(times: Times) -> Row:
-    return {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80}
 
 
 def conditions(device: torch.device) -> Row:

@@ -310,15 +310,14 @@ def _request(
 
 def _end(rows: list[dict[str, Any]], charts: Path | None = None, kind: str = "") -> None:
     """Draw, and exit with 1 where a row of ours is wrong."""
-    from benches.lib.results import failures
+    from benches.lib.results import failures, named
 
     if charts is not None:
         from benches.report import CHARTS
 
         CHARTS[kind](rows, charts)
     if wrong := failures(rows):
-        keys = ("room", "stage", "shape", "implementation", "variant", "toggle", "value", "pass")
-        _fail(f"{' '.join(str(wrong[0][key]) for key in keys if key in wrong[0])}: {wrong[0]['void']}")
+        _fail(f"{named(wrong[0])}: {wrong[0]['void']}")
 
 
 def _fail(line: str) -> NoReturn:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benches.ceilings import Ceilings, measure
 from benches.lib import judging
 from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, first_line
-from benches.lib.timing import Call, interleaved, peak_bytes
+from benches.lib.timing import Call, interleaved, peak_bytes, quantiles
 from benches.lib.trials import release
 from benches.lib.world import check_device, world
 from benches.peers.rooms import Bound, Peer, peers
@@ -96,7 +96,7 @@ def bench(plan: Plan, sheet: Sheet) -> list[Row]:
     sheet.say(f"{device}: {ceilings.matmul_tflops:.3g} TFLOP/s in {plan.dtype}, {ceilings.copy_gbs:.4g} GB/s copied")
     for room, shape in todo:
         for row in list(measure_shape(plan, room, shape, ceilings)):
-            sheet.add(row, in_words(row))
+            sheet.add(row, in_words)
     return sheet.rows
 
 
@@ -127,9 +127,7 @@ def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -
                 "shape": shape_name,
                 "dtype": plan.dtype,
                 "pass": name,
-                "ms_p20": taken and taken.p20,
-                "ms_p50": taken and taken.p50,
-                "ms_p80": taken and taken.p80,
+                **quantiles("ms", taken),
                 "peak_bytes": trial.peaks.get(name) if taken else None,
                 "floor_share": taken and floor / taken.p50,
                 "error": trial.errors[name][0],
@@ -153,11 +151,8 @@ def cost_of(room: Room, shape: Shape, dtype: torch.dtype, name: str) -> Cost:
 
 
 def in_words(row: Row) -> str:
-    """One line for the screen."""
-    start = f"{row['room']} {row['shape']} {row['implementation']} {row['pass']}: "
-    if row["void"] is not None:
-        return start + f"void, {row['void']}"
-    return start + f"{row['ms_p50']:.4g} ms, {row['floor_share']:.0%} of the floor's speed, {row['peak_bytes'] / 2**20:.4g} MiB"
+    """Time, distance to the floor, memory."""
+    return f"{row['ms_p50']:.4g} ms, {row['floor_share']:.0%} of the floor's speed, {row['peak_bytes'] / 2**20:.4g} MiB"
 
 
 @dataclass

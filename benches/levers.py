@@ -37,7 +37,7 @@ def bench(request: Request, sheet: Sheet, wanted: Sequence[str], steps: int) -> 
         base = _losses(learning, size, stage, steps)
         for words in _choices(wanted):
             row = _row(learning, size, stage, words, steps, base) | {"overrides": list(request.overrides)}
-            sheet.add(row, in_words(row))
+            sheet.add(row, in_words)
     return sheet.rows
 
 
@@ -91,12 +91,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def in_words(row: Row) -> str:
-    """One line for the screen."""
-    begin = f"{row['size']} {row['stage']} {row['lever']}: "
-    if row["void"] is not None:
-        return begin + f"void, {row['void']}"
+    """Loss with and without, and how far apart they are."""
     return (
-        begin + f"loss {row['loss_first']:.4f} to {row['lever_loss_last']:.4f} in {row['steps']} steps, to {row['loss_last']:.4f} without; "
+        f"loss {row['loss_first']:.4f} to {row['lever_loss_last']:.4f} in {row['steps']} steps, to {row['loss_last']:.4f} without; "
         f"relative gap {row['gap_last']:+.2e} in the last steps, at most {row['gap_largest']:+.2e}"
         + (", emulated" if row["emulated"] else "")
     )

@@ -44,8 +44,7 @@ def bench(device: torch.device, sheet: Sheet, names: Sequence[str] = ()) -> list
     for check in CHECKS:
         for name in (name for name, room in rooms().items() if TRITON in room.implementations and name in (names or rooms())):
             if not sheet.has(check=check, room=name, dtype=dtype):
-                row = sanitize(check, name, device.type, dtype, sheet) | world(device)
-                sheet.add(row, f"{check} {name}: {row['void'] or '{} errors'.format(row['errors'])}")
+                sheet.add(sanitize(check, name, device.type, dtype, sheet) | world(device), lambda row: f"{row['errors']} errors")
     return sheet.rows
 
 

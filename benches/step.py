@@ -3,7 +3,6 @@
 A row is one JSON line, of the fields that `bench peers` gives its variants. What lacks memory has a row too: `void` says so.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,33 +11,30 @@ from benches.ceilings import measure_matmul
 from benches.lib.ours import Fastllava, Run
 from benches.lib.profile import profile_step
 from benches.lib.request import Request
-from benches.lib.results import OUT_OF_MEMORY, Row, Sheet, append, finite
+from benches.lib.results import Row, Sheet, append, finite, short_of_memory
 from benches.lib.rows import OURS, figures, in_words, of_ours, setting
 from benches.lib.trials import Trial, attempt, release, turns
 from benches.lib.world import world
-from fastllava.config import Stage
 
 WARM_UP = 2
 """Steps on a GPU before the clock runs."""
 
 
 def bench(request: Request, sheet: Sheet, profile: Path | None = None) -> list[Row]:
-    """Measure every size and stage. `profile`: folder for where the time of a step goes. Raises UserError on unknown names and keys."""
+    """Measure every size and stage, with ever fewer layers where memory is short and the request lets it.
+
+    profile: folder for where the time of a step goes. Raises UserError on unknown names and keys.
+    """
     request.check()
     for size, stage in request.pairs():
-        if not sheet.has(size=size, stage=stage, overrides=list(request.overrides)):
-            for row in measure(request, size, stage, sheet, profile):
-                sheet.add(row, in_words(row))
+        if sheet.has(size=size, stage=stage, overrides=list(request.overrides)):
+            continue
+        for depth in request.depths(size, stage):
+            row = measure_step(request, request.run(size, stage, depth), size, sheet, profile)
+            sheet.add(row, in_words)
+            if not short_of_memory(row):
+                break
     return sheet.rows
-
-
-def measure(request: Request, size: str, stage: Stage, sheet: Sheet, profile: Path | None) -> Iterator[Row]:
-    """A row; where memory is short one of each attempt, with ever fewer layers if the request lets it take fewer."""
-    for depth in request.depths(size, stage):
-        row = measure_step(request, request.run(size, stage, depth), size, sheet, profile)
-        yield row
-        if not (row["void"] or "").startswith(OUT_OF_MEMORY):
-            return
 
 
 def measure_step(request: Request, run: Run, size: str, sheet: Sheet, profile: Path | None = None) -> Row:

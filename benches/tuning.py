@@ -28,7 +28,7 @@ def bench(device: torch.device, sheet: Sheet, tables: Path, size: str, names: Se
             if not sheet.has(kernel=name, bucket=bucket, arch=tuning.architecture(device)):
                 row, after = measure(name, bound, device, size)
                 chosen |= {} if after is None else {bucket: after}
-                sheet.add(row | world(device), in_words(row))
+                sheet.add(row | world(device), in_words)
         if chosen:
             sheet.say(f"wrote {tune.write(tuning.architecture(device), {name: chosen}, tables)}")
     return sheet.rows
@@ -52,10 +52,7 @@ def measure(name: str, bound: int | None, device: torch.device, size: str) -> tu
 
 
 def in_words(row: Row) -> str:
-    """One line for the screen: whether the entry changes, and by how much."""
-    begin = f"{row['kernel']} {row['bucket']}: "
-    if row["void"] is not None:
-        return begin + f"void, {row['void']}"
+    """Whether the entry changes, and by how much."""
     if row["after"] == row["before"]:
-        return begin + f"stays, {row['after_ms']:.4g} ms"
-    return begin + f"changes, {row['before_ms'] or float('nan'):.4g} to {row['after_ms']:.4g} ms"
+        return f"stays, {row['after_ms']:.4g} ms"
+    return f"changes, {row['before_ms'] or float('nan'):.4g} to {row['after_ms']:.4g} ms"

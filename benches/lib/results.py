@@ -12,6 +12,24 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 CANNOT, OUT_OF_MEMORY = "cannot run here: ", "out of memory"
 """How the `void` of a row begins that says nothing against the code."""
 
+NAMES = (
+    "what",
+    "check",
+    "room",
+    "kernel",
+    "bucket",
+    "size",
+    "stage",
+    "shape",
+    "implementation",
+    "variant",
+    "toggle",
+    "value",
+    "lever",
+    "pass",
+)
+"""Fields that tell rows of one file apart."""
+
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -29,17 +47,23 @@ class Sheet:
         self.code = code_of(sources) if resume else None
         self.known: list[Row] = [] if path is None or not resume else [row for row in read(path) if row.get("code") == self.code]
 
-    def add(self, row: Row, words: str | None = None) -> None:
-        """Keep one row more."""
+    def add(self, row: Row, words: Callable[[Row], str] | None = None) -> None:
+        """Keep one row more. `words` puts into words what it found, where it is not void."""
         self.rows.append(row)
         if words is not None:
-            self.say(words)
+            found = f"void, {row['void']}" if row.get("void") else words(row)
+            self.say(": ".join(part for part in (named(row), found) if part))
         if self.path is not None:
             append(self.path, row if self.code is None else row | {"code": self.code})
 
     def has(self, **wanted: Any) -> bool:
         """Whether there is a row with these values already, from this command or an earlier one."""
         return any(all(row.get(key) == value for key, value in wanted.items()) for row in self.known)
+
+
+def named(row: Row) -> str:
+    """What a row is about; a kernel's name begins with its room's."""
+    return " ".join(str(row[key]) for key in NAMES if key in row and not (key == "room" and "kernel" in row))
 
 
 def append(path: Path, row: Row) -> None:
@@ -71,6 +95,11 @@ def latest(path: Path, keys: Sequence[str]) -> list[Row]:
 def failures(rows: Sequence[Row]) -> list[Row]:
     """Rows of ours that are wrong or broke: void for a reason that is neither the machine nor its memory."""
     return [row for row in rows if row.get("void") and not row["void"].startswith((CANNOT, OUT_OF_MEMORY)) and not row.get("peer")]
+
+
+def short_of_memory(row: Row) -> bool:
+    """Whether a row is void for want of memory."""
+    return (row["void"] or "").startswith(OUT_OF_MEMORY)
 
 
 def finite(value: float | None) -> float | None:

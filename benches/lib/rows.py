@@ -7,7 +7,7 @@ import torch
 
 from benches.lib.ours import Fastllava, Run
 from benches.lib.results import Row
-from benches.lib.timing import Times
+from benches.lib.timing import Times, quantiles
 from benches.lib.world import world
 from fastllava.data.plan import Step
 from fastllava.train.metrics.flops import peak_flops
@@ -33,9 +33,7 @@ def figures(run: Run, steps: Sequence[Step], taken: Sequence[float], trainer: An
         "mfu": seconds and peak and needed / seconds / peak,
         "hfu": seconds and peak and done and done / seconds / peak,
         "ceiling_share": seconds and needed / seconds / ceiling / 1e12,
-        "step_ms_p20": times and times.p20,
-        "step_ms_p50": times and times.p50,
-        "step_ms_p80": times and times.p80,
+        **quantiles("step_ms", times),
         "turns": len(taken),
         "model_flops": needed / len(steps) if steps else None,
         "hardware_flops": done and done / len(steps),
@@ -67,12 +65,9 @@ def of_ours(run: Run, trainer: Fastllava | None) -> Row:
 
 
 def in_words(row: Row) -> str:
-    """One line for the screen."""
-    begin = f"{row['size']} {row['stage']} {row['variant']}: "
-    if row["void"] is not None:
-        return begin + f"void, {row['void']}"
+    """Speed and memory."""
     faster = "" if row.get("times_original_p50") is None else f", {row['times_original_p50']:.2f} times the original's recipe"
     return (
-        begin + f"{row['samples_per_second']:.3g} samples/s, {row['tokens_per_second']:,.0f} tokens/s, "
+        f"{row['samples_per_second']:.3g} samples/s, {row['tokens_per_second']:,.0f} tokens/s, "
         f"{row['ceiling_share']:.0%} of the matmul ceiling, {row['peak_bytes'] / 2**30:.2f} GiB{faster}"
     )

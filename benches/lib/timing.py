@@ -42,6 +42,11 @@ class Times:
         return Times(fifths[0], statistics.median(taken), fifths[3])
 
 
+def quantiles(name: str, times: Times | None) -> dict[str, float | None]:
+    """The fields `<name>_p20`, `_p50` and `_p80` of a row, None where nothing was timed."""
+    return {f"{name}_{part}": times and getattr(times, part) for part in ("p20", "p50", "p80")}
+
+
 def interleaved(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, Times]:
     """Times of calls that take turns, so that a clock that falls or a busy neighbour meets all of them alike.
 

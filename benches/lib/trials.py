@@ -40,6 +40,10 @@ class Trial:
         """From here on it has no time, and keeps no memory."""
         self.void, self.trainer, self.taken = reason, None, []
 
+    def build(self, build: Callable[..., Any], *args: Any) -> None:
+        """Make the trainer."""
+        self.trainer = build(*args)
+
     def start(self, build: Callable[[], Any], step: Step, device: torch.device) -> None:
         """Build the trainer and weigh a step; void where loss or gradient is not finite, for there is nothing to compare it with."""
         self.trainer = build()
@@ -47,12 +51,12 @@ class Trial:
         if not (math.isfinite(self.loss) and math.isfinite(self.norm)):
             self.fail(f"wrong: loss {self.loss}, gradient norm {self.norm}")
 
-    def turn(self, step: Step, device: torch.device, judged: bool = True) -> float:
-        """Take one step, timed without what its loader or collator does; the loss."""
+    def turn(self, step: Step, device: torch.device, judged: bool = True) -> None:
+        """Take one step, timed without what its loader or collator does, and keep its loss."""
         batches = self.trainer.batches(step)
         found: list[Any] = []
         self.taken.append(seconds_of(lambda: found.append(self.trainer.step(batches, judged=judged)), device))
-        return found[0].read()[0]
+        self.losses.append(found[0].read()[0])
 
 
 def turns(seconds: float) -> Iterator[int]:

@@ -16,15 +16,14 @@ import torch
 from benches.ceilings import measure_matmul
 from benches.lib.ours import Fastllava, Run
 from benches.lib.request import Request
-from benches.lib.results import CANNOT, OUT_OF_MEMORY, Row, Sheet, finite
+from benches.lib.results import CANNOT, Row, Sheet, finite, short_of_memory
 from benches.lib.rows import ORIGINAL, OURS, figures, in_words, of_ours, setting
-from benches.lib.timing import Times
+from benches.lib.timing import Times, quantiles
 from benches.lib.trials import Trial, agree, attempt, distance, judge_alone, release, turns
 from benches.lib.world import world
 from benches.peers.original import Original
 from benches.peers.training import Peer, Shared
 from benches.peers.transformers import Transformers, TransformersLiger, no_liger
-from fastllava.config import Stage
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 
@@ -58,28 +57,27 @@ ON_A_CPU = ("original", "transformers", "transformers_liger", OURS)
 
 
 def bench(request: Request, sheet: Sheet, variants: Sequence[str] = ()) -> list[Row]:
-    """Measure every size and stage; the rows of one are appended together. Raises UserError on unknown names and keys."""
+    """Measure every size and stage, with fewer layers where memory is short for ours; the rows of an attempt are appended together.
+
+    Raises UserError on unknown names and keys.
+    """
     request.check()
     for name in variants:
         if name not in VARIANTS:
             raise UserError(f"--variants: '{name}' is none of {', '.join(VARIANTS)}")
     chosen = variants or (list(VARIANTS) if request.on_gpu else ON_A_CPU)
     for size, stage in request.pairs():
-        if not sheet.has(size=size, stage=stage):
-            for row in measure(request, size, stage, chosen, sheet):
-                sheet.add(row, in_words(row))
+        if sheet.has(size=size, stage=stage):
+            continue
+        for depth in request.depths(size, stage, lambda trained, frozen: 2.0 * trained + RESERVE):
+            run = request.run(size, stage, depth)
+            sheet.say(f"{size} {stage}: {run.n_steps} different steps of {request.samples} samples on {world(request.device)['device']}")
+            rows = list(compare(request, run, size, chosen, sheet))
+            for row in rows:
+                sheet.add(row, in_words)
+            if not any(row["variant"] == OURS and short_of_memory(row) for row in rows):
+                break
     return sheet.rows
-
-
-def measure(request: Request, size: str, stage: Stage, variants: Sequence[str], sheet: Sheet) -> Iterator[Row]:
-    """The rows of one size and stage; where memory is short for ours those of each attempt."""
-    for depth in request.depths(size, stage, lambda trained, frozen: 2.0 * trained + RESERVE):
-        run = request.run(size, stage, depth)
-        sheet.say(f"{size} {stage}: {run.n_steps} different steps of {request.samples} samples on {world(request.device)['device']}")
-        rows = list(compare(request, run, size, variants, sheet))
-        yield from rows
-        if not any(row["variant"] == OURS and (row["void"] or "").startswith(OUT_OF_MEMORY) for row in rows):
-            return
 
 
 def compare(request: Request, run: Run, size: str, variants: Sequence[str], sheet: Sheet) -> Iterator[Row]:
@@ -104,7 +102,7 @@ def start(request: Request, run: Run, variants: Sequence[str]) -> dict[str, Tria
     """Build every variant that can run here. Ours draws the weights, which are the very same for all, so it is always built."""
     device = request.device
     ours, shared = Trial(), []
-    attempt(ours, device, _build, ours, Fastllava, run, device)
+    attempt(ours, device, ours.build, Fastllava, run, device)
     trials = {name: ours if name == OURS else Trial() for name in variants}
     if ours.void is None:
         attempt(ours, device, lambda: shared.append(Shared.of(ours.trainer)))
@@ -118,12 +116,8 @@ def start(request: Request, run: Run, variants: Sequence[str]) -> dict[str, Tria
             trial.fail(f"{ours.void}, where the weights are drawn")
         else:
             micro_batch = request.micro_batch(run.config.stage, variant.recomputes)
-            attempt(trial, device, _build, trial, variant.build, run, ours.trainer, *shared, micro_batch)
+            attempt(trial, device, trial.build, variant.build, run, ours.trainer, *shared, micro_batch)
     return trials
-
-
-def _build(trial: Trial, build: Callable[..., Any], *args: Any) -> None:
-    trial.trainer = build(*args)
 
 
 def take_turns(trials: Mapping[str, Trial], run: Run, request: Request) -> list[Step]:
@@ -134,16 +128,12 @@ def take_turns(trials: Mapping[str, Trial], run: Run, request: Request) -> list[
         step = run.step(turn + 1)
         first = turn % len(alive)
         for name in alive[first:] + alive[:first]:
-            attempt(trials[name], request.device, _take_turn, trials[name], step, request.device)
+            attempt(trials[name], request.device, trials[name].turn, step, request.device, False)
         steps.append(step)
         alive = [name for name in alive if trials[name].void is None]
         if not alive:
             break
     return steps
-
-
-def _take_turn(trial: Trial, step: Step, device: torch.device) -> None:
-    trial.losses.append(trial.turn(step, device, judged=False))
 
 
 def row_of(name: str, trials: Mapping[str, Trial], run: Run, steps: Sequence[Step], size: str, ceiling: float, device: torch.device) -> Row:
@@ -158,9 +148,7 @@ def row_of(name: str, trials: Mapping[str, Trial], run: Run, steps: Sequence[Ste
         | figures(run, steps, trial.taken if timed else (), trial.trainer, ceiling, device)
         | {
             "peak_bytes": trial.peak if timed else None,
-            "times_original_p20": faster and faster.p20,
-            "times_original_p50": faster and faster.p50,
-            "times_original_p80": faster and faster.p80,
+            **quantiles("times_original", faster),
             "loss": finite(trial.loss),
             "grad_norm": finite(trial.norm),
             "error": finite(distance(trial.loss, statistics.median(alive))) if alive and trial.loss is not None else None,

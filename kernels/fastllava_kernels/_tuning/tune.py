@@ -1,15 +1,11 @@
-"""Write the tables of kernel configurations, offline.
+"""Write the tables of kernel configurations, offline: `python -m fastllava_kernels._tuning.tune` chooses by compiling, without a GPU.
 
-    python -m fastllava_kernels._tuning.tune              choose among the candidates by compiling them; needs no GPU
-    python -m fastllava_kernels._tuning.tune --measure    choose by time on this machine's GPU, for its architecture
-
-Both write tables/<arch>.json under the running Triton minor version; entries of other versions stay as they are, and a kernel
-that only ever runs with its first candidate is left out. Compiled
-choices take the first candidate that passes the ahead-of-time gate; measured ones the fastest that passes it, by the median of
-interleaved runs of the room at the first of LLaVA-1.5 7B's shapes that launches the kernel.
+It takes the first candidate that passes the ahead-of-time gate. `fastllava bench tuning` chooses by `measure` here the fastest that
+passes it, by the median of interleaved runs of the room at the first of its shapes that launches the kernel. Both write
+<arch>.json under the running Triton minor version; entries of other versions stay as they are, and a kernel that only ever runs
+with its first candidate is left out.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -177,38 +173,11 @@ def write(arch: str, chosen: Mapping[str, Mapping[str, Config]], folder: Path | 
 
 def main() -> None:
     """Write the tables, and print a line for each choice."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="by time on this GPU instead of by compiling for all architectures")
-    parser.add_argument("--kernels", nargs="*", help="only these")
-    given = parser.parse_args()
-    wanted = {name: kernel for name, kernel in tuning.kernels().items() if not given.kernels or name in given.kernels}
-    if given.measure:
-        _write_measured(wanted)
-        return
     for arch in aot.ARCHITECTURES:
-        compiled = {name: compiling(kernel, arch)[0] for name, kernel in wanted.items()}
+        compiled = {name: compiling(kernel, arch)[0] for name, kernel in tuning.kernels().items()}
         write(arch, {name: {ANY: config} for name, config in compiled.items()})
         for name, config in compiled.items():
             sys.stdout.write(f"{arch} {name}: {dict(config)}\n")
-
-
-def _write_measured(wanted: Mapping[str, Kernel]) -> None:
-    """Write each kernel's entries as soon as they are measured; a kernel that nothing launches keeps what it has."""
-    device = torch.device("cuda")
-    arch = tuning.architecture(device)
-    for name, kernel in wanted.items():
-        chosen = {}
-        for bound in (*kernel.buckets, None):
-            try:
-                found = measure(kernel, bound, device)
-            except ValueError as error:
-                sys.stdout.write(f"{error}\n")
-                continue
-            chosen[str(bound or ANY)] = found.chosen
-            for number, milliseconds in found.milliseconds.items():
-                sys.stdout.write(f"{name} rows {bound or ANY} {dict(kernel.candidates[arch][number])}: {milliseconds:.4f} ms\n")
-        if chosen:
-            write(arch, {name: chosen})
 
 
 if __name__ == "__main__":

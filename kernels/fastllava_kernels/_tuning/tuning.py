@@ -2,7 +2,7 @@
 
 Autotuning during training would let ranks and runs pick different configurations, and so different sums. A kernel lists its
 candidates, the likely best first, and runs with the first one unless a table says otherwise: `tables/<arch>.json`, kernel ->
-Triton minor version -> rows (the bucket's upper bound, or "any") -> configuration. `python -m fastllava_kernels._tuning.tune` writes them.
+Triton minor version -> rows (the bucket's upper bound, or "any") -> configuration. `tune` writes them.
 """
 
 import importlib
