@@ -7,7 +7,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastllava.demo.scenes import COLOURS, PLACES, SHAPES, Scene
+from fastllava.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene
+from fastllava.evaluate.benchmark import OPTION_LETTER
+
+
+LETTERS = "ABCDE"
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,12 @@ class Question:
     text: str
     answer: str
 
+    def with_options(self) -> "Question":
+        """The same question in the form of ScienceQA: options follow it, and a letter answers it. Raises KeyError where there are too many."""
+        options = CHOICES[self.kind]
+        listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        return Question(self.kind, f"{self.text}{listed}{OPTION_LETTER}", LETTERS[options.index(self.answer)])
+
 
 def ask(kind: str, scene: Scene, rng: random.Random) -> Question | None:
     """A question of type `kind` that has exactly one right answer in this scene; None when the scene allows none."""
@@ -26,9 +36,14 @@ def ask(kind: str, scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_several(scene: Scene, number: int, rng: random.Random) -> list[Question]:
-    """At most `number` questions of different types, in a random order."""
+    """At most `number` questions of different types, in a random order; in every other conversation one of them has options."""
     found = [ask(kind, scene, rng) for kind in rng.sample(list(KINDS), len(KINDS))]
-    return [question for question in found if question is not None][:number]
+    asked = [question for question in found if question is not None][:number]
+    able = [index for index, question in enumerate(asked) if question.kind in CHOICES]
+    if able and rng.random() < 0.5:
+        index = rng.choice(able)
+        asked[index] = asked[index].with_options()
+    return asked
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -58,6 +73,9 @@ KINDS: dict[str, Callable[[Scene], str | None]] = {
     "background": lambda scene: scene.background,
 }
 """The question types by name, each with its answer; None where the scene allows no such question."""
+
+CHOICES = {"shape": SHAPES, "count": tuple("1234"), "position": PLACES, "background": tuple(BACKGROUNDS)}
+"""The options of the types that have at most as many as ScienceQA has letters."""
 
 _PHRASINGS = {
     "colour": ("What colour are the things?", "Which colour do the things have?", "Tell me the colour of what you see."),

@@ -17,7 +17,7 @@ from fastllava.data.tokenizer import Tokenizer
 from fastllava.demo.answers import OVERALL, compare, greedy, majority_answers, score
 from fastllava.demo.backbones import BackboneSizes
 from fastllava.demo.dataset import HeldOut, draw_set
-from fastllava.demo.questions import KINDS, Question, ask, ask_several
+from fastllava.demo.questions import CHOICES, KINDS, Question, ask, ask_several
 from fastllava.demo.report import Example, pick
 from fastllava.demo.run import DemoSettings, demo, stage_configs
 from fastllava.demo.scenes import BACKGROUNDS, CANVAS, COLOURS, GRID, PLACES, SHAPES, Scene, draw_scene, is_held_out, paint
@@ -78,9 +78,24 @@ def test_shapes_differ_in_their_pixels():
 def test_no_question_gives_another_ones_answer_away():
     rng = random.Random(0)
     answers = {*COLOURS, *SHAPES, *BACKGROUNDS, *PLACES, *"1234"}
+    with_options = 0
     for _ in range(300):
-        for question in ask_several(draw_scene(rng, held_out=False), 5, rng):
-            assert not answers & set(question.text.lower().strip("?.").split())
+        asked = ask_several(draw_scene(rng, held_out=False), 5, rng)
+        assert len({question.kind for question in asked}) == len(asked)
+        for question in asked:
+            text, *options = question.text.split("\n")
+            assert not answers & set(text.lower().strip("?.").split())
+            if options:
+                with_options += 1
+                # All of them, always in one order: they say nothing about the picture.
+                assert tuple(option.split(". ", 1)[1] for option in options[:-1]) == CHOICES[question.kind]
+    assert 100 < with_options < 200
+
+
+def test_the_letter_is_that_of_the_right_option():
+    question = Question("position", "Where is it?", "bottom left").with_options()
+    assert question.text.split("\n")[1:5] == ["A. top left", "B. top right", "C. bottom left", "D. bottom right"]
+    assert question.answer == "C"
 
 
 def test_held_out_scenes_never_occur_in_training_and_drawing_repeats(tmp_path):
