@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fastllava.demo.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene
 from fastllava.evaluate.benchmark import OPTION_LETTER
 
-
 LETTERS = "ABCDE"
 
 
@@ -23,7 +22,7 @@ class Question:
     answer: str
 
     def with_options(self) -> "Question":
-        """The same question in the form of ScienceQA: options follow it, and a letter answers it. Raises KeyError where there are too many."""
+        """The same question in the form of ScienceQA: options follow it, and a letter answers it. KeyError where they are too many."""
         options = CHOICES[self.kind]
         listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         return Question(self.kind, f"{self.text}{listed}{OPTION_LETTER}", LETTERS[options.index(self.answer)])

@@ -23,6 +23,10 @@ class ServerScored(UserError):
     """Answers that only a server can score; the message names it and the file to upload."""
 
 
+class JudgeNeeded(UserError):
+    """Answers that only a judge can score, and none was given."""
+
+
 @dataclass(frozen=True)
 class Score:
     """What answers are worth."""
@@ -99,5 +103,5 @@ class JudgedBenchmark(Benchmark):
         """
 
     def score(self, data: Path, answers: Answers) -> Score:
-        """Raise UserError: there is no figure without a judge."""
-        raise UserError(f"{self.name}: {NEEDED}")
+        """Raise JudgeNeeded: there is no figure without a judge."""
+        raise JudgeNeeded(f"{self.name}: {NEEDED}")

@@ -9,9 +9,10 @@ from fastllava.console.speaker import Say
 from fastllava.disk import read_json_object, write_json
 from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
-from fastllava.evaluate.answers import Answers, read_answers
-from fastllava.evaluate.benchmark import Benchmark, Missing, Score
+from fastllava.evaluate.answers import Answers
+from fastllava.evaluate.benchmark import Benchmark, JudgeNeeded, Missing, Score, ServerScored
 from fastllava.evaluate.questions import Question
+from fastllava.evaluate.score import notes
 
 SCORES = "scores.json"
 
@@ -52,6 +53,8 @@ class Outcome:
             found["words"] = self.words
         if self.score is not None:
             found |= {"value": self.value, "figures": dict(self.score.figures), "warnings": self.score.warnings}
+            if self.score.judge is not None:
+                found["judge"] = dict(self.score.judge)
         if self.answers is not None:
             found["answers"] = str(self.answers)
         if self.uploads:
@@ -76,8 +79,8 @@ def evaluate(
         group.on_first(lambda: _write(out, about, outcomes))
         figure = "" if outcome.value is None else f"{one.headline} {outcome.value:.2f}"
         say(f"  {outcome.status}" + (f": {figure}" if figure else "") + (f": {outcome.words}" if outcome.words else ""))
-        for warning in outcome.score.warnings if outcome.score else ():
-            say(f"  warning: {warning}")
+        for line in notes(outcome.score) if outcome.score else ():
+            say(f"  {line}")
     return outcomes
 
 
@@ -95,16 +98,14 @@ def _run(one: Benchmark, data: Path, out: Path, ask: Ask, grade: Grade, group: P
 
 
 def _graded(one: Benchmark, data: Path, out: Path, path: Path, questions: Sequence[Question], grade: Grade) -> Outcome:
-    answers, folder = read_answers(path), out / "uploads" / one.name
+    answers, folder = one.read(path), out / "uploads" / one.name
     folder.mkdir(parents=True, exist_ok=True)
     uploads = one.upload(data, answers, folder)
     if not uploads:
         folder.rmdir()
     try:
         score = grade(one, data, answers)
-    except UserError as error:
-        if not (isinstance(error, Missing) or one.server):
-            raise
+    except (Missing, ServerScored, JudgeNeeded) as error:
         return Outcome(one, "answered", str(error), None, path, uploads, questions)
     return Outcome(one, "scored", "", score, path, uploads, questions)
 

@@ -6,14 +6,24 @@ from typing import Any
 
 from rich.table import Table
 
-from fastllava.evaluate.benchmark import Benchmark, Score
+from fastllava.errors import UserError
+from fastllava.evaluate.answers import Answers
+from fastllava.evaluate.benchmark import Benchmark, JudgedBenchmark, Score
+from fastllava.evaluate.judge import Judge
 
-_SHARES = {"accuracy", "precision", "recall", "f1", "yes_ratio"}
 
-
-def score_file(benchmark: Benchmark, data: Path, answers: Path) -> Score:
+def score_file(benchmark: Benchmark, data: Path, answers: Path, judge: Judge | None = None, rules: Path | None = None) -> Score:
     """The score of the answers in the file `answers`. `data` is the benchmark's own folder. Raises UserError."""
-    return benchmark.score(benchmark.need(data), benchmark.read(answers))
+    if judge is not None and not isinstance(benchmark, JudgedBenchmark):
+        raise UserError(f"{benchmark.name}: rules score it, and no judge; leave out --replies, --judge and --base-url")
+    return graded(benchmark, benchmark.need(data), benchmark.read(answers), judge, rules)
+
+
+def graded(benchmark: Benchmark, data: Path, answers: Answers, judge: Judge | None, rules: Path | None = None) -> Score:
+    """What `answers` are worth: by the judge where the benchmark is a judged one, by its rules where not. Raises UserError."""
+    if not isinstance(benchmark, JudgedBenchmark):
+        return benchmark.score(data, answers)
+    return benchmark.score(data, answers) if judge is None else benchmark.judged(data, answers, judge, rules)
 
 
 def as_json(benchmark: Benchmark, score: Score) -> dict[str, Any]:
@@ -40,6 +50,8 @@ def in_words(value: float, unit: float = 1.0) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
-def warnings(score: Score) -> Iterable[str]:
-    """A line for each place where the official code would have given another figure."""
-    return (f"warning: {warning}" for warning in score.warnings)
+def notes(score: Score) -> Iterable[str]:
+    """Who judged, and a line for each place where the official code would have given another figure."""
+    if score.judge is not None:
+        yield str(score.judge["note"])
+    yield from (f"warning: {warning}" for warning in score.warnings)

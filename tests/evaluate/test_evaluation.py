@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastllava.errors import UserError
-from fastllava.evaluate.benchmark import Benchmark, Missing, Score
+from fastllava.evaluate.benchmark import Benchmark, Missing, Score, ServerScored
 from fastllava.evaluate.evaluation import evaluate
 from fastllava.evaluate.questions import Question
 
@@ -33,7 +33,7 @@ class Served(Colours):
     name, title, folder, server = "served", "Served", "served", "https://example.org"
 
     def score(self, data, answers):
-        raise UserError("served: the labels are not public; upload the file")
+        raise ServerScored("served: the labels are not public; upload the file")
 
     def upload(self, data, answers, out):
         (out / "upload.json").write_text("[]")
@@ -107,5 +107,5 @@ def test_scores_json_that_is_no_json_is_named(data, tmp_path):
 
 
 def test_what_is_missing_names_where_it_comes_from(tmp_path):
-    with pytest.raises(Missing, match="colours: .* is not there; draw them"):
+    with pytest.raises(Missing, match=r"colours: .* is not there; draw them"):
         Colours().questions(tmp_path)
