@@ -2,15 +2,23 @@
 
 from fastllava.errors import UserError
 from fastllava.evaluate.benchmark import Benchmark
+from fastllava.evaluate.benchmarks.gqa import GQA
 from fastllava.evaluate.benchmarks.mme import MME
 from fastllava.evaluate.benchmarks.pope import Pope
 from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
 from fastllava.evaluate.benchmarks.seed_bench import SeedBench
+from fastllava.evaluate.benchmarks.textvqa import TextVQA
+from fastllava.evaluate.benchmarks.vizwiz import VizWiz
+from fastllava.evaluate.benchmarks.vqav2 import VQAv2
 
 BENCHMARKS: dict[str, Benchmark] = {
     one.name: one
     for one in (
+        VQAv2(),
+        GQA(),
+        VizWiz(),
         ScienceQA(),
+        TextVQA(),
         Pope(),
         MME(),
         SeedBench(),
