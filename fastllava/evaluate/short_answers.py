@@ -59,7 +59,7 @@ def few_labels(counts: Iterable[int]) -> list[str]:
     if not (few := sum(count < 4 for count in counts)):
         return []
     ceiling = sum(soft_accuracy(count, count) for count in counts) / len(counts)
-    return [f"{few} of {len(counts)} questions have fewer than 4 labels: the rule of the VQA accuracy gives at most {ceiling:.2%} here"]
+    return [f"questions with fewer than 4 labels: {few} of {len(counts)}; the rule of the VQA accuracy gives at most {ceiling:.2%} here"]
 
 
 def answered_twice(answers: Answers, headline: Callable[[Mapping[Id, Answer]], float]) -> list[str]:
@@ -69,7 +69,7 @@ def answered_twice(answers: Answers, headline: Callable[[Mapping[Id, Answer]], f
     if not (changed := sum(first[id].text != answer.text for id, answer in last.items())):
         return []
     return [
-        f"{changed} questions have two different answers; the last one counts, as in the official code "
+        f"questions with two different answers: {changed}; the last one counts, as in the official code "
         f"({headline(last):.4g}; with the first ones it is {headline(first):.4g})"
     ]
 

@@ -116,7 +116,7 @@ def _asked_twice(answers: Answers, keys: list[Key], annotations: dict[Key, list[
         rows.append(_row(answer, annotations[key][min(seen[key], len(annotations[key]) - 1)]))
         seen[key] += 1
     return [
-        f"{len(twice)} questions are asked twice about one image; the official code judges all their answers by the last one's labels "
+        f"questions asked twice about one image: {len(twice)}; the official code judges all their answers by the last one's labels "
         f"({accuracy:.4f}); each by its own, the accuracy is {_mean(rows):.4f}"
     ]
 
@@ -130,13 +130,13 @@ def _unanswered(keys: list[Key], annotations: dict[Key, list[dict[str, Any]]], r
     if missing:
         whole = sum(row["score"] for row in rows) / (len(rows) + missing)
         found.append(
-            f"{missing} questions have no answer, and the official code takes the mean over the {len(rows)} answers "
-            f"({_mean(rows):.4f}); counted as wrong, they make it {whole:.4f}"
+            f"questions without an answer: {missing}; the official code takes the mean over the answers that are there, {len(rows)} "
+            f"({_mean(rows):.4f}); over all questions it is {whole:.4f}"
         )
     if more:
         once = list({(row["question_id"], key): row for key, row in zip(keys, rows, strict=True)}.values())
         found.append(
-            f"{more} answers are to questions answered already, and the official code counts every line ({_mean(rows):.4f}); "
+            f"answers to questions answered already: {more}; the official code counts every line ({_mean(rows):.4f}); "
             f"with the last answer to each question, the accuracy is {_mean(once):.4f}"
         )
     return found

@@ -180,7 +180,7 @@ def _merged_labels(found: Mapping[Id, Answer], annotations: Mapping[Id, _Annotat
         return []
     apart = sum(soft_accuracy(sum(one.equal(evalai_form(found[id].text))), len(one.labels)) for id, one in annotations.items())
     return [
-        f"{merged} questions have labels that are equal in every field, which the official code takes for one annotator "
+        f"questions with labels that are equal in every field: {merged}; the official code takes these for one annotator "
         f"({accuracy:.2f}); with an answer_id for each label, as in the published file, it is {100 * apart / len(annotations):.2f}"
     ]
 

@@ -181,3 +181,12 @@ def test_labels_without_ids_of_their_own(tmp_path: Path, val: Callable, answers:
     found = VQA.score(tmp_path, VQA.read(answers([(7, "red")])))
     assert found.figures["accuracy"] == pytest.approx(50)
     assert "(50.00); with an answer_id for each label, as in the published file, it is 100.00" in found.warnings[0]
+
+
+def test_byte_order_mark_does_not_cost_an_answer(tmp_path: Path, write_lines: Callable, answers: Callable) -> None:
+    """The official converter takes a first line with one for a broken line, and leaves its answer out."""
+    write_lines("llava_vqav2_mscoco_test2015.jsonl", [{"question_id": 7}])
+    file = answers([(7, "red")])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    (written,) = VQA.upload(tmp_path, VQA.read(file), tmp_path / "out")
+    assert json.loads(written.read_text()) == [{"question_id": 7, "answer": "red"}]
