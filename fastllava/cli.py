@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | score | toggles | bench`."""
+"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | answer | score | toggles | bench`."""
 
 import io
 import json
@@ -213,6 +213,7 @@ def export(
     run_export(checkpoint, layout.value, out, speaker(Console()))
 
 
+app.command()(evaluation.answer)
 app.command()(evaluation.score)
 
 

@@ -121,12 +121,7 @@ def examine(path: Path, limits: DataConfig) -> Examined:
     with _opened(data, limits) as image:
         form = image.format or ""
         turned = _turned(image)
-        try:
-            check_structure(data, form)
-        except BadRecord:
-            raise
-        except Exception as error:
-            raise BadRecord("image_damaged", f"is damaged ({_words(error)}); restore the file") from None
+        _check_whole(data, image)
         if form not in _CHECKED_WHOLE:
             _decode(image)
     return Examined(stamp, turned)
@@ -158,6 +153,18 @@ def open_rgb(source: Path | bytes, limits: DataConfig) -> Image.Image:
     data = source if isinstance(source, bytes) else _read(source, limits)[1]
     with _opened(data, limits) as image:
         return _decode(image)
+
+
+def read_image(path: Path, limits: DataConfig) -> bytes:
+    """The bytes of the image file at `path`, links followed. Raises BadRecord."""
+    return _read(Path(os.path.realpath(path)), limits)[1]
+
+
+def pixels_of(data: bytes, policy: Literal["square", "pad"], spec: ImageSpec, limits: DataConfig) -> NDArray[np.uint8]:
+    """Pixels as `load_image` gives them, of the bytes of an image file that nobody has examined. Raises BadRecord when it is damaged."""
+    with _opened(data, limits) as image:
+        _check_whole(data, image)
+        return clip_pixels(_decode(image), policy, spec)
 
 
 def same_content(path: Path, limits: DataConfig, expected: ImageStamp) -> ImageStamp:
@@ -245,6 +252,16 @@ def _check_bounds(image: Image.Image, limits: DataConfig) -> None:
         raise BadRecord("image_aspect", f"{size}; data.max_image_aspect is {limits.max_image_aspect:g}")
     if image.mode in ("I", "F"):
         raise BadRecord("image_mode", f"holds pixels of mode {image.mode}, whose white is not said; save it with 8 or 16 bits")
+
+
+def _check_whole(data: bytes, image: Image.Image) -> None:
+    """Follow the structure of the file `data`, which Pillow has opened as `image`. Raises BadRecord."""
+    try:
+        check_structure(data, image.format or "")
+    except BadRecord:
+        raise
+    except Exception as error:
+        raise BadRecord("image_damaged", f"is damaged ({_words(error)}); restore the file") from None
 
 
 def _turned(image: Image.Image) -> bool:

@@ -48,12 +48,13 @@ _SMALL_SOURCE = 8 * 2**20
 _SAY_EVERY = 15.0
 
 
-def _cache() -> Path:
-    """Where caches lie: for a user without a home, as containers know them, here."""
+def cache_root() -> Path:
+    """Where fastllava keeps what it can make again: for a user without a home, as containers know them, here."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
-        return Path.cwd() / ".cache"
+        root = Path.cwd() / ".cache"
+    return root / "fastllava"
 
 
 def prepare(
@@ -76,7 +77,7 @@ def prepare(
     template(data.template)
     if data.images is not None and not data.images.is_dir():
         raise UserError(f"data.images: {data.images} is no folder; give the one that the records' image paths start from")
-    root = data.prepared_dir or _cache() / "fastllava" / "prepared"
+    root = data.prepared_dir or cache_root() / "prepared"
     content = _content(data, tokenizer, spec)
     images = None if data.images is None else str(data.images.resolve())
     folder = root.absolute() / hashlib.sha256(json.dumps([content, images], sort_keys=True).encode()).hexdigest()[:32]

@@ -24,7 +24,7 @@ from fastllava.train.state.fingerprint import fingerprint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO = "auto"
 PRECISIONS = (AUTO, *DTYPES)
-"""The words of `--precision`. auto: the checkpoint's own on a GPU, fp32 on a CPU, which is faster there than the halves."""
+"""The words of `--precision`. auto: the checkpoint's own where there is a GPU; else fp32, which is faster on a CPU than the halves."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trained:
     """A checkpoint of any kind, loaded."""
 
     name: str
-    """The last part of its path, the `model_id` of answers files."""
+    """The last part of its path, and for a checkpoint-N the part before too: the `model_id` of answers files."""
     folder: Path
     model: Llava
     """On its device, frozen, computing in `model.dtype`."""
@@ -95,7 +95,7 @@ def load_trained(
         )
     identity = hashlib.sha256(json.dumps(fingerprint(loaded, group), sort_keys=True).encode()).hexdigest()
     if precision == AUTO:
-        dtype = torch.float32 if device.type == "cpu" else subject.dtype
+        dtype = subject.dtype if torch.cuda.is_available() else torch.float32
     else:
         dtype = DTYPES[precision]
     torch.set_float32_matmul_precision("highest")
@@ -104,8 +104,13 @@ def load_trained(
     model = model.to(device, dtype).requires_grad_(False).eval()
     report(f"{checkpoint} answers in {str(dtype).removeprefix('torch.')} on {device}")
     policy: Literal["square", "pad"] = "pad" if subject.image_policy == "pad" else "square"
-    name = checkpoint.resolve().name
-    return Trained(name, checkpoint, model, tokenizer, template(subject.template), policy, subject.max_tokens, identity)
+    return Trained(
+        _name(checkpoint.resolve()), checkpoint, model, tokenizer, template(subject.template), policy, subject.max_tokens, identity
+    )
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
 def _device(local_rank: int) -> torch.device:

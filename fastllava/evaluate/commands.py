@@ -15,6 +15,41 @@ JudgeRuns = Annotated[int, typer.Option(min=1, help="how often the judge judges 
 Rules = Annotated[Path | None, typer.Option(metavar="FILE", help="the judge's instruction, when it does not lie in the benchmark's folder")]
 
 
+def answer(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
+    questions: Annotated[Path, typer.Option(metavar="FILE", help="a JSON object a line: question_id, image, text")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the answers, a JSON object a line; what it holds already stays")],
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="the folder that the images lie in")] = None,
+    template: Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="an answer is cut here")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions at a time; of engine transformers")] = 8,
+    engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: the checkpoint's own, and fp32 on a CPU")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out questions whose image is missing or damaged")] = False,
+) -> None:
+    """Answer a file of questions, greedily. Goes on where it stopped; torchrun splits the questions over processes."""
+    from fastllava.console.ending import talk_to_whoever_listens
+    from fastllava.errors import first_of_machine_speaks
+
+    talk_to_whoever_listens()
+    with first_of_machine_speaks():
+        from fastllava.evaluate.answer import answer_file
+
+        answer_file(
+            checkpoint,
+            questions,
+            images,
+            out,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            engine=engine,
+            precision=precision,
+            skip_bad=skip_bad,
+            console=Console(),
+        )
+
+
 def score(
     benchmark: Annotated[str, typer.Argument(metavar="BENCHMARK", help="vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, ...")],
     data: Annotated[Path, typer.Option(metavar="DIR", help="the benchmark's folder, laid out as in playground/data/eval")],

@@ -448,7 +448,7 @@ def test_a_mistake_in_a_worker_is_one_line(
 
 
 def test_a_user_without_a_home_prepares_where_it_is(monkeypatch, tmp_path):
-    from fastllava.data.prepared import _cache
+    from fastllava.data.prepared import cache_root
 
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -456,4 +456,4 @@ def test_a_user_without_a_home_prepares_where_it_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", home)
     monkeypatch.chdir(tmp_path)
-    assert _cache() == tmp_path / ".cache"
+    assert cache_root() == tmp_path / ".cache" / "fastllava"

@@ -1,1 +1,65 @@
 """What turns prompts into answers: one module an engine, named as the word of `--engine`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastllava.batch import IMAGE_ID
+from fastllava.errors import UserError
+from fastllava.evaluate.checkpoint import Trained
+
+ENGINES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a model is asked."""
+
+    ids: list[int]
+    """Token ids; IMAGE_ID where the picture stands."""
+    pixels: NDArray[np.uint8] | None = None
+    """uint8 [3, size, size]. Prompts about one picture may share the array, and its features are then computed once."""
+
+
+class Engine(Protocol):
+    """A way to answer greedily."""
+
+    name: str
+    window: int
+    """So many prompts at a time keep it busy."""
+
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        """For each prompt its index and the tokens of its answer, as they come; the token that ended it is the last of them.
+
+        An answer ends with one of `Trained.stops` or after `max_new_tokens`. Raises UserError.
+        """
+        ...
+
+
+def make_engine(name: str, trained: Trained, batch_size: int, report: Callable[[str], object] = lambda line: None) -> Engine:
+    """The engine called `name` over the model `trained`. `batch_size`: prompts at a time, where the engine does not choose itself.
+
+    Raises UserError when there is none of that name, or it is not installed.
+    """
+    if name not in ENGINES:
+        raise UserError(f"--engine: no engine '{name}'; write one of {', '.join(ENGINES)}")
+    if name == "vllm":
+        from fastllava.evaluate.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(trained, report)
+    from fastllava.evaluate.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(trained, batch_size, report)
+
+
+def rows_of(prompt: Prompt, trained: Trained) -> int:
+    """Rows of the prompt once its picture has become patches, and a prompt with a picture has been cut at `trained.max_tokens`.
+
+    The original cuts after the splice, from the end, and does not cut a prompt of text alone (llava/model/llava_arch.py).
+    """
+    images = prompt.ids.count(IMAGE_ID)
+    rows = len(prompt.ids) + images * (trained.model.spec.patches - 1)
+    return min(rows, trained.max_tokens) if images else rows
