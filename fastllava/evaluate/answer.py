@@ -42,7 +42,7 @@ class Outcome:
     answered: int
     """Questions answered now, not those of an earlier start."""
     unended: int
-    """Of these, answers that the limit of new tokens has cut."""
+    """Answers among them that the limit of new tokens has cut."""
     left_out: Sequence[BadQuestion]
     """The questions without an answer."""
     seconds: float
