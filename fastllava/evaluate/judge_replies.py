@@ -18,6 +18,7 @@ from typing import Any
 from fastllava.console.printable import quoted, shortened
 from fastllava.errors import UserError
 from fastllava.evaluate.judge import Ask, Reply, Request
+from fastllava.evaluate.matching import some
 
 _LARGEST = 256 * 2**20
 _REMEDY = (
@@ -69,10 +70,12 @@ class _ById:
         wanted = [str(one) for one in questions]
         have = self.runs[0]
         if missing := [one for one in wanted if one not in have]:
-            raise UserError(f"--replies: {self.path} has no reply for {_some(missing)}; judge these questions too")
+            raise UserError(
+                f"--replies: {self.path} has no reply for {len(missing):,} questions ({some(missing)}); judge these questions too"
+            )
         if foreign := sorted(set(have) - set(wanted)):
             raise UserError(
-                f"--replies: {self.path} has replies for {_some(foreign)}, which --data does not ask; give the replies to these answers"
+                f"--replies: {self.path} has replies for {len(foreign):,} questions that --data does not ask ({some(foreign)}); give theirs"
             )
         for run in self.runs:
             yield lambda request, run=run: run[str(request.question)]
@@ -165,7 +168,7 @@ def _reviews(path: Path, text: str) -> _ById:
         raise UserError(f"--replies: {path} holds no reply; {_REMEDY}")
     if uneven := [key for key in runs[0] if key not in runs[-1]]:
         raise UserError(
-            f"--replies: {path} has {len(runs)} reviews of question {next(iter(runs[-1]))}, but fewer of {_some(uneven)}; "
+            f"--replies: {path} has {len(runs)} reviews of question {next(iter(runs[-1]))}, but fewer of others ({some(uneven)}); "
             "give as many of each question, or one file a run"
         )
     return _ById(path, "llava_bench", runs)
@@ -213,8 +216,3 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
-
-
-def _some(ids: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(shortened(one, 40) for one in ids[:most])
-    return f"{'question' if len(ids) == 1 else f'{len(ids):,} questions:'} {shown}{', ...' if len(ids) > most else ''}"

@@ -3,6 +3,8 @@
 from fastllava.errors import UserError
 from fastllava.evaluate.benchmark import Benchmark
 from fastllava.evaluate.benchmarks.gqa import GQA
+from fastllava.evaluate.benchmarks.llava_bench import LlavaBench
+from fastllava.evaluate.benchmarks.mm_vet import MMVet
 from fastllava.evaluate.benchmarks.mme import MME
 from fastllava.evaluate.benchmarks.pope import Pope
 from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
@@ -22,6 +24,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         Pope(),
         MME(),
         SeedBench(),
+        LlavaBench(),
+        MMVet(),
     )
 }
 
