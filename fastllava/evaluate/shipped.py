@@ -58,7 +58,7 @@ def science_results(path: Path) -> Answers:
 def sheet(path: Path) -> Answers:
     """An answers file, or the .xlsx of `index`, `prediction` and further columns that MMBench's server takes.
 
-    Cells without a prediction are no answers. The fields of an answer are the cells of its row.
+    A cell without a prediction is an empty answer. The fields of an answer are the cells of its row.
     """
     if path.suffix.lower() != ".xlsx":
         return read_answers(path)
@@ -69,8 +69,9 @@ def sheet(path: Path) -> Answers:
     answers = []
     for at, cells in enumerate(rows):
         row = dict(zip(header, cells, strict=False))
-        if row["index"] is not None and row["prediction"] is not None:
-            answers.append(Answer(at, _plain(row["index"]), str(row.get("question")), str(_plain(row["prediction"])), row))
+        if row.get("index") is not None:
+            said = row.get("prediction")
+            answers.append(Answer(at, _plain(row["index"]), str(row.get("question")), "" if said is None else str(_plain(said)), row))
     if not answers:
         raise UserError(f"--answers: {path} holds no prediction; give a sheet as uploaded to the server")
     return Answers(path, answers, [])
@@ -122,9 +123,9 @@ def _was_missing(row: Any) -> bool:
     return isinstance(row, dict) and (row.get("question"), row.get("pred")) == ("Unknown", "FAILED")
 
 
-def _plain(cell: Any) -> Any:
+def _plain(cell: Any) -> int | str:
     """A cell as its text says it: whole numbers without a point."""
-    return int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+    return int(cell) if isinstance(cell, float) and cell.is_integer() else cell if isinstance(cell, int) else str(cell)
 
 
 def _sheet_rows(path: Path) -> Any:

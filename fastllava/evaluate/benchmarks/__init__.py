@@ -5,6 +5,8 @@ from fastllava.evaluate.benchmark import Benchmark
 from fastllava.evaluate.benchmarks.gqa import GQA
 from fastllava.evaluate.benchmarks.llava_bench import LlavaBench
 from fastllava.evaluate.benchmarks.mm_vet import MMVet
+from fastllava.evaluate.benchmarks.mmbench import MMBench
+from fastllava.evaluate.benchmarks.mmbench_cn import MMBenchCN
 from fastllava.evaluate.benchmarks.mme import MME
 from fastllava.evaluate.benchmarks.pope import Pope
 from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
@@ -23,6 +25,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         TextVQA(),
         Pope(),
         MME(),
+        MMBench(),
+        MMBenchCN(),
         SeedBench(),
         LlavaBench(),
         MMVet(),
