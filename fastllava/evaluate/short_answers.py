@@ -1,7 +1,7 @@
 """What the benchmarks of short answers share: answers paired with questions by id, the accuracy by ten labels, the upload file."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,29 @@ def latest(answers: Iterable[Answer]) -> dict[Id, Answer]:
     return {answer.id: answer for answer in answers}
 
 
+def converted(answers: Answers) -> Sequence[Answer]:
+    """The answers that the official converters take: they pass over lines that are no JSON, such as a killed run leaves.
+
+    Raises UserError for a line that is JSON and no answer, at which they stop.
+    """
+    if answers.broken:
+        lines = answers.path.read_bytes().decode("utf-8-sig").split("\n")
+        for number in answers.broken:
+            if _is_json(lines[number - 1]):
+                raise UserError(
+                    f"--answers: line {number} of {answers.path} is JSON but no answer; write question_id and text in it, or take it out"
+                )
+    return answers.rows
+
+
+def torn(answers: Answers) -> list[str]:
+    """A warning about lines that were passed over; none when there are none."""
+    return [f"lines that are no JSON: {len(answers.broken)}; they are passed over, as in the official converter"] if answers.broken else []
+
+
 def paired(name: str, answers: Answers, ids: Collection[Id], asked: str) -> dict[Id, Answer]:
     """The answers to the questions `ids`, which `asked` names in messages. Raises UserError when one has none."""
-    found = latest(answers.rows)
+    found = latest(converted(answers))
     if missing := [id for id in ids if id not in found]:
         refuse_other_type(name, found, missing)
         broken = f", and {len(answers.broken)} broken lines" if answers.broken else ""
@@ -101,6 +121,14 @@ def write_list(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _other_type(id: Id) -> Id | None:

@@ -64,7 +64,7 @@ def _annotations(path: Path) -> dict[Key, list[dict[str, Any]]]:
     data = json_file(path, dict).get("data")
     for number, one in enumerate(data if isinstance(data, list) else []):
         where = f"annotation {number} of {path}"
-        if not isinstance(one, dict) or not isinstance(one.get("question"), str) or not isinstance(one.get("image_id"), str):
+        if not isinstance(one, dict) or not isinstance(one.get("question"), str) or not isinstance(one.get("image_id"), int | str):
             raise UserError(f"textvqa: {where} has no question and image_id; give the benchmark's own file")
         labels = [evalai_form(text) for text in texts("textvqa", where, one.get("answers"))]
         if len(labels) != _LABELS:

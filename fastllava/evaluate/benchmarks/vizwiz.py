@@ -8,7 +8,7 @@ from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import SHORT_ANSWER, Benchmark, Score, ServerScored
 from fastllava.evaluate.questions import Question, json_file, json_lines, read_questions
-from fastllava.evaluate.short_answers import EVAL_ZIP, Id, answered_twice, few_labels, paired, soft_accuracy, texts, write_list
+from fastllava.evaluate.short_answers import EVAL_ZIP, Id, answered_twice, few_labels, paired, soft_accuracy, texts, torn, write_list
 from fastllava.evaluate.vqa_text import evalai_form
 
 _ASKED = "llava_test.jsonl"
@@ -59,7 +59,7 @@ class VizWiz(Benchmark):
         def headline(chosen: Mapping[Id, Answer]) -> float:
             return sum(_row(chosen[number], label)["score"] for number, label in enumerate(labels)) / len(labels)
 
-        warnings = [*answered_twice(answers, headline), *few_labels(len(label["labels"]) for label in labels)]
+        warnings = [*torn(answers), *answered_twice(answers, headline), *few_labels(len(label["labels"]) for label in labels)]
         return Score({"accuracy": sum(row["score"] for row in rows) / len(rows)}, rows, warnings)
 
     def upload(self, data: Path, answers: Answers, out: Path) -> list[Path]:

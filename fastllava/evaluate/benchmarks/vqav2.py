@@ -13,12 +13,14 @@ from fastllava.evaluate.short_answers import (
     EVAL_ZIP,
     Id,
     answered_twice,
+    converted,
     few_labels,
     latest,
     paired,
     refuse_other_type,
     soft_accuracy,
     texts,
+    torn,
     write_list,
 )
 from fastllava.evaluate.vqa_text import evalai_form, vqa_form, vqa_trimmed
@@ -77,6 +79,7 @@ class VQAv2(Benchmark):
             return 100 * sum(one.score(evalai_form(chosen[id].text)) for id, one in annotations.items()) / len(annotations)
 
         warnings = [
+            *torn(answers),
             *answered_twice(answers, headline),
             *few_labels(len(one.labels) for one in annotations.values()),
             *_merged_labels(found, annotations, uploaded),
@@ -88,7 +91,7 @@ class VQAv2(Benchmark):
         if not (data / _UPLOADED).exists() and not (data / _ASKED).exists() and (data / _VAL_QUESTIONS).exists():
             return []
         file = self.need(data / _UPLOADED)
-        found = latest(answers.rows)
+        found = latest(converted(answers))
         write_list(out / "vqav2_upload.json", self._uploaded(file, answers, found))
         return [out / "vqav2_upload.json"]
 

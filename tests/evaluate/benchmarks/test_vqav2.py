@@ -190,3 +190,18 @@ def test_byte_order_mark_does_not_cost_an_answer(tmp_path: Path, write_lines: Ca
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     (written,) = VQA.upload(tmp_path, VQA.read(file), tmp_path / "out")
     assert json.loads(written.read_text()) == [{"question_id": 7, "answer": "red"}]
+
+
+@pytest.mark.parametrize("line", ['{"question_id": 7, "text": null}', '{"question_id": 7}', '{"text": "red"}', "7", "[]"])
+def test_lines_that_are_json_and_no_answer(tmp_path: Path, val: Callable, write_lines: Callable, answers: Callable, line: str) -> None:
+    """The official converter stops at these, and passes over a torn line; the score says so."""
+    write_lines("llava_vqav2_mscoco_test2015.jsonl", [{"question_id": 7}])
+    val(["red"] * 10)
+    file = answers([(7, "red")])
+    file.write_text(file.read_text() + '{"question_id": 7, "te')
+    VQA.upload(tmp_path, VQA.read(file), tmp_path / "out")
+    assert "no JSON: 1;" in VQA.score(tmp_path, VQA.read(file)).warnings[0]
+    file.write_text(f"{file.read_text()}\n{line}")
+    for run in (VQA.score, lambda data, given: VQA.upload(data, given, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"line 3 of .* is JSON but no answer"):
+            run(tmp_path, VQA.read(file))
