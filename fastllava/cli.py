@@ -1,4 +1,4 @@
-"""The command line: `fastllava demo | prepare | train | config | plan | certify | inspect | export | answer | score | toggles | bench`."""
+"""The command line, `fastllava COMMAND`: training, planning, export and what is asked of it here; evaluation in `evaluate.commands`."""
 
 import io
 import json
@@ -215,6 +215,7 @@ def export(
 
 app.command()(evaluation.answer)
 app.command()(evaluation.score)
+app.command()(evaluation.chat)
 
 
 @app.command()

@@ -20,13 +20,12 @@ REPO = Path(__file__).resolve().parents[1]
 GAP = "\0"
 """Stands for what an f-string puts in."""
 
-PROSE = {"reads", "or", "certificate"}
+PROSE = {"reads", "or", "certificate", "eval"}
 """Words that follow the name of the program where it is no command but the subject of a sentence."""
 OTHERS_OPTIONS = {
     "--shm-size": "docker run",
     "--local-dir": "hf download",
     "--layers": "fastllava bench step, which takes its sizes from the planner",
-    "--precision": "fastllava answer, which is being made",
     "--porcelain": "git status",
     "--untracked-files": "git status",
     "--dump-resource-usage": "cuobjdump",

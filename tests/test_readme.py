@@ -52,6 +52,7 @@ ELSEWHERE = {
 ELSEWHERE_BEGINNING = {
     "hf download ": "gigabytes; test_downloads_arrive_where_the_configs_look checks where they go",
     "unzip ": "gigabytes; test_downloads_arrive_where_the_configs_look checks where they go",
+    "fastllava chat ": "talks with a person; tests/evaluate/test_chat.py does",
     "fastllava bench ": "minutes, and a GPU for one of them; tests/benches runs the benches",
 }
 PLANS_A_REAL_SIZE = " --size "

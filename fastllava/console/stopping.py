@@ -92,6 +92,16 @@ def second_signal_ends() -> Iterator[None]:
         ours.close()
 
 
+@contextmanager
+def every_interrupt_is_the_first() -> Iterator[None]:
+    """Within this block, the main thread's, a Ctrl-C raises KeyboardInterrupt however often there was one: it ends no more than it hits."""
+    before = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before, warn_on_full_buffer=False)
+
+
 def _count(ours: socket.socket) -> None:
     first_at = None
     while numbers := ours.recv(64):

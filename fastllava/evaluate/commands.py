@@ -78,3 +78,20 @@ def score(
         say(line)
     if json_file is not None:
         write_json(json_file, as_json(chosen, found))
+
+
+def chat(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="the picture to begin with, as /image FILE")] = None,
+    template: Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="an answer is cut here")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token; more: drawn, the more evenly")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: the checkpoint's own, and fp32 on a CPU")] = "auto",
+) -> None:
+    """Talk about a picture. /help lists what else can be typed; lines can be piped in too."""
+    from fastllava.console.ending import talk_to_whoever_listens
+
+    talk_to_whoever_listens()
+    from fastllava.evaluate.chat import chat as begin
+
+    begin(checkpoint, image or [], template=template, max_new_tokens=max_new_tokens, temperature=temperature, precision=precision)
