@@ -210,20 +210,24 @@ class _Progress:
     def __init__(self, total: int, say: Callable[[str], None] | None) -> None:
         self._total, self._say = total, say
         self._done = self._paid = 0
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._now()
         self._counting = threading.Lock()
 
     def step(self, request: Request, paid: bool) -> None:
+        """One more reply is there, asked for now or before."""
         with self._counting:
             # Further attempts at a question are no further questions.
             self._done += request.attempt == 0
             self._paid += paid and request.attempt == 0
-            now = time.monotonic()
+            now = self._now()
             if self._say is None or now - self._said < 10 or not self._paid:
                 return
             self._said = now
             left = (self._total - self._done) * (now - self._began) / self._paid
             self._say(f"judged {self._done:,} of {self._total:,}, about {left:,.0f} s left")
+
+    def _now(self) -> float:
+        return time.monotonic()
 
 
 def _host(url: str) -> str:
