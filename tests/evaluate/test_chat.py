@@ -21,8 +21,10 @@ from fastllava.batch import IMAGE_ID
 from fastllava.data.asking import Turn, ask
 from fastllava.errors import UserError
 from fastllava.evaluate import chat
+from fastllava.evaluate import conversation as conversation_module
 from fastllava.evaluate.answer import answer_questions
 from fastllava.evaluate.checkpoint import Trained, load_trained
+from fastllava.evaluate.conversation import Conversation, Text
 from fastllava.evaluate.engines.transformers_engine import TransformersEngine
 from fastllava.evaluate.questions import Question
 
@@ -35,8 +37,8 @@ def trained(tiny_llava) -> Trained:
 
 
 @pytest.fixture
-def conversation(trained: Trained) -> chat.Conversation:
-    return chat.Conversation(trained, TransformersEngine(trained, 1), NEW)
+def conversation(trained: Trained) -> Conversation:
+    return Conversation(trained, TransformersEngine(trained, 1), NEW)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def image(golden: Path) -> Path:
     return golden / "trace" / "images" / "img3.png"
 
 
-def said_of(conversation: chat.Conversation, lines: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+def said_of(conversation: Conversation, lines: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
     """What a conversation of these lines, piped in, writes, and its remarks."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     written, remarks = [], []
@@ -52,7 +54,7 @@ def said_of(conversation: chat.Conversation, lines: str, monkeypatch: pytest.Mon
     return "".join(written), remarks
 
 
-def answers_of(conversation: chat.Conversation) -> list[str | None]:
+def answers_of(conversation: Conversation) -> list[str | None]:
     return [turn.answer for turn in conversation.turns]
 
 
@@ -91,7 +93,7 @@ def test_a_later_question_goes_on_from_what_was_said(conversation, trained, imag
 def test_a_temperature_draws_and_zero_does_not(trained, image) -> None:
     found = set()
     for temperature in (0.0, 0.0, 1.5, 1.5, 1.5):
-        one = chat.Conversation(trained, TransformersEngine(trained, 1), NEW, temperature)
+        one = Conversation(trained, TransformersEngine(trained, 1), NEW, temperature)
         one.show(image)
         one.answer("Where is the goat?", lambda text: None)
         found.add((temperature > 0, one.turns[0].answer))
@@ -102,8 +104,8 @@ def test_a_temperature_draws_and_zero_does_not(trained, image) -> None:
 def test_the_oldest_rounds_are_forgotten_and_that_is_said(conversation, trained, image, monkeypatch) -> None:
     conversation.show(image)
     lone = conversation.tokens(conversation.prompt([], "one")[1])
-    monkeypatch.setattr(chat.Conversation, "context", lone + NEW + 60)
-    monkeypatch.setattr(chat, "FOR_THE_ANSWER", 1)
+    monkeypatch.setattr(Conversation, "context", lone + NEW + 60)
+    monkeypatch.setattr(conversation_module, "FOR_THE_ANSWER", 1)
     written, remarks = said_of(conversation, "one\ntwo\nthree\nfour\n", monkeypatch)
     assert len(written.splitlines()) >= 4
     assert 0 < len(conversation.turns) < 4
@@ -174,7 +176,7 @@ def test_text_comes_in_whole_characters_and_does_nothing_to_the_terminal(trained
     tokens = tokenizer.encode(text)
     assert len(tokens) > len(text), "this tokenizer spells the goat in bytes"
     pieces: list[str] = []
-    stream = chat.Text(tokenizer, (2,), pieces.append)
+    stream = Text(tokenizer, (2,), pieces.append)
     stream.put(torch.tensor([[5, 6]]))
     for token in [*tokens, 2]:
         stream.put(torch.tensor([token]))
@@ -198,15 +200,22 @@ def test_an_interrupted_answer_counts_as_far_as_it_came(conversation, image, mon
         conversation.answer("Where is the goat?", write)
     assert 0 < len(answers_of(conversation)[0] or "") < NEW
     assert "".join(pieces) == answers_of(conversation)[0]
-    monkeypatch.setattr(chat.Conversation, "_generate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(Conversation, "_generate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     _, remarks = said_of(conversation, "and now?\n", monkeypatch)
     assert remarks == ["the GPU's memory is full; write /reset, or begin with --precision bf16 or a smaller --max-new-tokens"]
     assert len(conversation.turns) == 1
 
 
+def test_a_damaged_picture_to_begin_with_ends_where_nobody_can_give_another(tiny_llava, image, tmp_path) -> None:
+    (tmp_path / "damaged.png").write_bytes(image.read_bytes()[:-40])
+    done = CliRunner().invoke(cli.app, ["chat", str(tiny_llava), "--image", str(tmp_path / "damaged.png")], input="What?\n")
+    assert re.fullmatch(r"--image: image .*damaged.png .*", str(done.exception))
+    assert done.stdout == ""
+
+
 def test_mistakes_on_the_command_line_are_said_before_the_model_is_read(tmp_path) -> None:
     options = {"template": None, "max_new_tokens": 8, "temperature": 0.0, "precision": "auto"}
-    with pytest.raises(UserError, match=r"^--image: .*none.png is not there; give a picture's file$"):
+    with pytest.raises(UserError, match=r"^--image: there is no file '.*none.png'; give the path of a picture$"):
         chat.chat(tmp_path, [tmp_path / "none.png"], **options)
     with pytest.raises(UserError, match=r"^--temperature: nan is no temperature"):
         chat.chat(tmp_path, [], **(options | {"temperature": float("nan")}))
@@ -224,7 +233,7 @@ def test_piped_lines_give_answers_on_stdout_and_remarks_on_stderr(tiny_llava, go
     assert answers[0] == row["text"]
     assert len(answers) >= 2
     assert f"the picture is {other}\nthe picture is {image}, and the conversation begins anew: {chat.ONE_PICTURE}\n" in done.stderr
-    assert "/image: there is no file 'none.png'; the conversation is as it was\n" in done.stderr
+    assert "/image: there is no file 'none.png'; give the path of a picture; the conversation is as it was\n" in done.stderr
 
 
 class Screen:
@@ -265,8 +274,9 @@ def _own_terminal() -> None:
 @pytest.mark.slow
 def test_a_person_at_a_terminal(tiny_llava, image) -> None:
     program = [sys.executable, "-c", "from fastllava.entry import main; main()"]
-    screen = Screen([*program, "chat", str(tiny_llava), "--max-new-tokens", "100000"])
+    screen = Screen([*program, "chat", str(tiny_llava), "--max-new-tokens", "100000", "--image", "none.png"])
     try:
+        screen.wait_for("--image: there is no file 'none.png'; give the path of a picture")
         screen.wait_for("/help lists the commands")
         screen.wait_for("> ")
         screen.type(f"/image {image}\n")
