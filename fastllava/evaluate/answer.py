@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def answer_file(
     if images is not None and not images.is_dir():
         raise UserError(f"--images: {images} is no folder; give the one that the images lie in")
     asked = read_questions(questions, images)
+    if not asked:
+        raise UserError(f"--questions: {questions} holds no question; write one JSON object of question_id, image and text a line")
     with processes() as group:
         say = speaker(console if group.first else Console(quiet=True))
         with group.first_speaks():
@@ -151,19 +154,19 @@ class _Work:
     """On the first process."""
     progress: Progress
 
-    def answer(self, loaded: Mapping[int, Pixels | BadQuestion]) -> dict[int, Got]:
+    def answer(self, pictures: Mapping[int, Future[Pixels]]) -> dict[int, Got]:
         """What came of each question, by its number. Raises BadQuestion, unless those are skipped."""
         got: dict[int, Got] = {}
         prompts: dict[int, Prompt] = {}
-        for number, pixels in loaded.items():
-            found = pixels if isinstance(pixels, BadQuestion) else self._prompt(self.questions[number], pixels)
-            if isinstance(found, Prompt):
-                prompts[number] = found
-            elif self.skip_bad:
-                got[number] = found
-                self.take(number, found)
-            else:
-                raise found
+        for number, picture in pictures.items():
+            question = self.questions[number]
+            try:
+                prompts[number] = self._prompt(question, picture.result())
+            except BadQuestion as problem:
+                if not self.skip_bad:
+                    raise
+                got[number] = BadQuestion(question, problem.reason)
+                self.take(number, got[number])
         numbers, tokenizer, stops = list(prompts), self.trained.tokenizer, self.trained.stops
         for index, tokens in self.engine.generate(list(prompts.values()), self.max_new_tokens):
             ended = bool(tokens) and tokens[-1] in stops
@@ -181,12 +184,16 @@ class _Work:
             self.file.answer(number, got[0], self.trained.name)
         self.progress.advance(1)
 
-    def _prompt(self, question: Question, pixels: Pixels) -> Prompt | BadQuestion:
+    def _prompt(self, question: Question, pixels: Pixels) -> Prompt:
         turn = Turn(question.text, 0 if pixels is None else 1)
+        try:
+            question.text.encode()
+        except UnicodeEncodeError:
+            raise BadQuestion(question, "its text holds half of a character (a lone surrogate); write the whole one") from None
         prompt = Prompt(ask(self.trained.form, turn, self.trained.tokenizer), pixels)
         rows, most = rows_of(prompt, self.trained), self.trained.model.origin.text.get("max_position_embeddings")
         if isinstance(most, int) and rows > most:
-            return BadQuestion(question, f"its prompt has {rows:,} tokens, and the model reads {most:,}; shorten it")
+            raise BadQuestion(question, f"its prompt has {rows:,} tokens, and the model reads {most:,}; shorten it")
         return prompt
 
 
@@ -218,7 +225,8 @@ def _begin(
             if not skip_bad:
                 raise
             bad[number] = problem
-    if not skip_bad and (missing := [one for one in questions if not is_there(one)]):
+    waiting = [one for number, one in enumerate(questions) if number not in file.done]
+    if not skip_bad and (missing := [one for one in waiting if not is_there(one)]):
         some = f"; so are those of {len(missing) - 1:,} other questions" if len(missing) > 1 else ""
         raise BadQuestion(missing[0], f"image {missing[0].image} is not there{some}; put it there, or write --skip-bad to answer the rest")
     return file.begin(set(bad)), bad
@@ -232,37 +240,25 @@ def _shares(numbers: Sequence[int], window: int, group: Processes) -> Iterator[S
 
 def _ahead(
     pool: ThreadPoolExecutor, shares: Iterator[Sequence[int]], questions: Sequence[Question], trained: Trained
-) -> Iterator[dict[int, Pixels | BadQuestion]]:
-    """The pictures of each share, read while the share before is answered; questions about one picture have one array."""
+) -> Iterator[dict[int, Future[Pixels]]]:
+    """The pictures of each share, read while the share before is answered; questions about one file have one array."""
 
-    def load(question: Question) -> Pixels | BadQuestion:
-        try:
-            return load_picture(question, trained)
-        except BadQuestion as problem:
-            return problem
-
-    def start(share: Sequence[int]) -> dict[int, Future[Pixels | BadQuestion]]:
-        begun: dict[Any, Future[Pixels | BadQuestion]] = {}
+    def start(share: Sequence[int]) -> dict[int, Future[Pixels]]:
+        begun: dict[Path | int, Future[Pixels]] = {}
         found = {}
         for number in share:
             image = questions[number].image
             key = image if isinstance(image, Path) else number
             if key not in begun:
-                begun[key] = pool.submit(load, questions[number])
+                begun[key] = pool.submit(load_picture, questions[number], trained)
             found[number] = begun[key]
         return found
 
-    def result(number: int, future: Future[Pixels | BadQuestion]) -> Pixels | BadQuestion:
-        loaded = future.result()
-        return BadQuestion(questions[number], loaded.reason) if isinstance(loaded, BadQuestion) else loaded
-
-    now = next(shares, None)
-    coming = None if now is None else start(now)
-    while coming is not None:
-        ready = {number: result(number, future) for number, future in coming.items()}
-        following = next(shares, None)
-        coming = None if following is None else start(following)
-        yield ready
+    coming = [start(share) for share in islice(shares, 1)]
+    while coming:
+        now = coming.pop()
+        coming = [start(share) for share in islice(shares, 1)]
+        yield now
 
 
 def skipped_file(out: Path) -> Path:

@@ -115,18 +115,27 @@ class AnswersFile:
         """The whole lines of `data` by the number of their question, and how many bytes they are. Raises UserError for any other line."""
         found: dict[int, bytes] = {}
         last = -1
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        *lines, cut = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
             row = _object(line)
             asked = self._numbers.get(str(row.get("answer_id")), -1)
             if asked <= last:
                 raise UserError(f"--out: {path} holds {self._what_is_wrong(row, number)}; {_REMEDY}")
             found[asked], last = line + b"\n", asked
+        if not self._may_be_cut(cut, last):
+            raise UserError(f"--out: {path} ends in what is no beginning of an answer (line {len(lines) + 1}); {_REMEDY}")
         return found, sum(map(len, found.values()))
+
+    def _may_be_cut(self, cut: bytes, last: int) -> bool:
+        """Whether `cut`, bytes without an end of line, can be the beginning of a line for one of the questions after `last`."""
+        cut = cut.rstrip(b"\0")
+        begins = (_begin_of(one) for one in self._questions[last + 1 :])
+        return not cut or any(cut.startswith(begin) or begin.startswith(cut) for begin in begins)
 
     def _what_is_wrong(self, row: Mapping[str, object], number: int) -> str:
         if not {"question_id", "text", "answer_id"} <= row.keys():
             return f"what is no answers file (line {number})"
-        if (row.get("question_id"), row.get("prompt")) not in {(one.id, one.prompt) for one in self._questions}:
+        if _begin_of(row) not in {_begin_of(one) for one in self._questions}:
             return f"answers to other questions (line {number})"
         if str(row["answer_id"]) in self._numbers:
             return f"answers in another order (line {number})"
@@ -151,6 +160,12 @@ def held_answers_file(path: Path, questions: Sequence[Question], ids: Sequence[s
         except (BlockingIOError, PermissionError):
             raise UserError(f"--out: another run is writing to {path}; wait for it or give another file") from None
         yield AnswersFile(path, file, questions, ids)
+
+
+def _begin_of(one: Question | Mapping[str, object]) -> bytes:
+    """How the line for a question begins: all that does not depend on its answer."""
+    question, prompt = (one.id, one.prompt) if isinstance(one, Question) else (one.get("question_id"), one.get("prompt"))
+    return json.dumps({"question_id": question, "prompt": prompt}).encode().removesuffix(b"}")
 
 
 def _object(line: bytes) -> dict[str, object]:

@@ -4,7 +4,6 @@ Shape letters: B prompts of a batch, L rows of the longest, D decoder width, I p
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,17 +33,28 @@ class TransformersEngine:
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """See `Engine.generate`. When a batch is too large for the GPU's memory, batches are half as large from there on."""
-        # The longest first: what does not fit into memory shows at once.
-        waiting = sorted(range(len(prompts)), key=lambda i: (-rows_of(prompts[i], self.trained), i))
-        while waiting:
-            part = list(islice(waiting, self._batch_size))
+        batches = self._batches(prompts)
+        while batches:
+            part = batches[0]
             try:
                 answers = self._answers([prompts[i] for i in part], max_new_tokens)
             except torch.OutOfMemoryError:
+                answers = None
+            if answers is None:
+                # Out here, where the error no longer holds what the batch had taken.
                 self._halve()
-                continue
-            yield from zip(part, answers, strict=True)
-            del waiting[: len(part)]
+                batches = [smaller for batch in batches for smaller in self._cut(batch)]
+            else:
+                yield from zip(part, answers, strict=True)
+                del batches[0]
+
+    def _batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Prompts of about one length together; the batch with the first of all prompts first, as an answers file waits for that."""
+        by_length = sorted(range(len(prompts)), key=lambda i: (rows_of(prompts[i], self.trained), i))
+        return sorted(self._cut(by_length), key=min)
+
+    def _cut(self, numbers: list[int]) -> list[list[int]]:
+        return [numbers[begin : begin + self._batch_size] for begin in range(0, len(numbers), self._batch_size)]
 
     def _halve(self) -> None:
         if self._batch_size == 1:
