@@ -215,6 +215,7 @@ def export(
 
 app.command()(evaluation.answer)
 app.command()(evaluation.score)
+app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.chat)
 
 

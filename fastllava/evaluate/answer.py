@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -20,8 +19,8 @@ from fastllava.data.asking import Turn, ask
 from fastllava.distributed.processes import ALONE, Processes, processes
 from fastllava.errors import UserError
 from fastllava.evaluate.answers_file import AnswersFile, held_answers_file, identify
-from fastllava.evaluate.checkpoint import Trained, load_trained
-from fastllava.evaluate.engines import Engine, Prompt, make_engine, rows_of
+from fastllava.evaluate.checkpoint import Trained
+from fastllava.evaluate.engines import Engine, Prompt, load_engine, rows_of
 from fastllava.evaluate.pictures import BadQuestion, is_there, load_picture
 from fastllava.evaluate.progress import Progress
 from fastllava.evaluate.questions import Question, read_questions
@@ -130,12 +129,7 @@ def answer_file(
         raise UserError(f"--questions: {questions} holds no question; write one JSON object of question_id, image and text a line")
     with processes() as group:
         say = speaker(console if group.first else Console(quiet=True))
-        with group.first_speaks():
-            # vLLM fills the GPUs by itself.
-            device = torch.device("cpu") if engine == "vllm" else None
-            trained = load_trained(checkpoint, say, precision=precision, device=device, group=group)
-            trained = trained if template is None else trained.with_template(template)
-            made = make_engine(engine, trained, batch_size, say)
+        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
         return answer_questions(
             trained, asked, out, engine=made, max_new_tokens=max_new_tokens, skip_bad=skip_bad, group=group, console=console
         )

@@ -6,9 +6,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from fastllava.errors import UserError
+
 # Heavy imports stay inside the commands, as in fastllava.cli.
 
-
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")]
+TemplateName = Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")]
+BatchSize = Annotated[int, typer.Option(min=1, help="questions at a time; of engine transformers")]
+EngineName = Annotated[str, typer.Option(help="transformers or vllm")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: the checkpoint's own, and fp32 on a CPU")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave out questions whose image is missing or damaged")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="an answer is cut here")]
 Judge = Annotated[str | None, typer.Option(metavar="MODEL", help="for llava_bench and mm_vet: the model that judges, by its API's name")]
 BaseUrl = Annotated[str | None, typer.Option(metavar="URL", help="the judge's OpenAI-compatible address; the key is OPENAI_API_KEY's")]
 JudgeRuns = Annotated[int, typer.Option(min=1, help="how often the judge judges all; figures are means")]
@@ -16,16 +24,16 @@ Rules = Annotated[Path | None, typer.Option(metavar="FILE", help="the judge's in
 
 
 def answer(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
+    checkpoint: Checkpoint,
     questions: Annotated[Path, typer.Option(metavar="FILE", help="a JSON object a line: question_id, image, text")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="the answers, a JSON object a line; what it holds already stays")],
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="the folder that the images lie in")] = None,
-    template: Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="an answer is cut here")] = 1024,
-    batch_size: Annotated[int, typer.Option(min=1, help="questions at a time; of engine transformers")] = 8,
-    engine: Annotated[str, typer.Option(help="transformers or vllm")] = "transformers",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: the checkpoint's own, and fp32 on a CPU")] = "auto",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out questions whose image is missing or damaged")] = False,
+    template: TemplateName = None,
+    max_new_tokens: MaxNewTokens = 1024,
+    batch_size: BatchSize = 8,
+    engine: EngineName = "transformers",
+    precision: Precision = "auto",
+    skip_bad: SkipBad = False,
 ) -> None:
     """Answer a file of questions, greedily. Goes on where it stopped; torchrun splits the questions over processes."""
     from fastllava.console.ending import talk_to_whoever_listens
@@ -80,13 +88,65 @@ def score(
         write_json(json_file, as_json(chosen, found))
 
 
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="laid out as the original's playground/data/eval")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for answers, uploads, scores.json and report.html")],
+    benchmarks: Annotated[str | None, typer.Option(metavar="A,B", help="names, between commas; all twelve when left out")] = None,
+    template: TemplateName = None,
+    batch_size: BatchSize = 8,
+    engine: EngineName = "transformers",
+    precision: Precision = "auto",
+    skip_bad: SkipBad = False,
+    judge: Judge = None,
+    base_url: BaseUrl = None,
+    judge_runs: JudgeRuns = 1,
+    rules: Rules = None,
+) -> None:
+    """Answer and score the benchmarks that are there. Goes on where it stopped; torchrun splits the questions over processes."""
+    from fastllava.console.ending import talk_to_whoever_listens
+    from fastllava.console.speaker import speaker
+    from fastllava.errors import first_of_machine_speaks
+    from fastllava.evaluate.benchmarks import BENCHMARKS
+    from fastllava.evaluate.benchmarks import benchmark as named
+    from fastllava.evaluate.judge import make_judge
+
+    talk_to_whoever_listens()
+    console = Console()
+    with first_of_machine_speaks():
+        chosen = [named(name.strip()) for name in benchmarks.split(",")] if benchmarks is not None else list(BENCHMARKS.values())
+        asked = None
+        if judge is not None or base_url is not None:
+            asked = make_judge((), judge, base_url, out / "judge.jsonl", judge_runs, speaker(console))
+        from fastllava.evaluate.evaluation import evaluate_checkpoint
+
+        outcomes = evaluate_checkpoint(
+            checkpoint,
+            data,
+            chosen,
+            out,
+            template=template,
+            batch_size=batch_size,
+            engine=engine,
+            precision=precision,
+            skip_bad=skip_bad,
+            judge=asked,
+            rules=rules,
+            console=console,
+        )
+        wrong = [one for one in outcomes if one.status == "failed" or (one.status == "missing" and benchmarks is not None)]
+        if wrong or all(one.status == "missing" for one in outcomes):
+            first = (wrong or outcomes)[0]
+            raise UserError(f"{len(wrong or outcomes)} of {len(outcomes)} benchmarks could not be run; the first: {first.words}")
+
+
 def chat(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
+    checkpoint: Checkpoint,
     image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="the picture to begin with, as /image FILE")] = None,
-    template: Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="an answer is cut here")] = 1024,
+    template: TemplateName = None,
+    max_new_tokens: MaxNewTokens = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token; more: drawn, the more evenly")] = 0.0,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16; auto: the checkpoint's own, and fp32 on a CPU")] = "auto",
+    precision: Precision = "auto",
 ) -> None:
     """Talk about a picture. /help lists what else can be typed; lines can be piped in too."""
     from fastllava.console.ending import talk_to_whoever_listens

@@ -1,20 +1,29 @@
 """`fastllava eval`: the benchmarks that are there, one after another, answered, scored and written down."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastllava.console.speaker import Say
+from rich.console import Console
+from rich.table import Table
+
+from fastllava import __version__
+from fastllava.console.speaker import Say, speaker
 from fastllava.disk import read_json_object, write_json
-from fastllava.distributed.processes import ALONE, Processes
+from fastllava.distributed.processes import ALONE, Processes, processes
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answers
 from fastllava.evaluate.benchmark import Benchmark, JudgeNeeded, Missing, Score, ServerScored
-from fastllava.evaluate.questions import Question
-from fastllava.evaluate.score import notes
+from fastllava.evaluate.judge import Judge
+from fastllava.evaluate.questions import Question, image_bytes
+from fastllava.evaluate.report.scores import SHOWN, Example, write_scores_page
+from fastllava.evaluate.score import graded, notes
 
-SCORES = "scores.json"
+SCORES, PAGE = "scores.json", "report.html"
+_EXPECTED = ("expected", "label", "truth")
+"""Fields of Score.questions that say what would have been right."""
 
 Ask = Callable[[Benchmark, Sequence[Question], Path], None]
 """Answers a benchmark's questions into a file, in their order, and goes on where an earlier call was stopped."""
@@ -34,7 +43,7 @@ class Outcome:
     score: Score | None = None
     answers: Path | None = None
     uploads: Sequence[Path] = field(default_factory=tuple)
-    questions: Sequence[Question] = field(default_factory=tuple, repr=False)
+    examples: Sequence[Example] = field(default_factory=tuple, repr=False)
 
     @property
     def value(self) -> float | None:
@@ -46,9 +55,8 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """What scores.json holds of it."""
         one = self.benchmark
-        found: dict[str, Any] = {"title": one.title, "status": self.status, "published": dict(one.published), "headline": one.headline}
-        if one.noise:
-            found["noise"] = one.noise
+        about = {"title": one.title, "status": self.status, "published": dict(one.published), "headline": one.headline, "unit": one.unit}
+        found: dict[str, Any] = {**about, **({"noise": one.noise} if one.noise else {}), **({"server": one.server} if one.server else {})}
         if self.words:
             found["words"] = self.words
         if self.score is not None:
@@ -84,6 +92,67 @@ def evaluate(
     return outcomes
 
 
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: Path,
+    chosen: Sequence[Benchmark],
+    out: Path,
+    *,
+    template: str | None = None,
+    batch_size: int = 8,
+    engine: str = "transformers",
+    precision: str = "auto",
+    skip_bad: bool = False,
+    judge: Judge | None = None,
+    rules: Path | None = None,
+    console: Console,
+) -> list[Outcome]:
+    """`evaluate` of a checkpoint, for every process that torchrun started; `out` gets report.html too. Raises UserError."""
+    from fastllava.evaluate.answer import answer_questions
+    from fastllava.evaluate.engines import load_engine
+
+    if not data.is_dir():
+        raise UserError(f"--data: {data} is no folder; give the one that is laid out as the original's playground/data/eval")
+    with processes() as group:
+        say = speaker(console if group.first else Console(quiet=True))
+        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
+        about = {"checkpoint": str(checkpoint.resolve()), "model": trained.identity, "template": trained.form.name, "engine": engine}
+        about |= {"precision": str(trained.model.dtype).removeprefix("torch."), "version": __version__}
+
+        def ask(one: Benchmark, questions: Sequence[Question], path: Path) -> None:
+            group.on_first(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+            answer_questions(
+                trained,
+                questions,
+                path,
+                engine=made,
+                max_new_tokens=one.max_new_tokens,
+                skip_bad=skip_bad,
+                group=group,
+                console=console,
+            )
+
+        def grade(one: Benchmark, folder: Path, answers: Answers) -> Score:
+            return graded(one, folder, answers, judge, rules)
+
+        outcomes = evaluate(chosen, data, out, about, ask, grade, say, group)
+        if group.first:
+            console.print(table(outcomes))
+            page = write_scores_page(out / PAGE, _held(out), [example for one in outcomes for example in one.examples])
+            say(f"scores: {out / SCORES}\nreport: {page}")
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """The figure of each benchmark beside those of the original."""
+    shown = Table("benchmark", "here", "LLaVA-1.5 7B", "LLaVA-1.5 13B", "known noise", title="scores")
+    for one in outcomes:
+        published = (f"{one.benchmark.published[size]:.1f}" if size in one.benchmark.published else "" for size in ("7b", "13b"))
+        here = one.status if one.value is None else f"{one.value:.1f}"
+        shown.add_row(one.benchmark.title, here, *published, "" if one.value is None else one.benchmark.noise)
+    return shown
+
+
 def _run(one: Benchmark, data: Path, out: Path, ask: Ask, grade: Grade, group: Processes) -> Outcome:
     answers = out / "answers" / f"{one.name}.jsonl"
     try:
@@ -102,12 +171,38 @@ def _graded(one: Benchmark, data: Path, out: Path, path: Path, questions: Sequen
     folder.mkdir(parents=True, exist_ok=True)
     uploads = one.upload(data, answers, folder)
     if not uploads:
-        folder.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
     try:
         score = grade(one, data, answers)
     except (Missing, ServerScored, JudgeNeeded) as error:
-        return Outcome(one, "answered", str(error), None, path, uploads, questions)
-    return Outcome(one, "scored", "", score, path, uploads, questions)
+        rows = [{"line": answer.line} for answer in answers.rows]
+        return Outcome(one, "answered", str(error), None, path, uploads, list(_examples(one, questions, answers, rows)))
+    return Outcome(one, "scored", "", score, path, uploads, list(_examples(one, questions, answers, score.questions)))
+
+
+def _examples(one: Benchmark, questions: Sequence[Question], answers: Answers, rows: Sequence[Mapping[str, Any]]) -> Iterator[Example]:
+    """A few answers to show, spread over the benchmark: right ones, wrong ones, and others where that is not known."""
+    if len(answers.rows) != len(questions):
+        # Some were left out, so that lines are no numbers of questions.
+        return
+    found = [(row, row.get("score")) for row in rows if row.get("line") is not None]
+    kinds = (
+        [row for row, score in found if score is not None and score >= 0.5],
+        [row for row, score in found if score is not None and score < 0.5],
+        [row for row, score in found if score is None],
+    )
+    for kind in kinds:
+        for row in kind[:: max(1, len(kind) // SHOWN)][:SHOWN]:
+            question, answer = questions[row["line"]], answers.rows[row["line"]]
+            expected = next((str(row[name]) for name in _EXPECTED if row.get(name) is not None), "")
+            score = row.get("score")
+            yield Example(one.name, question.text, _picture(question), answer.text, expected, None if score is None else float(score))
+
+
+def _picture(question: Question) -> Path | bytes | None:
+    return question.image if question.image is None or isinstance(question.image, Path) else image_bytes(question)
 
 
 def _begin(out: Path, about: Mapping[str, Any]) -> None:

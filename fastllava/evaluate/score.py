@@ -39,7 +39,7 @@ def table(benchmark: Benchmark, score: Score) -> Table:
     shown = Table("figure", "value", *(f"LLaVA-1.5 {size.upper()}" for size in benchmark.published), title=benchmark.title)
     for name, value in score.figures.items():
         headline = name == benchmark.headline
-        published = [f"{figure:g}" for figure in benchmark.published.values()] if headline else [""] * len(benchmark.published)
+        published = [f"{figure:.1f}" for figure in benchmark.published.values()] if headline else [""] * len(benchmark.published)
         shown.add_row(name, in_words(value, benchmark.unit if headline else 1.0), *published, style="bold" if headline else "")
     return shown
 

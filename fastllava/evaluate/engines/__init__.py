@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fastllava.batch import IMAGE_ID
+from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
-from fastllava.evaluate.checkpoint import Trained
+from fastllava.evaluate.checkpoint import Trained, load_trained
 
 ENGINES = ("transformers", "vllm")
 
@@ -53,6 +56,27 @@ def make_engine(name: str, trained: Trained, batch_size: int, report: Callable[[
     from fastllava.evaluate.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(trained, batch_size, report)
+
+
+def load_engine(
+    checkpoint: Path,
+    name: str,
+    template: str | None,
+    batch_size: int,
+    precision: str,
+    report: Callable[[str], object],
+    group: Processes = ALONE,
+) -> tuple[Trained, Engine]:
+    """The model of `checkpoint`, asked with the template of that name where one is given, and the engine called `name` over it.
+
+    Every process of `group` calls this. Raises UserError.
+    """
+    with group.first_speaks():
+        # vLLM fills the GPUs by itself.
+        device = torch.device("cpu") if name == "vllm" else None
+        trained = load_trained(checkpoint, report, precision=precision, device=device, group=group)
+        trained = trained if template is None else trained.with_template(template)
+        return trained, make_engine(name, trained, batch_size, report)
 
 
 def rows_of(prompt: Prompt, trained: Trained) -> int:
