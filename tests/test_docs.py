@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -112,6 +113,13 @@ def test_the_map_is_the_tree() -> None:
 
 def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_the_floors_of_contributing_are_those_that_are_held() -> None:
+    contracts = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    (shown,) = re.findall(r"```text\n(.*?)```", TEXTS["CONTRIBUTING.md"], re.DOTALL)
+    floors = [re.split(r" {2,}", line)[0] for line in shown.splitlines()]
+    assert floors == [*contracts[0]["layers"], "fastllava_kernels"]
 
 
 def hours(size: str) -> list[float]:
