@@ -14,7 +14,7 @@ from fastllava.certify.variants import TRUTH, VARIANTS, Contents, Variants
 from fastllava.config import Config
 from fastllava.console.speaker import Say
 from fastllava.data.loader import read_sample, steps
-from fastllava.data.plan import Plan
+from fastllava.data.plan import Plan, held_out_of
 from fastllava.distributed.processes import ALONE
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
@@ -47,7 +47,8 @@ def certify(
     device, ops = check_run(config, ALONE)
     folder = _folder(config, out)
     _, spec, prepared = prepare_data(config, say)
-    plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost())
+    held_out = held_out_of(len(prepared), config.eval.share, config.train.seed)
+    plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost(), held_out=held_out)
     parts = choose(plan, n_steps, n_samples, config.train.seed)
     base = load_llava(config.model, Execution.of(config, ops), config.train.seed)
     if truth is None:

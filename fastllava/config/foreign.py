@@ -35,6 +35,11 @@ SAME: Mapping[str, str] = {
     "save_steps": "train.checkpoint_steps",
     "save_total_limit": "train.keep_checkpoints",
     "report_to": "log.backends",
+    "eval_steps": "eval.every_steps",
+    "val_data_path": "eval.held_out",
+    "eval_data_path": "eval.held_out",
+    "validation_file": "eval.held_out",
+    "validation_split_percentage": "eval.held_out",
     # DeepSpeed
     "train_batch_size": "train.global_batch",
     "gradient_clipping": "optim.max_grad_norm",
@@ -54,7 +59,9 @@ _PRECISION = "write train.precision=bf16, which keeps fp32 master weights, or tr
 _SHARDING = "leave it out: under torchrun FSDP2 shards weights, gradients and optimizer state over the GPUs, and parallel.* says how"
 _LOGGING = "leave it out: every step is a line of metrics.jsonl in output_dir; log.backends adds TensorBoard, W&B or trackio"
 _WHOLE_MODEL = "this version trains the whole language model; leave it out"
-_NO_EVALUATION = "leave it out: a run trains, and evaluates nothing on the way"
+_EVALUATION = "write eval.held_out and eval.every_steps: the held-out loss before the first step, every so many steps and at the end"
+_MEASURES = "leave it out: eval.held_out gives the held-out loss and eval.samples gives answers; fastllava score scores them on benchmarks"
+_LAST_MODEL = "leave it out: a run ends with its last weights; train.keep_checkpoints keeps earlier ones beside their held-out loss"
 _FROZEN_TOWER = "leave it out: the vision tower is frozen in both stages"
 _OPTIMIZER = (
     "leave it out: the optimizer is AdamW, and its numbers are optim.lr, optim.weight_decay, optim.beta1, optim.beta2 and optim.eps"
@@ -82,9 +89,11 @@ INSTEAD: Mapping[str, str] = {
     "gradient_checkpointing": "write train.recompute=full for true and train.recompute=none for false; norms and selective lie between",
     **_each("gradient_checkpointing_kwargs activation_checkpointing_kwargs", "leave it out: train.recompute says what is computed again"),
     **_each("bf16 fp16 fp16_opt_level half_precision_backend torch_dtype", _PRECISION),
-    **_each("do_eval do_predict evaluation_strategy per_device_eval_batch_size bf16_full_eval fp16_full_eval", _NO_EVALUATION),
-    **_each("load_best_model_at_end metric_for_best_model greater_is_better include_for_metrics batch_eval_metrics", _NO_EVALUATION),
-    "prediction_loss_only": _NO_EVALUATION,
+    **_each("do_eval do_predict evaluation_strategy eval_strategy eval_on_start", _EVALUATION),
+    **_each("per_device_eval_batch_size eval_accumulation_steps", "leave it out: train.micro_batch_tokens packs held-out records too"),
+    **_each("bf16_full_eval fp16_full_eval", "leave it out: the model computes in train.precision, in training and in evaluation"),
+    **_each("load_best_model_at_end metric_for_best_model greater_is_better", _LAST_MODEL),
+    **_each("include_for_metrics batch_eval_metrics prediction_loss_only include_inputs_for_metrics", _MEASURES),
     **_each("disable_tqdm include_num_input_tokens_seen skip_memory_metrics", _LOGGING),
     "logging_nan_inf_filter": "leave it out: a loss that is not finite stops the run before anything moves, and the samples are named",
     "run_name": "leave it out: a run has the name of its output_dir, in the project log.project",
@@ -138,7 +147,7 @@ INSTEAD: Mapping[str, str] = {
 _FAMILIES: Mapping[str, str] = {
     "lora_": _WHOLE_MODEL,
     "bnb_": _WHOLE_MODEL,
-    "eval_": _NO_EVALUATION,
+    "eval_": _MEASURES,
     "log_": _LOGGING,
     "logging_": _LOGGING,
     "hub_": INSTEAD["push_to_hub"],

@@ -47,7 +47,7 @@ STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-SECTIONS = ("model", "data", "optim", "train", "kernels", "parallel", "log")
+SECTIONS = ("model", "data", "optim", "train", "eval", "kernels", "parallel", "log")
 
 
 def _as_path(value: Any) -> Path:
@@ -66,6 +66,26 @@ def _as_path(value: Any) -> Path:
         return Path(value).expanduser()
     except RuntimeError:
         raise ValueError(f"{in_yaml(value)} begins with the home of an unknown user; write the whole path") from None
+
+
+def _as_share_or_path(value: Any) -> float | Path | None:
+    if value is None or isinstance(value, Path):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _as_path(value)
+    if not 0 < value < 1:
+        raise ValueError(f"{in_yaml(value)} is no share of the records; write one between 0 and 1, such as 0.01, or a file of records")
+    return float(value)
+
+
+def _as_count_or_path(value: Any) -> int | Path | None:
+    if value is None or isinstance(value, Path):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _as_path(value)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{in_yaml(value)} is no number of records; write one such as 8, or a file of questions")
+    return value
 
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
@@ -214,6 +234,43 @@ class TrainConfig(Section):
     )
 
 
+class EvalConfig(Section):
+    """What is looked at while it trains. Nothing here changes the training, but for a share of the records, which is taken out of it."""
+
+    held_out: Annotated[Annotated[float, Field(gt=0, lt=1)] | Path | None, BeforeValidator(_as_share_or_path)] = Field(
+        default=None,
+        description="records that are never trained on, to tell the loss of: a share of data.records, such as 0.01, drawn by train.seed, "
+        "or a file like data.records, with images below data.images",
+    )
+    every_steps: int | None = Field(
+        default=None, ge=1, description="evaluate before the first step, every so many steps and at the end; when left out at the end alone"
+    )
+    samples: Annotated[Annotated[int, Field(ge=1)] | Path | None, BeforeValidator(_as_count_or_path)] = Field(
+        default=None,
+        description="questions to answer greedily: the first ones of so many records, of held-out ones where there are any, or a file of "
+        "JSON objects with question_id, text and perhaps image, one a line, with images below data.images",
+    )
+    max_new_tokens: int = Field(default=32, ge=1, description="tokens of an answer to eval.samples; it is cut there")
+
+    @property
+    def share(self) -> float | None:
+        """The share of data.records that is held out; None where none of them is."""
+        return self.held_out if isinstance(self.held_out, float) else None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.held_out is not None or self.samples is not None
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> "EvalConfig":
+        if self.every_steps is not None and not self.wanted:
+            raise ValueError(
+                "eval.every_steps: there is nothing to evaluate; write eval.held_out=0.01, say, or eval.samples=8, or leave it out"
+            )
+        return self
+
+
 class ParallelConfig(Section):
     """How several processes, as torchrun starts them, share the work. Without torchrun nothing here matters."""
 
@@ -253,6 +310,7 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    eval: EvalConfig = Field(default_factory=EvalConfig)
     kernels: dict[str, str] = Field(
         default_factory=dict, validate_default=True, description="implementation by room; 'reference' alone means every room"
     )

@@ -17,6 +17,9 @@ from fastllava.config import DataConfig, TrainConfig
 from fastllava.data.balance import Cost, MicroBatches, balance
 from fastllava.errors import UserError
 
+_HELD_OUT = 1
+"""Sets the draw of held-out samples apart from others with the same seed."""
+
 
 class Lengths(Protocol):
     """What a plan needs to know of N samples; a PreparedSet is one."""
@@ -77,12 +80,38 @@ class Figures:
     """The share of the rows computed that no sample has."""
 
 
-class Plan:
-    """Every step of a run on `world` ranks; the samples of a step are the same for any. Raises UserError when there is no sample."""
+def held_out_of(count: int, share: float | None, seed: int) -> NDArray[np.int64]:
+    """Numbers of the samples, of `count`, that a share of them is, ascending: one at least, and never all. None where there is no share.
 
-    def __init__(self, lengths: Lengths, data: DataConfig, train: TrainConfig, cost: Cost, world: int = 1) -> None:
+    They depend on the arguments alone, and are drawn apart from the order of an epoch.
+    """
+    if share is None or count < 2:
+        return np.zeros(0, np.int64)
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, count, _HELD_OUT]).generate_state(1)[0]))
+    drawn = torch.randperm(count, generator=generator)[: min(max(1, round(share * count)), count - 1)]
+    return np.sort(drawn.numpy())
+
+
+class Plan:
+    """Every step of a run on `world` ranks; the samples of a step are the same for any. Raises UserError when there is no sample.
+
+    Those `held_out` are in no step, and the others as if they were not in the set.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        data: DataConfig,
+        train: TrainConfig,
+        cost: Cost,
+        world: int = 1,
+        held_out: NDArray[np.int64] | None = None,
+    ) -> None:
         self.lengths, self.data, self.train, self.cost, self.world = lengths, data, train, cost, world
-        self.n_samples = len(lengths.n_tokens)
+        every = np.arange(len(lengths.n_tokens))
+        self.trained = every if held_out is None else np.delete(every, held_out)
+        """[N] numbers of the samples that are trained on, ascending."""
+        self.n_samples = len(self.trained)
         if not self.n_samples:
             raise UserError("data.records: no usable record; see quarantine.jsonl of the prepared set")
         self.steps_per_epoch = math.ceil(self.n_samples / train.global_batch)
@@ -109,7 +138,7 @@ class Plan:
     def samples_of(self, steps: int) -> list[NDArray[np.int64]]:
         """All samples of the first `steps` steps, an array an epoch. A whole epoch's are in the order of the set."""
         epochs, within = divmod(steps, self.steps_per_epoch)
-        whole = [self._without(epoch, np.arange(self.n_samples)) for epoch in range(epochs)]
+        whole = [self._without(epoch, self.trained) for epoch in range(epochs)]
         return [*whole, self._without(epochs, self._order(epochs)[: within * self.train.global_batch])] if within else whole
 
     def work(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -152,6 +181,9 @@ class Plan:
         )
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        return self.trained[self._order_of_trained(epoch)]
+
+    def _order_of_trained(self, epoch: int) -> NDArray[np.int64]:
         if not self.data.shuffle:
             return np.arange(self.n_samples)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.train.seed, epoch]).generate_state(1)[0]))
@@ -160,7 +192,7 @@ class Plan:
         batch, world = self.train.reference_micro_batch, self.train.global_batch // self.train.reference_micro_batch
         if self.train.global_batch % self.train.reference_micro_batch:
             batch, world = self.train.global_batch, 1
-        return np.array(group_by_modality(self.lengths.length_key.tolist(), batch, world, generator))
+        return np.array(group_by_modality(self.lengths.length_key[self.trained].tolist(), batch, world, generator))
 
     def _without(self, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `samples` that are in their step of `epoch`."""

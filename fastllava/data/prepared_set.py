@@ -131,6 +131,11 @@ class PreparedSet:
         """What the records of these samples are called, in their order."""
         return [self.row(int(i)).id for i in samples]
 
+    def places(self, samples: Iterable[int]) -> list[int]:
+        """The numbers, from 0, that the records of these samples have in their file."""
+        column = self._table.column("index")
+        return [column[int(i)].as_py() for i in samples]
+
     def _column(self, name: str, dtype: type) -> NDArray:
         return self._table.column(name).to_numpy().astype(dtype, copy=False)
 

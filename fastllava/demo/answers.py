@@ -5,18 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastllava.data.conversation import prompt
-from fastllava.data.loader import Sample, pack
+from fastllava.data.templates import template as template_named
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.demo.dataset import HeldOut
 from fastllava.demo.questions import Question
 from fastllava.model.llava import Llava
+from fastllava.train import samples
+from fastllava.train.samples import Answers, Prompt
 
 OVERALL = "overall"
-_NOTHING_SUPERVISED = np.zeros((0, 2), np.int32)
+_MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ class Accuracy:
     """The shares when each question gets its type's most frequent answer, chosen on the held-out set itself, so none can be better."""
 
 
-@torch.no_grad()
 def greedy(
     model: Llava,
     tokenizer: Tokenizer,
@@ -41,30 +41,13 @@ def greedy(
     per_batch: int = 128,
     max_new_tokens: int = 8,
 ) -> list[str]:
-    """The model's answer to each question, its most likely token taken at every step until </s>.
-
-    `load` gives a picture as uint8 [3, size, size]. Many questions are packed into one batch; there is no cache, the
-    answers are too short to need one.
-    """
+    """The model's answer to each question, as `train.samples` gives it; `load` gives a picture as uint8 [3, size, size]."""
     answers: list[str] = []
-    device = next(model.parameters()).device
+    form = Answers(tokenizer, template_named(template))
     for begin in range(0, len(asked), per_batch):
         part = asked[begin : begin + per_batch]
-        ids = [prompt(template, one.question.text, True, tokenizer) for one in part]
-        starts = [len(x) for x in ids]
-        pictures = [load(one.image) for one in part]
-        open_ = list(range(len(part)))
-        for _ in range(max_new_tokens):
-            samples = [Sample(np.array(ids[i], np.int32), _NOTHING_SUPERVISED, [pictures[i]], 0.0) for i in open_]
-            batch = pack(samples, model.spec, 2048).to(device)
-            last_rows = batch.cu_seqlens[1:].long() - 1
-            tokens = model.logits(batch)[last_rows].argmax(-1).tolist()
-            for i, token in zip(open_, tokens, strict=True):
-                ids[i].append(token)
-            open_ = [i for i in open_ if ids[i][-1] != tokenizer.eos_id]
-            if not open_:
-                break
-        answers += [tokenizer.decode(x[start:]).strip() for x, start in zip(ids, starts, strict=True)]
+        prompts = [Prompt(prompt(template, one.question.text, True, tokenizer), (load(one.image),)) for one in part]
+        answers += map(form.text, samples.greedy(model, prompts, form.ended, max_new_tokens, _MAX_TOKENS))
     return answers
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fastllava.config import ParallelConfig
@@ -39,6 +39,12 @@ class Sharding:
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or self.config.reduce == "micro_batch")
             model.set_reshard_after_backward(last or self.config.reshard)
+
+    def end_evaluation(self, model: nn.Module) -> None:
+        """After forwards that no backward follows: free the weights that these have gathered."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def total(self, value: Tensor) -> Tensor:
         """`value`, summed over the processes in place, without waiting for a GPU."""
@@ -74,6 +80,7 @@ def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMe
         fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard, mp_policy=policy, ignored_params=whole)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=whole)
+    register_fsdp_forward_method(model, "logits")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

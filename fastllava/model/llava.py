@@ -85,10 +85,13 @@ class Llava(nn.Module):
             if any(room in count for count in counts.values())
         }
 
-    def logits(self, batch: Batch) -> Tensor:
-        """fp32 [T, V]: the logits of every row."""
+    def logits(self, batch: Batch, rows: Tensor | None = None) -> Tensor:
+        """fp32 [T, V]: the logits of every row; [M, V] of the `rows`, int64 [M], when given.
+
+        Graphs are made of the loss: of this one layer by layer only, with `train.compile=layer`.
+        """
         self._prepare(batch)
-        return F.linear(self.hidden(batch), self.llm.head_weight.to(self.dtype)).float()
+        return F.linear(self.hidden(batch, rows), self.llm.head_weight.to(self.dtype)).float()
 
     def features(self, pixels: Tensor) -> Tensor:
         """[I, P, C] in `dtype`: the tower's features of uint8 pixels [I, 3, H, W]. No gradient when the whole tower is frozen."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastllava.config import Config, Recompute
-from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths
+from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths, held_out_of
 from fastllava.distributed.sharding import FROZEN_SHARE
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.ops import reference_ops
@@ -112,7 +112,8 @@ def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StageP
     if config.parallel.frozen == "auto":
         replicates = parameters["frozen"] * COMPUTE_DTYPE[config.train.precision].itemsize <= FROZEN_SHARE * gpu.memory
         config = _with(config, "parallel", frozen="replicate" if replicates else "shard")
-    plan = Plan(lengths, config.data, config.train, Accounting.of(config).cost(), world)
+    held_out = held_out_of(len(lengths.n_tokens), config.eval.share, config.train.seed)
+    plan = Plan(lengths, config.data, config.train, Accounting.of(config).cost(), world, held_out)
     some = _some_steps(plan)
     candidates: list[Candidate] = []
     for recompute in get_args(Recompute):

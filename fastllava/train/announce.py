@@ -8,7 +8,6 @@ from torch import nn
 from fastllava.config import Config
 from fastllava.console.speaker import Say
 from fastllava.data.plan import Plan
-from fastllava.data.prepared import PreparedSet
 from fastllava.distributed.sharding import Sharding, sharding_in_words
 from fastllava.model.llava import Llava
 from fastllava.model.projectors import kind_of
@@ -25,7 +24,6 @@ def announce(
     config: Config,
     model: Llava,
     trained: dict[str, nn.Parameter],
-    prepared: PreparedSet,
     plan: Plan,
     device: torch.device,
     sharding: Sharding,
@@ -35,7 +33,7 @@ def announce(
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trained
     parts = " and ".join(sorted({name.split(".")[0] for name in trained}))
-    rows, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
+    rows, supervised = (int(column[plan.trained].sum()) for column in (plan.lengths.n_tokens, plan.lengths.n_supervised))
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
     trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"

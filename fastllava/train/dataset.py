@@ -1,5 +1,6 @@
 """The data of a run: its tokenizer, and its prepared set, made or found."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastllava.batch import ImageSpec
@@ -50,14 +51,38 @@ def prepare_data(config: Config, say: Say, board: Board | None = None, keep: str
     return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say, board, keep)
 
 
-def open_data(config: Config, say: Say, processes: Processes, board: Board | None = None) -> tuple[ImageSpec, PreparedSet]:
-    """What the tower wants to see, and the prepared set: the first process makes it or finds it, all open it."""
+def prepare_held_out(config: Config, tokenizer: Tokenizer, spec: ImageSpec, say: Say, board: Board | None = None) -> PreparedSet | None:
+    """The prepared set of the file that `eval.held_out` names, made or reused; None where it names none."""
+    records = config.eval.held_out
+    if not isinstance(records, Path):
+        return None
+    data = config.data.model_copy(update={"records": records})
+    try:
+        return prepare(data, tokenizer, spec, say, board)
+    except UserError as error:
+        raise UserError(f"eval.held_out: {str(error).removeprefix('data.records: ')}") from None
 
-    def prepared() -> tuple[ImageSpec, Path]:
-        _, spec, made = prepare_data(config, say, board, begun_with(config.output_dir))
-        return spec, made.folder
 
-    spec, folder = processes.on_first(prepared)
+@dataclass(frozen=True)
+class Opened:
+    """The data of a run, as every process has it."""
+
+    tokenizer: Tokenizer
+    spec: ImageSpec
+    """What the tower wants to see."""
+    prepared: PreparedSet
+    held_out: PreparedSet | None
+    """That of a file of held-out records."""
+
+
+def open_data(config: Config, say: Say, processes: Processes, board: Board | None = None) -> Opened:
+    """The data of the run of `config`: the first process makes the prepared sets or finds them, all open them."""
+
+    def prepared() -> tuple[Tokenizer, ImageSpec, Path, Path | None]:
+        tokenizer, spec, made = prepare_data(config, say, board, begun_with(config.output_dir))
+        held_out = prepare_held_out(config, tokenizer, spec, say, board)
+        return tokenizer, spec, made.folder, None if held_out is None else held_out.folder
+
+    tokenizer, spec, folder, held_out = processes.on_first(prepared)
     with processes.together():
-        found = PreparedSet.open(folder)
-    return spec, found
+        return Opened(tokenizer, spec, PreparedSet.open(folder), None if held_out is None else PreparedSet.open(held_out))

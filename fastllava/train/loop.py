@@ -2,12 +2,14 @@
 
 import signal
 import time
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from rich.console import Console
 
 from fastllava.batch import Batch
@@ -21,6 +23,7 @@ from fastllava.distributed.processes import collective, processes
 from fastllava.errors import PeerLost, ToldElsewhere, UserError
 from fastllava.optim import FiniteGuard, lr_factor, set_lr
 from fastllava.train import memory
+from fastllava.train.evaluation import Evaluation, is_whole
 from fastllava.train.machine import check_run
 from fastllava.train.metrics.log import Metrics
 from fastllava.train.recorder import NonFinite, Recorder, Taken
@@ -87,11 +90,11 @@ class Trainer:
         try:
             with stop_requests() as stopped, ExitStack() as stack:
                 with self.group.together():
-                    metrics = Metrics(self.config, self.next_step, self.plan.n_steps, self.context.console) if self.group.first else None
+                    metrics = self._metrics() if self.group.first else None
                     if metrics is not None:
                         stack.enter_context(metrics)
                 self._recorder = Recorder(self.setup, metrics)
-                stop = self._steps(stopped)
+                stop = self._steps(stopped, Evaluation(self.setup, metrics, stopped, self._evaluating))
             self._watch.now(Phase.WRITING)
         except PeerLost:
             raise
@@ -113,6 +116,10 @@ class Trainer:
             return self._stopped(stop)
         return self._completed()
 
+    def _metrics(self) -> Metrics:
+        whole = partial(is_whole, setup=self.setup)
+        return Metrics(self.config, self.next_step, self.plan.n_steps, self.context.console, whole)
+
     def _stopped(self, stop: signal.Signals) -> RunResult:
         out, again = self.config.output_dir, "the same command goes on from there"
         if not self._save():
@@ -129,7 +136,7 @@ class Trainer:
         summary = leave_result(self.setup, self.next_step, self._saver.goes_on())
         return RunResult(self.config.output_dir, None, summary)
 
-    def _steps(self, stopped: Sequence[signal.Signals]) -> signal.Signals | None:
+    def _steps(self, stopped: Sequence[signal.Signals], evaluation: Evaluation) -> signal.Signals | None:
         """Run the steps that are left; the signal that ended them early on any process, or None.
 
         Whatever only one process may meet (a picture, a disk, a signal, the clock) is held until all vote what to do about
@@ -137,7 +144,7 @@ class Trainer:
         """
         with ExitStack() as streams:
             try:
-                return self._run(streams, stopped)
+                return self._run(streams, stopped, evaluation)
             except PeerLost:
                 raise
             except Exception:
@@ -156,7 +163,7 @@ class Trainer:
         }
         return steps(self.plan, self.next_step, self.prepared, self.setup.data.spec, self.config.data, **options)
 
-    def _run(self, streams: ExitStack, stopped: Sequence[signal.Signals]) -> signal.Signals | None:
+    def _run(self, streams: ExitStack, stopped: Sequence[signal.Signals], evaluation: Evaluation) -> signal.Signals | None:
         stream = streams.enter_context(closing(self._stream()))
         self._launched = time.perf_counter()
         while self.next_step < self.plan.n_steps:
@@ -180,6 +187,8 @@ class Trainer:
                 self._record_together()
                 self._save()
                 self._launched += time.perf_counter() - saving
+            if evaluation.due(self.next_step) and (asked := self._evaluate(evaluation)) is not None:
+                return asked
             if worse:
                 self._set_aside(bad)
                 streams.close()
@@ -189,7 +198,29 @@ class Trainer:
         self._watch.now(Phase.AGREEING)
         self.group.vote(self._failed)
         self._record_together()
-        return None
+        if not evaluation.due(self.next_step):
+            return None
+        self._save()
+        return self._evaluate(evaluation)
+
+    def _evaluate(self, evaluation: Evaluation) -> signal.Signals | None:
+        """Evaluate the state in memory, in time that is no step's; the signal that stopped this early on any process, or None."""
+        self._record_together()
+        if self.setup.device.type == "cuda":
+            torch.cuda.synchronize(self.setup.device)
+        began = time.perf_counter()
+        stop = evaluation.run(self.next_step)
+        self._in_step = False
+        self._launched += time.perf_counter() - began
+        return stop
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """A block in which the processes compute together: one that fails in it leaves the others waiting, as in a step."""
+        self._in_step = self.group.world > 1
+        with collective():
+            yield
+        self._in_step = False
 
     def _set_aside(self, mine: Sequence[BadImage]) -> None:
         """Leave out, from the next step on, the samples of it that any process could not read. Raises UserError when that may not be."""

@@ -40,6 +40,22 @@ def within_a_step(config: Config, world: int, longest: int) -> Iterator[None]:
 
 
 @contextmanager
+def while_evaluating(config: Config, longest: int) -> Iterator[None]:
+    """Raises UserError when an evaluation finds no memory; `longest`: tokens of the longest held-out sample."""
+    rows = config.train.micro_batch_tokens
+    fewer = f"write train.micro_batch_tokens={max(longest, rows // 2)}, or " if rows > longest else ""
+    # A share stays out of the training for good.
+    less = "eval.samples and eval.every_steps" if config.eval.share else "eval.held_out and eval.samples"
+    with _told(
+        lambda what: (
+            f"eval: to evaluate {rows} tokens at a time needs too much memory{what}; {fewer}leave {less} out, "
+            "and start the same command again"
+        )
+    ):
+        yield
+
+
+@contextmanager
 def while_writing(config: Config) -> Iterator[None]:
     """Raises UserError when a checkpoint or the result, which pass through the host's memory, find none."""
     mend = "free memory on the host, and start the same command again: it goes on from the last checkpoint"

@@ -52,6 +52,7 @@ def summarize(setup: Setup, status: str, steps: int, **more: Any) -> dict[str, A
         "prepared_digest": data.prepared.digest,
         "prepared": str(data.prepared.folder),
         "records": data.plan.n_samples,
+        "held_out": 0 if data.held_out is None else len(data.held_out.samples),
         "quarantined": data.prepared.manifest["quarantined"],
         "set_aside": len(data.plan.left_out),
         "kernels": setup.model.kernels(),

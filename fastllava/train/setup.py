@@ -1,6 +1,6 @@
 """What a run does before its first step, phase by phase: the data, the model it begins with, and all that its loop needs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from fastllava.config import Config, as_written
 from fastllava.console.speaker import Say, speaker
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
+from fastllava.data.tokenizer import Tokenizer
 from fastllava.disk import write_json
 from fastllava.distributed.processes import Processes
 from fastllava.distributed.sharding import Sharding, shard
@@ -24,8 +25,10 @@ from fastllava.optim import build_optimizer
 from fastllava.train import memory
 from fastllava.train.announce import announce
 from fastllava.train.dataset import open_data
+from fastllava.train.held_out import HeldOut, announce_held_out, find_held_out
 from fastllava.train.metrics.flops import Accounting
 from fastllava.train.metrics.throughput import Throughput
+from fastllava.train.samples import Asked, find_asked
 from fastllava.train.stages import prepare_stage
 from fastllava.train.state import checkpoint, resume, set_aside
 from fastllava.train.state.checkpoint import RUN_CONFIG
@@ -59,6 +62,10 @@ class Data:
     prepared: PreparedSet
     plan: Plan
     accounting: Accounting
+    tokenizer: Tokenizer
+    held_out: HeldOut | None
+    asked: Sequence[Asked]
+    """The questions of `eval.samples`."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,17 @@ def output_locked(context: Context) -> Iterator[None]:
 
 
 def find_data(context: Context) -> Data:
-    """Phase 1: the prepared set, made when it is not there, and the schedule of its samples."""
+    """Phase 1: the prepared set, made when it is not there, what of it is held out, and the schedule of the other samples."""
     config, group = context.config, context.group
-    spec, prepared = open_data(config, context.say, group, context.watch.board)
+    opened = open_data(config, context.say, group, context.watch.board)
+    spec, prepared = opened.spec, opened.prepared
     with group.together():
         accounting = Accounting.of(config)
-        plan = Plan(prepared, config.data, config.train, accounting.cost(), group.world)
-    return Data(spec, prepared, plan, accounting)
+        held_out = find_held_out(config, prepared, opened.held_out)
+        taken = held_out.samples if held_out is not None and held_out.of_records else None
+        plan = Plan(prepared, config.data, config.train, accounting.cost(), group.world, taken)
+    asked = group.on_first(lambda: find_asked(config, opened.tokenizer, spec, prepared, held_out))
+    return Data(spec, prepared, plan, accounting, opened.tokenizer, held_out, asked)
 
 
 def find_start(context: Context, data: Data, ops: Ops) -> Start:
@@ -131,7 +142,9 @@ def make_ready(context: Context, data: Data, start: Start, device: torch.device)
             trained = prepare_stage(model, config, place=lambda model: shard(model, sharding, device))
             model.to(device)
         optimizer = build_optimizer(trained.items(), config.optim, config.train.seed)
-        announce(config, model, trained, data.prepared, data.plan, device, sharding, say)
+        announce(config, model, trained, data.plan, device, sharding, say)
+        if data.held_out is not None and group.first:
+            announce_held_out(data.held_out, data.plan, data.prepared, say)
         if found is not None:
             with group.first_speaks():
                 checkpoint.restore(found, trained, optimizer, group)

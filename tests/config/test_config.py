@@ -146,7 +146,10 @@ MISTAKES = {
     "in another section": ("train.lr=1", "train.lr: no such key; did you mean optim.lr?"),
     "flag of the original": ("model_max_length=2048", "model_max_length: no such key; did you mean data.max_tokens?"),
     "flag of the original, in a section": ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
-    "nothing like it": ("foo=1", "foo: no such key; write one of stage, output_dir, model, data, optim, train, kernels, parallel, log"),
+    "nothing like it": (
+        "foo=1",
+        "foo: no such key; write one of stage, output_dir, model, data, optim, train, eval, kernels, parallel, log",
+    ),
     "nothing like it, in a section": ("log.foo=1", "log.foo: no such key; write one of log.backends, log.project"),
     "number as a key": ("optim.3=1", "optim.3: no such key; write one of "),
     "number of processes": ("parallel.world=2", "parallel.world: no such key; write one of parallel.frozen, parallel.reshard, "),
@@ -230,7 +233,7 @@ FILES = {
     "mapping as a key": (BASE + "? [a, b]\n: 1\n", "config.yaml, line 9: is not valid YAML (a key must be a word)"),
     "number as a key": (
         BASE + "3: 1\n",
-        "3: no such key; write one of stage, output_dir, model, data, optim, train, kernels, parallel, log",
+        "3: no such key; write one of stage, output_dir, model, data, optim, train, eval, kernels, parallel, log",
     ),
     "inside itself": (BASE + "log: &a\n  project: *a\n", "config.yaml, line 9: is not valid YAML (found unconstructable recursive node)"),
     "too deep": ("a: " + "[" * 3000, "config.yaml: is nested too deeply; a config is a few levels of keys"),

@@ -30,7 +30,12 @@ CLOSING_SECONDS = 30.0
 _FAILED_CLOSING_SECONDS = 5.0
 _ROWS_WAITING = 10_000
 
-Row = Mapping[str, float | int]
+ANSWERS = "samples"
+"""The key of an evaluation's questions and answers; the row of a step has a number under it."""
+_COLUMNS = ("question", "answer", "reference")
+
+Row = Mapping[str, Any]
+"""Numbers, and perhaps a list of questions and answers under ANSWERS."""
 Opened = tuple[Callable[[Row], Any], Callable[[], Any]]
 """How to log a row, and how to finish."""
 
@@ -63,6 +68,11 @@ class Backend:
             self._rows.put_nowait(row)
         except queue.Full:
             self._fail(f"{_ROWS_WAITING} rows wait for it")
+
+    def write_again(self, row: Row) -> None:
+        """Hand over a row of before, of the step that the run goes on with, to a backend that takes back what it has from there on."""
+        if self.name == "tensorboard":
+            self.write(row)
 
     def close(self, *, after_failure: bool = False) -> None:
         """Let it finish what it has, for CLOSING_SECONDS at most."""
@@ -102,7 +112,15 @@ def _open_tensorboard(config: Config, first_step: int) -> Opened:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=first_step)
-    return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()], writer.close
+
+    def log(row: Row) -> None:
+        for key, value in row.items():
+            if isinstance(value, list):
+                writer.add_text(key, as_markdown(value), row["step"])
+            else:
+                writer.add_scalar(key, value, row["step"])
+
+    return log, writer.close
 
 
 def _open_wandb(config: Config, first_step: int) -> Opened:
@@ -110,7 +128,11 @@ def _open_wandb(config: Config, first_step: int) -> Opened:
     known = _known_by("wandb", config, first_step)
     # What it keeps on disk, all that there is where it is offline, lies in output_dir.
     module.init(**_described(config), name=_name(config), id=known, resume="allow", dir=str(config.output_dir))
-    return lambda row: module.log(dict(row), step=row["step"]), module.finish
+
+    def table(answers: list[dict[str, Any]]) -> Any:
+        return module.Table(columns=list(_COLUMNS), data=[[one.get(name) for name in _COLUMNS] for one in answers])
+
+    return lambda row: module.log(_with_answers(row, table), step=row["step"]), module.finish
 
 
 def _open_trackio(config: Config, first_step: int) -> Opened:
@@ -118,7 +140,22 @@ def _open_trackio(config: Config, first_step: int) -> Opened:
     # Its runs are known by their name.
     known = _known_by("trackio", config, first_step)
     module.init(**_described(config), name=f"{_name(config)}-{known}", resume="allow")
-    return lambda row: module.log(dict(row), step=row["step"]), module.finish
+    return lambda row: module.log(_with_answers(row, as_markdown), step=row["step"]), module.finish
+
+
+def _with_answers(row: Row, shown: Callable[[list[dict[str, Any]]], Any]) -> dict[str, Any]:
+    """A row as a tracker takes it, with what is `shown` of questions and answers."""
+    return {key: shown(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def as_markdown(answers: list[dict[str, Any]]) -> str:
+    """Questions and answers as a table in Markdown."""
+
+    def cell(value: Any) -> str:
+        return " ".join(str("" if value is None else value).split()).replace("|", "\\|")
+
+    rows = [[cell(one.get(name)) for name in _COLUMNS] for one in answers]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (_COLUMNS, ["---"] * len(_COLUMNS), *rows))
 
 
 _OPEN: dict[str, Callable[[Config, int], Opened]] = {"tensorboard": _open_tensorboard, "wandb": _open_wandb, "trackio": _open_trackio}

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,14 +15,17 @@ from torch import Tensor
 
 from fastllava.config import Config
 from fastllava.console.speaker import speaker
-from fastllava.train.metrics.backends import Backend
+from fastllava.train.metrics.backends import ANSWERS, Backend
 from fastllava.train.metrics.lines import Lines
 
 METRICS_FILE = "metrics.jsonl"
 DAMAGED_FILE = "metrics.damaged"
 """Gets the lines of metrics.jsonl that a resume finds to be no rows."""
 _ALWAYS = ("step", "loss", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds")
-"""What every row holds as a number."""
+"""What the row of a step holds as a number."""
+EVAL_SECONDS = "eval_seconds"
+"""What only the row of an evaluation holds."""
+_ALWAYS_EVALUATED = ("step", EVAL_SECONDS)
 _PLAIN_LINE_SECONDS = 10.0
 
 Row = Mapping[str, Any]
@@ -33,21 +36,30 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return _sorted_out(output_dir)[0]
 
 
-def _sorted_out(output_dir: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The rows of metrics.jsonl, and the lines that are none; a last line cut short by a kill is neither."""
+def read_evaluations(output_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl that are of an evaluation, in their order; `step` is the number of steps taken before it."""
+    return _sorted_out(output_dir)[1]
+
+
+def _sorted_out(output_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[bytes]]:
+    """The rows of metrics.jsonl: of steps, of evaluations, and the lines that are none; a last line cut short by a kill is neither."""
     path = output_dir / METRICS_FILE
     whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     rows: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
     damaged = []
     for line in whole.split(b"\n") if whole else []:
         try:
             row = json.loads(line)
-            if not all(_is_number(row[key]) for key in _ALWAYS) or int(row["step"]) != row["step"] or row["step"] < 0:
+            of_step = EVAL_SECONDS not in row
+            if not all(_is_number(row[key]) for key in (_ALWAYS if of_step else _ALWAYS_EVALUATED)):
                 raise ValueError("no row")
-            rows[row["step"]] = row
+            if int(row["step"]) != row["step"] or row["step"] < 0:
+                raise ValueError("no step")
+            (rows if of_step else evaluations)[row["step"]] = row
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged.append(line)
-    return [rows[step] for step in sorted(rows)], damaged
+    return [rows[step] for step in sorted(rows)], [evaluations[step] for step in sorted(evaluations)], damaged
 
 
 def _is_number(value: Any) -> bool:
@@ -55,18 +67,23 @@ def _is_number(value: Any) -> bool:
 
 
 class Metrics:
-    """Writes each step's row to metrics.jsonl, to the backends and to the screen. A context manager.
+    """Writes the row of each step and evaluation to metrics.jsonl, to the backends and to the screen. A context manager.
 
-    A run that resumes at `first_step` first takes the rows from there on out of the file: they will be written again.
+    A run that resumes at `first_step` first takes the rows from there on out of the file: they will be written again. But not that of
+    an evaluation before that step if it is `whole`.
     """
 
-    def __init__(self, config: Config, first_step: int, n_steps: int, console: Console) -> None:
+    def __init__(self, config: Config, first_step: int, n_steps: int, console: Console, whole: Callable[[Row], bool] = bool) -> None:
         self._path = config.output_dir / METRICS_FILE
         self._n_steps = n_steps
         self._console, self._say = console, speaker(console)
         self._config = config
-        rows, self._damaged = _sorted_out(config.output_dir)
-        self._kept = [row for row in rows if row["step"] < first_step]
+        rows, evaluations, self._damaged = _sorted_out(config.output_dir)
+        evaluations = [row for row in evaluations if row["step"] < first_step or (row["step"] == first_step and whole(row))]
+        # An evaluation comes before the step of its number.
+        self._kept = sorted([*evaluations, *(row for row in rows if row["step"] < first_step)], key=lambda row: row["step"])
+        self.evaluated = bool(evaluations) and evaluations[-1]["step"] == first_step
+        """Whether the state that the run begins with here has been evaluated."""
         self._backends = [Backend(name, config, first_step) for name in dict.fromkeys(config.log.backends)]
         self._last_line = -math.inf
         self._bar = Progress(
@@ -90,6 +107,9 @@ class Metrics:
         beside.rename(self._path)
         self._lines = Lines(self._path, self._say)
         self._bar.start()
+        if self.evaluated:
+            for backend in self._backends:
+                backend.write_again(_for_backends(self._kept[-1]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -108,10 +128,7 @@ class Metrics:
 
     def write(self, row: Row) -> None:
         """Record one step."""
-        self._lines.write(json.dumps(row))
-        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-        for backend in self._backends:
-            backend.write(numbers)
+        self._put(row)
         mfu = f"mfu {100 * row['mfu']:.1f} %  " if "mfu" in row else ""
         figures = (
             f"loss {row['loss']:.4f}  norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  "
@@ -125,6 +142,27 @@ class Metrics:
             left = (self._last_line - self._started) / (done - self._first_step) * (self._n_steps - done)
             line = f"{self._config.stage} step {done}/{self._n_steps}  {figures}  {left / 60:.1f} min left"
             self._say(line)
+
+    def write_evaluation(self, row: Row) -> None:
+        """Record one evaluation."""
+        self._put(row)
+        parts = []
+        if "held_out_loss" in row:
+            loss = "is not finite" if row["held_out_loss"] is None else f"{row['held_out_loss']:.4f}"
+            parts.append(f"held-out loss {loss} ({row['held_out_samples']:,} samples, {row['held_out_tokens']:,} tokens)")
+        if "samples" in row:
+            parts.append(f"{len(row['samples'])} questions answered")
+        self._say(f"evaluated before step {row['step']}/{self._n_steps}: {', '.join(parts)}, in {row[EVAL_SECONDS]:.1f} s")
+
+    def _put(self, row: Row) -> None:
+        self._lines.write(json.dumps(row))
+        for backend in self._backends:
+            backend.write(_for_backends(row))
+
+
+def _for_backends(row: Row) -> Row:
+    """The numbers of a row, and the questions with their answers."""
+    return {key: value for key, value in row.items() if isinstance(value, int | float) or (key == ANSWERS and isinstance(value, list))}
 
 
 class DeviceScalars:

@@ -14,7 +14,7 @@ import torch
 import fastllava
 from fastllava.disk import described_all, read_json_object, write_json
 from fastllava.optim.spikes import spike_figures
-from fastllava.train.metrics.log import read_metrics
+from fastllava.train.metrics.log import EVAL_SECONDS, read_evaluations, read_metrics
 from fastllava.train.metrics.throughput import Figures, run_figures
 
 SUMMARY_FILE = "run_summary.json"
@@ -41,6 +41,7 @@ def write_summary(
         "final_loss": closing[-1]["loss"] if closing else None,
         "closing_loss": sum(row["loss"] for row in closing) / len(closing) if closing else None,
         "closing_steps": len(closing),
+        **evaluation_figures([row for row in read_evaluations(output_dir) if row["step"] <= steps]),
         **run_figures(rows, first_step, wall_seconds),
         **counts,
         **spike_figures(rows),
@@ -54,11 +55,23 @@ def figures_in_words(summary: Mapping[str, Any]) -> str:
     """Loss and rates of a finished run, as far as its metrics tell."""
     if summary["closing_loss"] is None or not summary["samples_per_second"]:
         return f"{summary['samples']:,} samples; rows of metrics.jsonl are missing, so loss and rates are not told"
+    held_out = "" if summary.get("held_out_loss") is None else f"held-out loss {summary['held_out_loss']:.4f}, "
     return (
-        f"loss {summary['closing_loss']:.4f} (mean of the last {summary['closing_steps']} steps), "
+        f"loss {summary['closing_loss']:.4f} (mean of the last {summary['closing_steps']} steps), {held_out}"
         f"{summary['samples']:,} samples in {summary['step_seconds']:.0f} s, "
         f"{summary['samples_per_second']:.1f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s, goodput {summary['goodput']:.0%}"
     )
+
+
+def evaluation_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a summary says of a run's evaluations, by their rows of metrics.jsonl: how many, their time, and the last held-out loss."""
+    if not rows:
+        return {}
+    figures = {"evaluations": len(rows), EVAL_SECONDS: sum(row[EVAL_SECONDS] for row in rows)}
+    last = next((row for row in reversed(rows) if "held_out_loss" in row), None)
+    if last is not None:
+        figures |= {"held_out_loss": last["held_out_loss"], "held_out_step": last["step"], "held_out_samples": last["held_out_samples"]}
+    return figures
 
 
 def describe_result(output_dir: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -128,7 +141,7 @@ def commit() -> tuple[str, bool] | None:
 
 
 def plot_loss(output_dir: Path, title: str) -> Path | None:
-    """Draw loss and learning rate over the steps to loss.png; None when there is no step yet."""
+    """Draw loss, held-out loss and learning rate over the steps to loss.png; None when there is no step yet."""
     rows = read_metrics(output_dir)
     if not rows:
         return None
@@ -138,6 +151,11 @@ def plot_loss(output_dir: Path, title: str) -> Path | None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, [row["loss"] for row in rows], color="tab:blue", linewidth=1, label="loss")
+    held_out = [row for row in read_evaluations(output_dir) if row.get("held_out_loss") is not None]
+    if held_out:
+        places, losses = [row["step"] for row in held_out], [row["held_out_loss"] for row in held_out]
+        axes.plot(places, losses, color="tab:orange", linewidth=1.5, marker="o", markersize=3, label="held-out loss")
+        axes.legend()
     axes.set(xlabel="optimizer step", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
     rates = axes.twinx()

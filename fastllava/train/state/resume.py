@@ -33,7 +33,11 @@ _FREE = {
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.watchdog_seconds",
+    "eval.every_steps",
+    "eval.samples",
+    "eval.max_new_tokens",
 }
+_HELD_OUT = "eval.held_out"
 # A change here is covered by the fingerprint of what the run began with.
 _PLACES = set(KEYS.values())
 # A change here is the same training in another order of additions: allowed, and said.
@@ -167,6 +171,9 @@ def _check_same(
     free = _FREE | (_PLACES if start_then else set())
     changed = [k for k in sorted(now_flat.keys() | then_flat.keys()) if now_flat.get(k) != then_flat.get(k)]
     described = {k: f"{k} was {_short(then_flat.get(k))} and is now {_short(now_flat.get(k))}" for k in changed}
+    if not any(isinstance(flat.get(_HELD_OUT), float) for flat in (now_flat, then_flat)):
+        # Only a share of the records takes samples out of the training.
+        free = free | {_HELD_OUT}
     refused = [text for key, text in described.items() if not _in(key, free | _ROUNDING)]
     refused += [text + (f" ({described[key]})" if key in described else "") for key, text in differences(start, start_then).items()]
     if prepared_digest != digest_then and not any(key.startswith("data.") and not _in(key, free) for key in changed):

@@ -4,7 +4,7 @@ What counts as moving depends on what the main thread is at:
 
     FETCHING  a data worker begins or ends a sample, however long all of them take
     AGREEING, READING  the next phase begins, here or in any other process: who waits for one that moves is not stuck
-    STEPPING  the same, or the process computes; the first steps, which may compile for long, always move
+    STEPPING, EVALUATING  the same, or the process computes; the first of each, which may compile for long, always move
     STARTING, WRITING  always: to prepare data, load weights or write a checkpoint takes what it takes
 
 A run is stuck when a process waits for its workers, or all processes for each other, and nothing has moved for so many seconds;
@@ -35,6 +35,7 @@ class Phase(Enum):
     FETCHING = "waiting for its data workers"
     AGREEING = "waiting for the other processes"
     STEPPING = "within a step"
+    EVALUATING = "evaluating"
     READING = "waiting for a step's numbers"
     WRITING = "writing"
 
@@ -71,7 +72,7 @@ class Motion:
         return self.at - max(self._entered, self._read)
 
     def look(self, phase: Phase, marks: int, steps: int, board: Sequence[int]) -> bool:
-        """Look: at the phase, the number of phases and of steps so far, the data workers' board. Whether time has stood still.
+        """Look: at the phase, how many phases and steps (or evaluations) have begun, the data workers' board. Whether time has stood still.
 
         It has when this process was stopped itself, as by Ctrl-Z, or the machine slept: then all clocks begin again.
         """
@@ -81,7 +82,7 @@ class Motion:
         self._entered = now if entered or slept else self._entered
         self._read = now if read or slept else self._read
         first = steps <= _FIRST_STEPS
-        computes = (phase is Phase.STEPPING and (busy or first)) or (phase is Phase.READING and first)
+        computes = (phase in (Phase.STEPPING, Phase.EVALUATING) and (busy or first)) or (phase is Phase.READING and first)
         self.moves += entered or computes or phase.always_moves or (phase is Phase.FETCHING and read)
         self.at, self._used, self._marks, self._board = now, used, marks, list(board)
         return slept

@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
@@ -47,7 +47,7 @@ class Watchdog:
         """Where from, when the run has to end."""
         self._seconds, self._group = seconds or math.inf, group
         self._tick = min(TICK_SECONDS, self._seconds / 10)
-        self._phase, self._marks, self._steps = Phase.STARTING, 0, 0
+        self._phase, self._marks, self._steps, self._evaluations = Phase.STARTING, 0, 0, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._exchange: Exchange | None = None
@@ -57,6 +57,17 @@ class Watchdog:
         self._phase = phase
         self._marks += 1
         self._steps += phase is Phase.STEPPING
+        self._evaluations += phase is Phase.EVALUATING
+
+    @contextmanager
+    def reads(self, board: Board, sample_in_words: Callable[[int], str]) -> Iterator[None]:
+        """A block in which the data workers are others than else, on a board of their own."""
+        before = self.board, self.sample_in_words
+        self.board, self.sample_in_words = board, sample_in_words
+        try:
+            yield
+        finally:
+            self.board, self.sample_in_words = before
 
     def __enter__(self) -> Self:
         if self._group.world > 1:
@@ -81,7 +92,8 @@ class Watchdog:
         judge, motion = Judge(self._seconds, self._group, self._exchange), Motion(self._tick)
         while not self._over.wait(self._tick):
             phase = self._phase
-            if motion.look(phase, self._marks, self._steps, self.board.state()):
+            begun = self._evaluations if phase is Phase.EVALUATING else self._steps
+            if motion.look(phase, self._marks, begun, self.board.state()):
                 judge.begin_again(motion.at)
             # While it starts it may read records, one after another.
             waits = phase is Phase.FETCHING or (phase is Phase.STARTING and bool(self.board.reading()))
