@@ -34,3 +34,8 @@ def some(names: Sequence[object]) -> str:
     """Names for a message: the first three, and how many more there are."""
     shown = ", ".join(str(name)[:60] for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
+
+
+def listed(names: Sequence[object], noun: str) -> str:
+    """How many there are of `noun`, and the first three: "2 questions (7, 9)"."""
+    return f"{len(names):,} {noun}{'' if len(names) == 1 else 's'} ({some(names)})"

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import OPTION_LETTER, Benchmark, Score, ServerScored
-from fastllava.evaluate.matching import key, some
+from fastllava.evaluate.matching import key, listed, some
 from fastllava.evaluate.questions import Question
 from fastllava.evaluate.shipped import sheet
 from fastllava.evaluate.tables import Row, Table, read_table
@@ -140,7 +140,7 @@ class MMBench(Benchmark):
         if not (data / self.file).exists() and all("index" in answer.fields and "answer" in answer.fields for answer in rows):
             truth = {answer.id: answer.fields["answer"] for answer in rows if isinstance(answer.id, int)}
             return [_Asked(index, None if letter is None else str(letter), "", "") for index, letter in truth.items()]
-        table = self._table(data, "index", *LETTERS)
+        table = self._table(data, "index")
         if "answer" not in table.columns:
             raise ServerScored(f"{self.name}: {table.path} has no column answer; the server that takes {self.name}.xlsx scores it")
         return [_Asked(self._index(table, row), row.text("answer"), row.text("category") or "", _lost(row)) for row in table.rows]
@@ -163,7 +163,7 @@ def _choices(row: Row) -> list[str]:
 
 
 def _lost(row: Row) -> str:
-    return "".join(letter for letter in LETTERS[len(_choices(row)) :] if row.cells[letter].strip())
+    return "".join(letter for letter in LETTERS[len(_choices(row)) :] if row.cells.get(letter, "").strip())
 
 
 def _rotated(answer: Answer) -> bool:
@@ -191,8 +191,8 @@ def _warnings(asked: Sequence[_Asked], rows: Sequence[Answer], said: Mapping[int
         theirs = _figures(asked, {one.index: as_given.get(one.index) == one.answer for one in asked})[0]
         if theirs != figures:
             warnings.append(
-                f"{sum(map(_rotated, rows)):,} answers are to further rounds, the last of which the official code takes, and "
-                f"{sum(isinstance(answer.id, str) for answer in rows):,} ids are text, which it finds nowhere: here circular_accuracy is "
+                f"answers to further rounds, the last of which the official code takes: {sum(map(_rotated, rows)):,}; "
+                f"ids that are text, which it finds nowhere: {sum(isinstance(answer.id, str) for answer in rows):,}. Here circular_accuracy is "
                 f"{ours:.4f}, the official code's sheet gives {theirs['circular_accuracy']:.4f}"
             )
     if lost := [one for one in asked if one.lost]:
@@ -201,15 +201,13 @@ def _warnings(asked: Sequence[_Asked], rows: Sequence[Answer], said: Mapping[int
         without = f"{_figures(rest, right)[0]['circular_accuracy']:.4f}" if rest else "nothing"
         hopeless = sum(one.answer is not None and one.answer in one.lost for one in lost)
         warnings.append(
-            f"{len(lost):,} rows lose choices ({some([f'{one.index}: {one.lost}' for one in lost])}), as a cell of None, NA, nan or "
-            f"the like is missing for the official code, and for the prompts here; {hopeless:,} of them lose the right one. "
-            f"circular_accuracy is {ours:.4f}, and {without} without these {len(concerned):,} questions"
+            f"choices are lost in {listed([f'{one.index}: {one.lost}' for one in lost], 'row')}, as a cell of None, NA, nan or "
+            f"the like is missing for the official code, and for the prompts here; the right one is lost in {hopeless:,}. "
+            f"circular_accuracy is {ours:.4f}, and {without} without the {len(concerned):,} concerned"
         )
     if missing := [one.index for one in asked if one.index not in said]:
-        warnings.append(
-            f"{len(missing):,} rows have no answer ({some(missing)}) and are wrong, as in the official code, which leaves them empty"
-        )
+        warnings.append(f"without an answer: {listed(missing, 'row')}; each is wrong, as in the official sheet, where it stays empty")
     known = {one.index for one in asked}
     if strangers := [answer.id for name, answer in said.items() if name not in known]:
-        warnings.append(f"{len(strangers):,} answers are to no row of the table ({some(strangers)}) and count nowhere")
+        warnings.append(f"{listed(strangers, 'answer')} to no row of the table, counted nowhere")
     return warnings

@@ -9,7 +9,7 @@ from typing import ClassVar
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import SHORT_ANSWER, Benchmark, Score
-from fastllava.evaluate.matching import some
+from fastllava.evaluate.matching import listed, some
 from fastllava.evaluate.questions import Question, read_questions
 from fastllava.evaluate.shipped import result_tables, table_lines
 
@@ -189,8 +189,8 @@ def _warnings(judged: Sequence[_Judged], missing: Sequence[tuple[str, str, str]]
     if theirs == said and not missing:
         return []
     names = [f"{category}/{file}" for category, file, _ in missing]
-    why = [f"{len(missing):,} questions have no answer ({some(names)}) and are wrong here"] * bool(missing)
-    why += [f"a line break or tab in {len(broken):,} answers ({some(broken)}) would break the official tables"] * bool(broken)
+    why = [f"without an answer, and wrong here: {listed(names, 'question')}"] * bool(missing)
+    why += [f"a line break or tab in {listed(broken, 'answer')} would break the official tables"] * bool(broken)
     why = why or ["the two answers about a picture are not one after the other, or there are more than two"]
     return [f"{'; '.join(why)}: here {said}; the official code, for which each two lines are a picture: {theirs}"]
 

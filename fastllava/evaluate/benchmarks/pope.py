@@ -9,7 +9,7 @@ from typing import ClassVar
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import Benchmark, Score
-from fastllava.evaluate.matching import answered_twice, key, latest, some
+from fastllava.evaluate.matching import answered_twice, key, latest, listed, some
 from fastllava.evaluate.questions import Question, json_lines, read_questions
 
 LABELS_AT = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
@@ -94,7 +94,7 @@ class Pope(Benchmark):
                 questions.append({**row, "verdict": said[one.id], "score": float(right)})
         mean = sum(figures[f"{category}.f1"] for category in asked) / len(asked)
         if twice := answered_twice(rows):
-            warnings.append(f"{len(twice):,} questions are answered more than once ({some(twice)}); the last answer counts here")
+            warnings.append(f"answered more than once: {listed(twice, 'question')}; the last answer counts here")
         if any([key(answer.id) for answer in placed[category]] != [key(one.id) for one in ones] for category, ones in asked.items()):
             warnings.append(f"the answers are not in the order of the questions: here f1_mean is {mean:.4f}, the official code {theirs}")
         return Score({"f1_mean": mean, **figures}, questions, warnings)

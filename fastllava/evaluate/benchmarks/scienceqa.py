@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import OPTION_LETTER, Benchmark, Score
-from fastllava.evaluate.matching import key, latest, some
+from fastllava.evaluate.matching import key, latest, listed
 from fastllava.evaluate.questions import Question, json_file
 from fastllava.evaluate.shipped import science_results
 
@@ -25,7 +25,8 @@ class Problem:
     answer: int
     """Which choice is right, from 0."""
     choices: int
-    image: bool
+    image: bool | None
+    """Whether there is a picture; None where problems.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class ScienceQA(Benchmark):
             answer = found.get(key(name))
             letter = "FAILED" if answer is None else parse(answer.text)
             index = chosen(letter, problem.choices)
-            right, img = index == problem.answer, problem.image and answer is not None
-            with_missing += problem.image and answer is None
+            right, img = index == problem.answer, answer is not None and _has_picture(problem, answer)
+            with_missing += problem.image is True and answer is None
             ours = _Sums(ours.correct + right, ours.count, ours.img_correct + (right and img), ours.img_count + img)
             line = None if answer is None else answer.line
             row = {"question_id": name, "line": line, "score": float(right), "verdict": letter, "parsed": letter, "pred_idx": index}
@@ -136,7 +137,7 @@ class ScienceQA(Benchmark):
         answer, choices = row["answer"], row["choices"]
         if not isinstance(answer, int) or not isinstance(choices, list) or not 0 <= answer < min(len(choices), len(LETTERS)):
             raise UserError(f"{data / 'problems.json'}: problem {name} has the answer {answer!r}, none of its choices; get the file again")
-        return Problem(answer, len(choices), bool(row.get("image")))
+        return Problem(answer, len(choices), bool(row["image"]) if "image" in row else None)
 
     def _warnings(
         self, problems: Mapping[str, Problem], answers: Answers, found: Mapping[int | str, Answer], ours: _Sums, with_missing: int
@@ -151,14 +152,18 @@ class ScienceQA(Benchmark):
                 "takes an id that is a number for none of its questions"
             )
         if strangers := [answer.id for name, answer in found.items() if str(name) not in problems and str(answer.id) not in problems]:
-            warnings.append(f"{len(strangers):,} answers are to no question of the test split ({some(strangers)}) and count nowhere")
+            warnings.append(f"{listed(strangers, 'answer')} to no question of the test split, counted nowhere")
         if missing := [name for name in problems if key(name) not in found]:
             whole = ours.img_correct / (ours.img_count + with_missing) * 100
             warnings.append(
-                f"{len(missing):,} questions have no answer ({some(missing)}): they are wrong; {with_missing} of them, with a picture, "
-                f"are, as in the official code, not in IMG-Accuracy, which would be {whole:.2f} with them"
+                f"without an answer: {listed(missing, 'question')}. Each is wrong, and as in the official code without a picture: with the "
+                f"{with_missing} that have one IMG-Accuracy would be {whole:.2f}"
             )
         return warnings
+
+
+def _has_picture(problem: Problem, answer: Answer) -> bool:
+    return "<image>" in answer.prompt if problem.image is None else problem.image
 
 
 def _own_label(answer: Answer) -> Problem:

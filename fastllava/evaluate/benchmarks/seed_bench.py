@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import Benchmark, Score
-from fastllava.evaluate.matching import key, latest, some
+from fastllava.evaluate.matching import key, latest, listed, some
 from fastllava.evaluate.questions import Question, json_file, read_questions
 from fastllava.evaluate.shipped import predictions
 
@@ -69,7 +69,7 @@ class SeedBench(Benchmark):
         found = latest(answers.whole())
         asked = self._asked(data)
         if missing := [one.id for one in asked if key(one.id) not in found]:
-            raise UserError(f"seed_bench: {len(missing):,} questions have no answer ({some(missing)}); the leaderboard needs all")
+            raise UserError(f"seed_bench: without an answer: {listed(missing, 'question')}; the leaderboard needs one to each")
         out.mkdir(parents=True, exist_ok=True)
         path = out / "seed_bench.jsonl"
         with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -124,7 +124,7 @@ def _warnings(
         if figures != ours:
             unseen = [one.id for one, answer in zip(asked, theirs, strict=True) if answer is None and key(one.id) in found]
             warnings.append(
-                f"{len(unseen):,} ids ({some(unseen)}) are written as text in the answers, and the official code finds numbers only: "
+                f"written as text in the answers, where the official code finds numbers only: {listed(unseen, 'id')}; "
                 f"here total is {ours['total']:.4f}, the official code gives {figures['total']:.4f}"
             )
         never = {one.type: [] for one in asked}
@@ -134,12 +134,12 @@ def _warnings(
             warnings.append(f"every answer of {some(wrong)} is wrong, so its figure is 0 here; the official code stops with KeyError")
     if missing := [one.id for one in asked if key(one.id) not in found]:
         warnings.append(
-            f"{len(missing):,} questions have no answer ({some(missing)}) and are wrong, as in the official code, "
+            f"without an answer: {listed(missing, 'question')}; each is wrong, as in the official code, "
             "which then stops with KeyError where it writes the upload"
         )
     known = {key(one.id) for one in asked}
     if strangers := [answer.id for name, answer in found.items() if name not in known]:
-        warnings.append(f"{len(strangers):,} answers are to no question of SEED-Bench.json ({some(strangers)}) and count nowhere")
+        warnings.append(f"{listed(strangers, 'answer')} to no question of SEED-Bench.json, counted nowhere")
     if empty:
         warnings.append(f"there is no {' and no '.join(empty)} question, so no such figure; the official code stops with ZeroDivisionError")
     return warnings

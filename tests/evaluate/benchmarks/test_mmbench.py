@@ -82,7 +82,10 @@ def test_all_rotations_must_be_right(write_table: Callable, write_lines: Callabl
     assert not found.warnings
     found = MMBENCH.score(data, MMBENCH.read(write_lines("b.jsonl", _answers(q7="A", q8="D.", q9="A"))))
     assert found.figures == {"circular_accuracy": 0.0, "single_pass_accuracy": 0.5}
-    assert [warning.split(" (")[0] for warning in found.warnings] == ["1 rows have no answer", "1 answers are to no row of the table"]
+    assert [warning.split(";")[0] for warning in found.warnings] == [
+        "without an answer: 1 row (1000007)",
+        "1 answer (9) to no row of the table, counted nowhere",
+    ]
 
 
 def test_prompts_and_choices(write_table: Callable) -> None:
@@ -106,8 +109,8 @@ def test_lost_choices_are_named(write_table: Callable, write_lines: Callable) ->
     found = MMBENCH.score(data, MMBENCH.read(write_lines("a.jsonl", _answers(q7="A", q1000007="B", q8="D", q9="A"))))
     assert found.figures["circular_accuracy"] == pytest.approx(2 / 3)
     (warning,) = found.warnings
-    assert warning.startswith("1 rows lose choices (9: BC), as a cell of None, NA, nan or the like is missing")
-    assert warning.endswith("1 of them lose the right one. circular_accuracy is 0.6667, and 1.0000 without these 1 questions")
+    assert warning.startswith("choices are lost in 1 row (9: BC), as a cell of None, NA, nan or the like is missing")
+    assert warning.endswith("the right one is lost in 1. circular_accuracy is 0.6667, and 1.0000 without the 1 concerned")
 
 
 def test_rounds_and_ids_of_another_type(write_table: Callable, write_lines: Callable, tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_rounds_and_ids_of_another_type(write_table: Callable, write_lines: Call
     answers = MMBENCH.read(write_lines("a.jsonl", rows))
     found = MMBENCH.score(data, answers)
     assert found.figures["circular_accuracy"] == 1
-    assert "here circular_accuracy is 1.0000, the official code's sheet gives 0.0000" in found.warnings[0]
+    assert "Here circular_accuracy is 1.0000, the official code's sheet gives 0.0000" in found.warnings[0]
     (path,) = MMBENCH.upload(data, answers, tmp_path / "out")
     assert [row[6] for row in load_workbook(path).worksheets[0].values] == ["prediction", "A", "B", "D"]
 
@@ -170,7 +173,7 @@ def test_tables_that_cannot_be_scored_or_asked(write_table: Callable, write_line
     path = data / "mmbench_dev_20230712.tsv"
     whole = path.read_text()
     for changed, said in (
-        (whole.replace("answer", "other", 1), "no column answer"),
+        (whole.replace("answer", "other", 1), "no column answer; the server"),
         (whole.replace("1000007\t", "seven\t"), "index of row 2 is 'seven'"),
         (whole.split("\n")[0] + "\n", "holds no question"),
     ):

@@ -88,7 +88,7 @@ def test_missing_and_double_answers(tmp_path: Path, asked: list[dict], write_lin
     """Missing ones are wrong, the last of two counts, and the warning says what the official tables would give."""
     found = MME.score(tmp_path, MME.read(write_lines("a.jsonl", asked[1:])))
     assert found.figures["category.existence"] == 125
-    assert "1 questions have no answer (existence/a.txt)" in found.warnings[0]
+    assert "without an answer, and wrong here: 1 question (existence/a.txt)" in found.warnings[0]
     assert "AssertionError" in found.warnings[0]
     assert found.questions[-1]["line"] is None
     found = MME.score(tmp_path, MME.read(write_lines("b.jsonl", asked[2:])))

@@ -100,7 +100,7 @@ def test_missing_strange_and_double_answers(tmp_path: Path, asked: list[dict], w
     twice = [{**right[0], "text": "No"}, *right]
     found = POPE.score(tmp_path, POPE.read(write_lines("c.jsonl", twice)))
     assert found.figures["f1_mean"] == 1
-    assert "1 questions are answered more than once (100)" in found.warnings[0]
+    assert "answered more than once: 1 question (100)" in found.warnings[0]
     as_text = [{**row, "question_id": str(row["question_id"])} for row in right]
     assert POPE.score(tmp_path, POPE.read(write_lines("d.jsonl", as_text))).figures["f1_mean"] == 1
 

@@ -81,6 +81,15 @@ def test_pictures_are_known_by_the_problem(data: Path, write_lines: Callable) ->
     )
 
 
+def test_problems_that_do_not_say_whether_there_is_a_picture(data: Path, write_lines: Callable) -> None:
+    """Then the answers' prompts say it, as in the official code."""
+    bare = {name: {"choices": row["choices"], "answer": row["answer"]} for name, row in PROBLEMS.items()}
+    (data / "problems.json").write_text(json.dumps(bare))
+    found = SCIENCEQA.score(data, SCIENCEQA.read(write_lines("answers.jsonl", _answers({**RIGHT, "2": "C"}))))
+    assert found.figures["img_accuracy"] == 50
+    assert not found.warnings
+
+
 def test_ids_that_are_numbers(data: Path, write_lines: Callable) -> None:
     """The official code finds none of them and calls every answer wrong."""
     rows = [{**row, "question_id": int(row["question_id"])} for row in _answers(RIGHT)]
@@ -95,8 +104,8 @@ def test_missing_and_strange_answers(data: Path, write_lines: Callable) -> None:
     rows = [*_answers({name: text for name, text in RIGHT.items() if name != "2"}), {"question_id": "77", "prompt": "", "text": "A"}]
     found = SCIENCEQA.score(data, SCIENCEQA.read(write_lines("answers.jsonl", rows)))
     assert found.figures == {"accuracy": 75.0, "img_accuracy": 100.0, "count": 4, "img_count": 1}
-    assert "1 answers are to no question of the test split (77)" in found.warnings[0]
-    assert "which would be 50.00 with them" in found.warnings[1]
+    assert "1 answer (77) to no question of the test split" in found.warnings[0]
+    assert "with the 1 that have one IMG-Accuracy would be 50.00" in found.warnings[1]
     with pytest.raises(UserError, match="answers no question about a picture"):
         SCIENCEQA.score(data, SCIENCEQA.read(write_lines("b.jsonl", _answers({"3": "A"}))))
 

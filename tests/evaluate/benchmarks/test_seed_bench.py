@@ -75,7 +75,7 @@ def test_ids_of_either_type(data: Path, write_lines: Callable) -> None:
     found = SEED.score(data, SEED.read(write_lines("answers.jsonl", _answers("ABCD", ("5", "6", 7, "v0")))))
     assert found.figures["total"] == 100
     assert found.warnings == [
-        "2 ids (5, 6) are written as text in the answers, and the official code finds numbers only: "
+        "written as text in the answers, where the official code finds numbers only: 2 ids (5, 6); "
         "here total is 100.0000, the official code gives 50.0000"
     ]
 
@@ -86,9 +86,9 @@ def test_missing_and_strange_answers(data: Path, tmp_path: Path, write_lines: Ca
     answers = SEED.read(write_lines("answers.jsonl", rows))
     found = SEED.score(data, answers)
     assert found.figures["total"] == 75
-    assert "1 questions have no answer (v0)" in found.warnings[0]
-    assert "1 answers are to no question of SEED-Bench.json (99)" in found.warnings[1]
-    with pytest.raises(UserError, match=r"1 questions have no answer \(v0\)"):
+    assert "without an answer: 1 question (v0)" in found.warnings[0]
+    assert "1 answer (99) to no question of SEED-Bench.json" in found.warnings[1]
+    with pytest.raises(UserError, match=r"without an answer: 1 question \(v0\)"):
         SEED.upload(data, answers, tmp_path / "out")
 
 
