@@ -190,10 +190,10 @@ def _warnings(asked: Sequence[_Asked], rows: Sequence[Answer], said: Mapping[int
         as_given = {answer.id: answer.text for answer in rows}
         theirs = _figures(asked, {one.index: as_given.get(one.index) == one.answer for one in asked})[0]
         if theirs != figures:
+            turned, texts = sum(map(_rotated, rows)), sum(isinstance(answer.id, str) for answer in rows)
             warnings.append(
-                f"answers to further rounds, the last of which the official code takes: {sum(map(_rotated, rows)):,}; "
-                f"ids that are text, which it finds nowhere: {sum(isinstance(answer.id, str) for answer in rows):,}. Here circular_accuracy is "
-                f"{ours:.4f}, the official code's sheet gives {theirs['circular_accuracy']:.4f}"
+                f"answers to further rounds, the last of which the official code takes: {turned:,}; ids that are text, found nowhere: "
+                f"{texts:,}. Here circular_accuracy is {ours:.4f}, the official code's sheet gives {theirs['circular_accuracy']:.4f}"
             )
     if lost := [one for one in asked if one.lost]:
         concerned = {one.question for one in lost}
