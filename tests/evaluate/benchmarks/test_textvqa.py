@@ -66,7 +66,17 @@ def test_layouts_of_the_prompt(labels: Callable, score: Callable, prompt: str) -
     found = score(("4f1c", prompt, "Stop."))
     assert found.figures["accuracy"] == 1
     assert found.questions == [{"question_id": "4f1c", "line": 0, "annotation_question_id": 100, "normalised": "stop", "score": 1}]
-    assert not found.warnings
+    assert not [warning for warning in found.warnings if "OCR" not in warning]
+
+
+def test_prompts_without_ocr_tokens(labels: Callable, score: Callable) -> None:
+    """These are scored, and said to be another benchmark than the published one, where they are most."""
+    labels(("4f1c", "What?", NINE_OF_TEN), ("4f1c", "Who?", NINE_OF_TEN))
+    with_tokens = ("4f1c", f"What?\nReference OCR token: STOP{SENTENCE}", "stop")
+    assert not score(with_tokens, ("4f1c", f"Who?{SENTENCE}", "stop")).warnings
+    bare = score(("4f1c", f"What?{SENTENCE}", "stop"), ("4f1c", f"Who?{SENTENCE}", "stop"))
+    assert bare.figures["accuracy"] == 1
+    assert "without a line of OCR tokens: 2 of 2" in bare.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +141,7 @@ def test_missing_answers(labels: Callable, score: Callable) -> None:
     labels(("4f1c", "What?", ["red"] * 10), ("4f1c", "Who?", ["red"] * 10))
     found = score(("4f1c", f"What?{SENTENCE}", "red"))
     assert found.figures["accuracy"] == 1
-    assert found.warnings == [
+    assert found.warnings[:1] == [
         "questions without an answer: 1; the official code takes the mean over the answers that are there, 1 (1.0000); "
         "over all questions it is 0.5000"
     ]
