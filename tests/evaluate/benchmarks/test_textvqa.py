@@ -69,6 +69,14 @@ def test_layouts_of_the_prompt(labels: Callable, score: Callable, prompt: str) -
     assert not [warning for warning in found.warnings if "OCR" not in warning]
 
 
+def test_line_break_in_a_question(labels: Callable, score: Callable) -> None:
+    """One of the four layouts carries it, as in the official code; the others are refused."""
+    labels(("4f1c", "What does\nit say?", NINE_OF_TEN))
+    assert score(("4f1c", "OCR tokens: STOP. Question: What does\nit say? Short answer:", "stop")).figures["accuracy"] == 1
+    with pytest.raises(UserError, match="has a layout that the official code cannot read"):
+        score(("4f1c", f"What does\nit say?{SENTENCE}", "stop"))
+
+
 def test_prompts_without_ocr_tokens(labels: Callable, score: Callable) -> None:
     """These are scored, and said to be another benchmark than the published one, where they are most."""
     labels(("4f1c", "What?", NINE_OF_TEN), ("4f1c", "Who?", NINE_OF_TEN))
