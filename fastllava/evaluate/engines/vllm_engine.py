@@ -59,20 +59,20 @@ class VllmEngine:
         settings = self._vllm.SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stops, detokenize=False)
         given = [self._prompt(prompt) for prompt in prompts]
         for index, output in enumerate(self._llm.generate(given, settings, use_tqdm=False) if given else []):
-            tokens = list(output.outputs[0].token_ids)
-            ends = (at for at, token in enumerate(tokens) if token in self.trained.stops)
-            yield index, tokens[: next(ends, len(tokens)) + 1]
+            answer = output.outputs[0]
+            tokens = [token for token in answer.token_ids if token not in self.trained.stops]
+            # Whether vLLM gives the token that ended it depends on its version.
+            yield index, [*tokens, *(stops[:1] if answer.finish_reason == "stop" else [])]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         """The prompt as vLLM takes it: one token where the picture stands, which it repeats for each patch."""
         if prompt.pixels is None:
             return {"prompt_token_ids": prompt.ids}
-        cut = len(prompt.ids) + self.trained.model.spec.patches - 1 - rows_of(prompt, self.trained)
-        kept = prompt.ids[: len(prompt.ids) - cut]
-        if IMAGE_ID not in kept:
+        patches, rows = self.trained.model.spec.patches, rows_of(prompt, self.trained)
+        if rows < prompt.ids.index(IMAGE_ID) + patches:
             raise UserError(f"--engine: vllm cannot cut a picture, and only {self.trained.max_tokens} tokens are read; take transformers")
         picture = Image.fromarray(prompt.pixels.transpose(1, 2, 0))
-        ids = [self._image_token if token == IMAGE_ID else token for token in kept]
+        ids = [self._image_token if token == IMAGE_ID else token for token in prompt.ids[: rows - patches + 1]]
         return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
 
 
