@@ -83,10 +83,10 @@ def few_labels(counts: Iterable[int]) -> list[str]:
 
 
 def answered_twice(answers: Answers, headline: Callable[[Mapping[Id, Answer]], float]) -> list[str]:
-    """A warning about questions with two different answers, with the `headline` of the first ones; none when there are none."""
-    first = latest(reversed(answers.rows))
-    last = latest(answers.rows)
-    if not (changed := sum(first[id].text != answer.text for id, answer in last.items())):
+    """A warning about questions with two different answers, with the `headline` of the first ones; none where that is the same."""
+    first, last = latest(reversed(answers.rows)), latest(answers.rows)
+    changed = sum(first[id].text != answer.text for id, answer in last.items())
+    if not changed or headline(first) == headline(last):
         return []
     return [
         f"questions with two different answers: {changed}; the last one counts, as in the official code "

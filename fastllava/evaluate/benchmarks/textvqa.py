@@ -115,6 +115,8 @@ def _asked_twice(answers: Answers, keys: list[Key], annotations: dict[Key, list[
     for answer, key in zip(answers.rows, keys, strict=True):
         rows.append(_row(answer, annotations[key][min(seen[key], len(annotations[key]) - 1)]))
         seen[key] += 1
+    if _mean(rows) == accuracy:
+        return []
     return [
         f"questions asked twice about one image: {len(twice)}; the official code judges all their answers by the last one's labels "
         f"({accuracy:.4f}); each by its own, the accuracy is {_mean(rows):.4f}"

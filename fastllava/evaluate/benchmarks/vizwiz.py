@@ -47,10 +47,10 @@ class VizWiz(Benchmark):
         Raises ServerScored for answers to the test set.
         """
         if not (data / _VAL).exists():
-            raise self._server_scored(answers, f"and {data / _VAL} has to be there")
+            raise self._server_scored(f"which {data / _VAL} is needed for")
         labels = _val(data / _VAL)
         if not _same_questions(answers, labels):
-            raise self._server_scored(answers, "and its prompts are other questions")
+            raise self._server_scored(f"and the prompts of {answers.path} are other questions")
         found = paired(self.name, answers, range(len(labels)), f"questions of {data / _VAL}")
         if foreign := [id for id in found if id not in range(len(labels))]:
             raise UserError(f"vizwiz: {answers.path} answers question {foreign[0]!r}, which {data / _VAL} does not have; take the line out")
@@ -72,10 +72,10 @@ class VizWiz(Benchmark):
         write_list(out / "vizwiz_upload.json", rows)
         return [out / "vizwiz_upload.json"]
 
-    def _server_scored(self, answers: Answers, but: str) -> ServerScored:
+    def _server_scored(self, why: str) -> ServerScored:
         return ServerScored(
-            f"vizwiz: the test questions are scored by {self.server}: upload vizwiz_upload.json, which `fastllava eval` writes; to score "
-            f"{answers.path} here it has to hold answers to the questions of the validation set, {but}"
+            f"vizwiz: the test questions are scored by {self.server}: upload vizwiz_upload.json, which `fastllava eval` writes; "
+            f"only answers to the validation set can be scored here, {why}"
         )
 
 

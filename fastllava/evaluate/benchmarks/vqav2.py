@@ -61,11 +61,11 @@ class VQAv2(Benchmark):
         """
         file = data / _VAL_LABELS
         if not file.exists():
-            raise self._server_scored(answers, f"and the labels, {file}")
+            raise self._server_scored(f"which {file} is needed for")
         annotations = _annotations(file)
         if not any(answer.id in annotations for answer in answers.rows):
             refuse_other_type(self.name, latest(answers.rows), annotations)
-            raise self._server_scored(answers, f"with the ids of {file}")
+            raise self._server_scored(f"and no answer in {answers.path} is to a question of {file}")
         found = paired(self.name, answers, annotations, "questions of the validation set")
         if foreign := [id for id in found if id not in annotations]:
             raise UserError(
@@ -110,10 +110,10 @@ class VQAv2(Benchmark):
         if not answered:
             raise UserError(f"vqav2: no answer in {answers.path} is to a question of {file}; give the answers to {_ASKED}")
 
-    def _server_scored(self, answers: Answers, labels: str) -> ServerScored:
+    def _server_scored(self, why: str) -> ServerScored:
         return ServerScored(
-            f"vqav2: the test questions are scored by {self.server}: upload vqav2_upload.json, which `fastllava eval` writes; to score "
-            f"{answers.path} here it has to hold answers to the questions of the validation set, {labels}"
+            f"vqav2: the test questions are scored by {self.server}: upload vqav2_upload.json, which `fastllava eval` writes; "
+            f"only answers to the validation set can be scored here, {why}"
         )
 
 

@@ -65,7 +65,7 @@ def test_upload_equals_the_official_one(official: Path, tmp_path: Path) -> None:
 def test_test_answers_are_not_scored_as_validation_answers(official: Path, tmp_path: Path, val: Callable, answers: Callable) -> None:
     """Both sets number their questions from 0: what tells them apart is the question in the prompt."""
     data = official / "scorers" / "vizwiz"
-    with pytest.raises(ServerScored, match="its prompts are other questions"):
+    with pytest.raises(ServerScored, match=r"and the prompts of .* are other questions"):
         VIZ.score(data, VIZ.read(data / "answers.jsonl"))
     val(["red"] * 10)
     with pytest.raises(ServerScored, match=r"upload vizwiz_upload\.json, which `fastllava eval` writes"):
