@@ -217,6 +217,7 @@ app.command()(evaluation.answer)
 app.command()(evaluation.score)
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.chat)
+app.command()(evaluation.report)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from fastllava.config import LEVER, Config, as_written, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
-from fastllava.train.metrics.summary import commit, versions
+from fastllava.train.metrics.summary import commit_in_words, versions
 from fastllava.train.stages import trained_parts
 
 
@@ -64,7 +64,7 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
         "config": as_written(config),
         "config_sha256": hashlib.sha256(json.dumps(as_written(config), sort_keys=True).encode()).hexdigest(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit_in_words(),
     }
 
 
@@ -75,9 +75,3 @@ def _sha256_of(model: Llava) -> str:
         found.update(name.encode())
         found.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _commit() -> str | None:
-    """The commit of this code, with "+changes" where a file differs from it; None where it is not known."""
-    found = commit()
-    return None if found is None else found[0] + "+changes" * found[1]

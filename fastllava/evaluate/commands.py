@@ -155,3 +155,14 @@ def chat(
     from fastllava.evaluate.chat import chat as begin
 
     begin(checkpoint, image or [], template=template, max_new_tokens=max_new_tokens, temperature=temperature, precision=precision)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="output_dir of a run of either stage; it may still be going on")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="the page to write; report.html in RUN when left out")] = None,
+) -> None:
+    """Write one page about a run: its course, data, answers and scores, and its config against the official recipe."""
+    from fastllava.console.speaker import speaker
+    from fastllava.evaluate.report.write import write_report
+
+    speaker(Console())(f"report: {write_report(run, out)}")

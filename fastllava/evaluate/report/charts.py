@@ -21,6 +21,8 @@ from fastllava.evaluate.report.svg import COLOURS, SETTINGS, svg_of
 Colour = Literal["blue", "pale", "orange", "green", "red", "grey"]
 _WIDTH, _HEIGHT = 4.7, 2.55
 """Inches of a drawing; a page shows it about as large."""
+_BOX = (0.165, 0.185, 0.815, 0.785)
+"""Where the axes lie in charts over steps, as shares of the drawing: left, bottom, width, height. The same in all, so they line up."""
 _LONGEST_LABEL = 34
 
 
@@ -47,8 +49,8 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
     finite = [value for line in drawn for value in line.y if math.isfinite(value)]
     log = log and bool(finite) and min(finite) > 0
     with rc_context(SETTINGS):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(_WIDTH, _HEIGHT))
+        axes = figure.add_axes(_BOX)
         for line in drawn:
             marker = "o" if line.dots or len(line.x) == 1 else None
             style = "-" if line.joined else "none"
@@ -57,9 +59,8 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
             axes.set_yscale("log")
         _scale(axes, drawn, finite, log)
         axes.set(xlabel=x_label, ylabel=unit)
-        # It is laid out once, so that the place of the axes is the one that is drawn.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        # At the same place whatever the ticks are.
+        axes.yaxis.set_label_coords(-0.175, 0.5)
         hover = _hover(figure, axes, drawn, x_label.rpartition(" ")[2])
     return _figure(title, figure, drawn if len(drawn) > 1 else (), hover)
 
@@ -80,7 +81,7 @@ def bar_chart(title: str, unit: str, values: Mapping[str, float], most: float | 
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         for place, value in zip(places, finite.values(), strict=True):
             inside = value > 0.88 * (end or 1.0)
             at, side = (value - 0.012 * end, "right") if inside else (value + 0.012 * end, "left")
@@ -92,22 +93,27 @@ def histogram(title: str, x_label: str, y_label: str, values: Sequence[int], bin
     """How many of the whole numbers `values`, of which there is one at least, lie in each of equal stretches."""
     counts, edges = np.histogram(values, bins=_edges(int(min(values)), int(max(values)), bins))
     with rc_context(SETTINGS):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(_WIDTH, _HEIGHT))
+        axes = figure.add_axes(_BOX)
         axes.stairs(counts, edges, fill=True, color=COLOURS["blue"])
         axes.set(xlabel=x_label, ylabel=y_label)
+        axes.yaxis.set_label_coords(-0.175, 0.5)
         axes.set_ylim(0, None)
         _ticks(axes)
     return _figure(title, figure)
 
 
-def short(value: float) -> str:
-    """A number as an axis or a bar bears it: four digits at most, thousands as k, M or G."""
-    size = abs(value)
+def tick(value: float) -> str:
+    """A number as an axis bears it, thousands as k, M or G."""
     for letter, unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if size >= 10 * unit or (size >= unit and letter != "k"):
+        if abs(value) >= unit:
             return f"{value / unit:.4g}{letter}"
-    return "0" if size == 0 else f"{value:.4g}" if size < 1e4 and size >= 1e-4 else f"{value:.1e}"
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}".replace("e-0", "e-")
+
+
+def short(value: float) -> str:
+    """A number of four digits at most as a bar bears it."""
+    return f"{value:.4g}" if abs(value) < 1e4 else tick(value)
 
 
 def _figure(title: str, figure: Figure, keys: Sequence[Line] = (), hover: Mapping[str, Any] | None = None) -> Markup:
@@ -130,8 +136,8 @@ def _scale(axes: Axes, lines: Sequence[Line], finite: Sequence[float], log: bool
 
 def _ticks(axes: Axes, log: bool = False) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     if not log:
         axes.yaxis.set_major_locator(MaxNLocator(5))
 

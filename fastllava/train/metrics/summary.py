@@ -46,6 +46,7 @@ def write_summary(
         **counts,
         **spike_figures(rows),
         "versions": versions(),
+        "commit": commit_in_words(),
     }
     write_json(output_dir / SUMMARY_FILE, summary)
     return summary
@@ -138,6 +139,12 @@ def commit() -> tuple[str, bool] | None:
         return said("rev-parse", "HEAD"), bool(said("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def commit_in_words() -> str | None:
+    """The commit of this code, with "+changes" where a file differs from it; None where it is not known."""
+    found = commit()
+    return None if found is None else found[0] + "+changes" * found[1]
 
 
 def plot_loss(output_dir: Path, title: str) -> Path | None:

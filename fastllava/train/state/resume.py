@@ -1,8 +1,11 @@
 """Whether a run may go on from what its output_dir holds: one process at a time, the same training, nothing guessed."""
 
 import fcntl
+import os
+import struct
+import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +42,7 @@ _FREE = {
 }
 _HELD_OUT = "eval.held_out"
 # A change here is covered by the fingerprint of what the run began with.
-_PLACES = set(KEYS.values())
+PLACES = frozenset(KEYS.values())
 # A change here is the same training in another order of additions: allowed, and said.
 _ROUNDING = {"kernels", *(key for key, _ in same_training())}
 _WRITTEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -62,6 +65,20 @@ def locked(output_dir: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             raise UserError(f"output_dir: another run is writing to {output_dir}; wait for it or give another folder") from None
         yield
+
+
+def is_held(output_dir: Path) -> bool:
+    """Whether another process of this machine, or of another one with the same file system, holds `output_dir`; nothing is waited for."""
+    if sys.platform != "linux":
+        return False
+    try:
+        with (output_dir / ".lock").open("rb") as file:
+            # Asks, and takes nothing: a run that begins at this moment must not find it locked. The fields of C's struct flock.
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+    except OSError:
+        return False
+    return kind != fcntl.F_UNLCK
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ def _check_same(
     report: Report,
 ) -> None:
     now_flat, then_flat = _flat(as_written(config)), _flat(masked_values(dict(then)))
-    free = _FREE | (_PLACES if start_then else set())
+    free = _FREE | (PLACES if start_then else set())
     changed = [k for k in sorted(now_flat.keys() | then_flat.keys()) if now_flat.get(k) != then_flat.get(k)]
     described = {k: f"{k} was {_short(then_flat.get(k))} and is now {_short(now_flat.get(k))}" for k in changed}
     if not any(isinstance(flat.get(_HELD_OUT), float) for flat in (now_flat, then_flat)):
@@ -186,10 +203,20 @@ def _check_same(
     for key, text in described.items():
         if _in(key, _ROUNDING):
             report(f"resumed with a change that alters rounding only: {text}")
-        elif _in(key, _PLACES) and start_then:
+        elif _in(key, PLACES) and start_then:
             report(f"{text}: the same model in another place")
     if start and not start_then:
         report("note: it was written by a version that kept no hashes of weights, so whether model.* is the same model cannot be told")
+
+
+def changes_nothing(key: str) -> bool:
+    """Whether another value of `key` leaves every bit of the result as it is, the data and the model being the same."""
+    return _in(key, _FREE)
+
+
+def changes_rounding(key: str) -> bool:
+    """Whether another value of `key` is the same training in another order of additions."""
+    return _in(key, _ROUNDING)
 
 
 def _short(value: Any) -> str:
@@ -197,7 +224,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _in(key: str, names: set[str]) -> bool:
+def _in(key: str, names: Set[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
