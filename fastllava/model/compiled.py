@@ -7,6 +7,8 @@ computes with those as constants. How many there can be in one run:
   splice gives it a view, as the reference does, and for the last one each of 0, 1 and more supervised rows, so at most six;
 - step: one for each of 0, 1 and more images with each of 0, 1 and more supervised rows, so at most nine.
 
+An evaluation, which has no gradients, makes as many again, and leaves those of the training as they are.
+
 Loss and gradients are the eager ones up to the order of additions.
 """
 
@@ -25,7 +27,7 @@ from fastllava.config import Compile
 from fastllava.errors import UserError
 
 GRAPHS: dict[Compile, int] = {"off": 0, "layer": 6, "step": 9}
-"""The most graphs that a run compiles."""
+"""The most graphs that a run compiles; with evaluation twice as many."""
 
 Graph = Callable[[Callable[..., Any]], Callable[..., Any]]
 """What becomes of a function of a model: itself, or its graphs."""

@@ -107,7 +107,7 @@ def _of_record(record: Record, form: Template, tokenizer: Tokenizer) -> Asked | 
 
 def _of_file(path: Path, config: Config, form: Template, tokenizer: Tokenizer, spec: ImageSpec) -> list[Asked]:
     try:
-        rows = json_lines(path)
+        rows = list(json_lines(path))
     except UserError as error:
         raise UserError(f"eval.samples: {error}") from None
     if not rows:

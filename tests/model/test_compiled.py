@@ -75,3 +75,30 @@ def test_a_missing_compiler_is_one_line() -> None:
         check_compiler("step", CPU)
     assert "\n" not in str(caught.value)
     check_compiler("off", torch.device("meta"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["layer", "step"])
+def test_an_evaluation_has_graphs_of_its_own_and_leaves_those_of_the_training(tiny, mode: Compile) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    samples = tiny.mixed()
+    batches = [tiny.pack([samples[i] for i in group], weight=0.1) for group in GROUPS[2:6]]
+    eager, compiled = model_of(tiny), model_of(tiny, compile=mode, backend=graphs)
+    before = losses_and_gradients(compiled, batches)
+    trained = graphs.frame_count
+    found = []
+    for model in (compiled, eager):
+        model.eval()
+        with torch.no_grad():
+            losses = torch.stack([model(batch) for batch in batches])
+            logits = torch.cat([model.logits(batch, batch.cu_seqlens[1:].long() - 1) for batch in batches])
+        model.train()
+        found.append((losses, logits))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert trained < graphs.frame_count <= 2 * GRAPHS[mode]
+    total = graphs.frame_count
+    again = losses_and_gradients(compiled, batches)
+    assert graphs.frame_count == total
+    assert all(torch.equal(one, other) for one, other in zip(before[0], again[0], strict=True))
+    assert all(torch.equal(gradient, again[1][name]) for name, gradient in before[1].items())

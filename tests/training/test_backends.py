@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fastllava.config import LogConfig, check_config
 from fastllava.errors import UserError
 from fastllava.train.metrics import backends
 from fastllava.train.metrics.backends import Backend, check_backends
+from fastllava.train.metrics.log import Metrics, for_backends
 
 
 class Wandb(SimpleNamespace):
@@ -64,6 +66,58 @@ def test_a_run_is_told_with_its_steps_and_without_secrets(config, monkeypatch, t
     assert init["dir"] == str(tmp_path / "run")
     assert init["config"]["stage"] == "pretrain"
     assert "s3krit" not in json.dumps(init)
+
+
+EVALUATED = {
+    "step": 4,
+    "held_out_loss": 1.5,
+    "held_out_set": "0123",
+    "eval_seconds": 0.1,
+    "samples": [{"id": 7, "question": "Is it | or\n-?", "answer": "a | b"}, {"id": 8, "question": "q", "answer": None, "reference": "r"}],
+}
+TABLE = """\
+| question | answer | reference |
+| --- | --- | --- |
+| Is it \\| or -? | a \\| b |  |
+| q |  | r |"""
+
+
+def test_answers_are_a_table_and_the_loss_a_number(config, monkeypatch):
+    shown = {}
+    for name in ("wandb", "trackio"):
+        fake = Wandb()
+        fake.Table = lambda columns, data: [columns, data]
+        monkeypatch.setitem(sys.modules, name, fake)
+        backend = Backend(name, config, 0)
+        backend.write(for_backends(EVALUATED))
+        backend.close()
+        [(step, row)] = fake.rows
+        assert step == 4
+        shown[name] = row.pop("samples")
+        assert row == {"step": 4, "held_out_loss": 1.5, "eval_seconds": 0.1}
+    assert shown["wandb"] == [["question", "answer", "reference"], [["Is it | or\n-?", "a | b", None], ["q", None, "r"]]]
+    assert shown["trackio"] == TABLE
+
+
+def test_tensorboard_gets_the_answers_and_again_the_evaluation_that_a_resume_keeps(config, monkeypatch, tmp_path):
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        add_scalar = add_text = lambda self, *given: told.append(given)
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(EVALUATED) + "\n")
+    config = config.model_copy(update={"log": LogConfig(backends=["tensorboard"])})
+    with Metrics(config, 4, 9, Console(quiet=True), lambda row: True) as metrics:
+        assert metrics.evaluated
+    scalars = [("step", 4, 4), ("held_out_loss", 1.5, 4), ("eval_seconds", 0.1, 4)]
+    assert told == [(str(tmp_path / "run" / "tensorboard"), 4), *scalars, ("samples", TABLE, 4), "closed"]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -18,10 +18,13 @@ from fastllava.certify.plain import PlainLlava, collate
 from fastllava.config import check_config
 from fastllava.data import loader
 from fastllava.data.checks import BadRecord
-from fastllava.data.images import ImageError
-from fastllava.data.loader import read_sample
+from fastllava.data.conversation import prompt
+from fastllava.data.images import ImageError, load_image
+from fastllava.data.loader import Sample, pack, read_sample
 from fastllava.data.plan import held_out_of
 from fastllava.data.prepared import PreparedSet
+from fastllava.data.templates import template
+from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
@@ -317,3 +320,81 @@ def test_the_time_of_an_evaluation_is_no_step_s(settings, held, tmp_path, monkey
     assert len(rows) == 4
     assert max(row["step_seconds"] for row in rows) < 0.9
     assert all(row["eval_seconds"] >= 1.0 for row in read_evaluations(tmp_path / "run"))
+
+
+def questions_of(tmp_path, *rows):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def test_a_file_of_questions_is_asked_in_its_order_as_the_model_answers_alone(settings, tmp_path):
+    rows = [
+        {"question_id": 9, "text": "Which colour?", "image": "2.png"},
+        {"question_id": "b", "text": "Count to 5."},
+        {"question_id": 9, "text": "Are you sure?", "image": "0.png"},
+    ]
+    values = settings("finetune", train={"epochs": 6}, eval={"samples": questions_of(tmp_path, *rows), "max_new_tokens": 6})
+    config = check_config(values)
+    run(config, quiet())
+    [row] = read_evaluations(tmp_path / "run")
+    assert "held_out_loss" not in row
+    assert [(one["id"], one["question"], one.get("image")) for one in row["samples"]] == [
+        (one["question_id"], one["text"], one.get("image")) for one in rows
+    ]
+    tokenizer = Tokenizer.load(config.model.llm)
+    source = config.model.model_copy(update={"llm": tmp_path / "run", "projector": None})
+    model = load_llava(source, Execution(reference_ops(), torch.float32), config.train.seed)
+    answers = []
+    for one in rows:
+        # One token after another, of this question alone, by the logits of all rows.
+        pictures = [load_image(config.data.images / one["image"], "pad", model.spec, config.data)] if "image" in one else []
+        ids = prompt("v1", one["text"], bool(pictures), tokenizer)
+        new = []
+        while len(new) < 6 and new[-1:] != [tokenizer.eos_id]:
+            sample = Sample(np.array(ids + new, np.int32), np.zeros((0, 2), np.int32), pictures, 0.0)
+            with torch.no_grad():
+                new.append(int(model.logits(pack([sample], model.spec, 2048))[-1].argmax()))
+        answers.append(tokenizer.decode(new).strip())
+    assert [one["answer"] for one in row["samples"]] == answers
+    assert any(answers)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"question_id": 1'], "questions.jsonl: line 1 is no JSON"),
+        ([{"question_id": 1, "text": "a"}, {"text": "b"}], "line 2 of .*questions.jsonl is no question; write question_id, text and"),
+        ([{"question_id": 1, "text": "a", "image": "none.png"}], "line 1 of .*: its image .*no such file"),
+        ([{"question_id": 1, "text": "a", "image": "../llm/config.json"}], "line 1 of .*: its image .* leads out of data.images"),
+        ([{"question_id": 1, "text": "word " * 3000}], "line 1 of .* leaves no room for an answer in data.max_tokens=2048; shorten it"),
+        ([""], "holds no question; write one JSON object"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named_before_anything_is_trained(rows, message, settings, tmp_path):
+    values = settings("finetune", eval={"samples": questions_of(tmp_path, *rows)})
+    with pytest.raises(UserError, match=f"^eval.samples: .*{message}"):
+        train(values)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_is_wrong_with_the_held_out_file_names_its_key(settings, tmp_path, world):
+    (tmp_path / "bad.json").write_text(json.dumps([{"id": 1, "conversations": []}, *json.loads((world / "texts.json").read_text())]))
+    wrong = {"none.json": ".*none.json cannot be read", "bad.json": "data.max_quarantined_share: .* are bad"}
+    for name, message in wrong.items():
+        with pytest.raises(UserError, match=f"^eval.held_out: {message}"):
+            train(settings("finetune", eval={"held_out": str(tmp_path / name)}))
+
+
+def test_an_answer_ends_where_the_template_ends_one(world):
+    tokenizer = Tokenizer.load(world / "llm")
+    # As in Llama's tokenizer a token of its own, though this one never makes it of a text.
+    line_end = next(i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == "<0x0A>")
+    ids = [*tokenizer.encode("red"), line_end, *tokenizer.encode("### Human")]
+    for name, kept in {"plain": "red", "v0": "red", "v1": "red\n ### Human"}.items():
+        answers = samples.Answers(tokenizer, template(name))
+        assert answers.text(ids) == kept
+        assert answers.ended(ids) == (name != "v1")
+        assert not answers.ended(tokenizer.encode("red"))
+        assert answers.ended([*ids, tokenizer.eos_id])
+    assert samples.Answers(tokenizer, template("v1")).text([*tokenizer.encode("red"), tokenizer.eos_id]) == "red"

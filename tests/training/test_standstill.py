@@ -41,6 +41,9 @@ def clock(monkeypatch):
         # torch.compile and Triton may take minutes, in other processes too.
         (Phase.STEPPING, 3, 0.0, True),
         (Phase.READING, 3, 0.0, True),
+        (Phase.EVALUATING, 9, 0.0, False),
+        (Phase.EVALUATING, 9, 1.0, True),
+        (Phase.EVALUATING, 3, 0.0, True),
         (Phase.STARTING, 0, 0.0, True),
         (Phase.WRITING, 9, 0.0, True),
     ],

@@ -109,7 +109,7 @@ class Metrics:
         self._bar.start()
         if self.evaluated:
             for backend in self._backends:
-                backend.write_again(_for_backends(self._kept[-1]))
+                backend.write_again(for_backends(self._kept[-1]))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -157,10 +157,10 @@ class Metrics:
     def _put(self, row: Row) -> None:
         self._lines.write(json.dumps(row))
         for backend in self._backends:
-            backend.write(_for_backends(row))
+            backend.write(for_backends(row))
 
 
-def _for_backends(row: Row) -> Row:
+def for_backends(row: Row) -> Row:
     """The numbers of a row, and the questions with their answers."""
     return {key: value for key, value in row.items() if isinstance(value, int | float) or (key == ANSWERS and isinstance(value, list))}
 
