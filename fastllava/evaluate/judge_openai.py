@@ -86,6 +86,10 @@ class OpenAIJudge:
     def runs(self, benchmark: str, questions: Sequence[int | str]) -> Iterator[Ask]:
         """Give one Ask for each run. Replies that were paid for come from the file of replies."""
         cache = ReplyCache(self._cache_path)
+        if self._say is not None:
+            often = "" if self._runs == 1 else f" {self._runs} times"
+            kept = f"{self._cache_path} ({len(cache):,} there)"
+            self._say(f"{self._model} at {self._address} judges {len(questions):,} answers{often}; its replies are kept in {kept}")
         progress = _Progress(len(questions) * self._runs, self._say)
         try:
             for _ in range(self._runs):

@@ -354,7 +354,9 @@ def test_progress_is_said(server: Server, judge: Callable, monkeypatch: pytest.M
     monkeypatch.setattr("fastllava.evaluate.judge_openai._Progress._now", lambda _: next(clock))
     said: list[str] = []
     asked(judge(say=said.append, abreast=1), 5)
-    assert said == ["judged 2 of 5, about 18 s left", "judged 4 of 5, about 6 s left"]
+    first, *later = said
+    assert first.startswith(f"judge at 127.0.0.1:{server.server_port} judges 5 answers; its replies are kept in ")
+    assert later == ["judged 2 of 5, about 18 s left", "judged 4 of 5, about 6 s left"]
 
 
 class TestCache:

@@ -21,7 +21,7 @@ MAX_TOKENS = 1024
 FAILED = (-1.0, -1.0)
 """The pair of a reply that is not two numbers. The official code averages it with the others."""
 RULES = "rule.json"
-RULES_AT = "https://github.com/haotian-liu/LLaVA/blob/main/llava/eval/table/rule.json"
+RULES_AT = "https://raw.githubusercontent.com/haotian-liu/LLaVA/main/llava/eval/table/rule.json"
 _PREFIX = "llava_bench_"
 
 
@@ -160,7 +160,9 @@ def _checked(path: Path, number: int, row: dict[str, Any], key: str) -> dict[str
 def _instructions(path: Path) -> dict[str, tuple[str, str]]:
     """The role and the instruction of each category. The file is the original's, and no part of this project."""
     if not path.exists():
-        raise Missing(f"llava_bench: the judge's instruction {path} is not there; download {RULES_AT} to that place")
+        raise Missing(
+            f"llava_bench: the judge's instruction {path} is not there; download {RULES_AT} to that place, or name it with --rules"
+        )
     found = {}
     for key, rule in json_file(path, dict).items():
         if not key.startswith(_PREFIX):

@@ -9,7 +9,7 @@ from fastllava.evaluate.benchmark import Missing
 
 NAMES = ("mm-vet_evaluator.py", "mm-vet_evaluator.ipynb", "mm-vet_prompt.txt")
 """What is looked for in the benchmark's folder: MM-Vet's script, its notebook, or the bare text."""
-PROMPT_AT = "https://github.com/yuweihao/MM-Vet/blob/main/mm-vet_evaluator.py"
+PROMPT_AT = "https://raw.githubusercontent.com/yuweihao/MM-Vet/main/mm-vet_evaluator.py"
 _LARGEST = 4 * 2**20
 
 

@@ -269,7 +269,10 @@ def test_a_script_without_the_examples(data: Path, text: str) -> None:
 
 def test_missing_examples_are_named_with_where_they_come_from(data: Path) -> None:
     (data / "mm-vet_prompt.txt").unlink()
-    with pytest.raises(Missing, match=r"mm-vet_evaluator.py are not there; download https://github.com/yuweihao/MM-Vet"):
+    with pytest.raises(
+        Missing,
+        match=r"mm-vet_evaluator.py are not there; download https://raw.githubusercontent.com/yuweihao/MM-Vet/main/mm-vet_evaluator.py",
+    ):
         VET.requests(data, VET.read(data / "answers.jsonl"))
 
 
