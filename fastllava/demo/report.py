@@ -1,11 +1,10 @@
 """The demo's report: a table on the screen, report.html (all in one file), report.json, and a sheet of answered pictures."""
 
-import base64
-import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -13,14 +12,15 @@ from rich.table import Table
 from fastllava.demo.answers import OVERALL, Accuracy
 from fastllava.demo.backbones import write_json
 from fastllava.demo.questions import Question
-from fastllava.train.metrics.summary import LOSS_PLOT
+from fastllava.evaluate.report.page import Head, Section, Tile, fill, write_page
+from fastllava.evaluate.report.pictures import address_of
+from fastllava.evaluate.report.run import read_run
+from fastllava.evaluate.report.training import duration
+from fastllava.evaluate.report.write import page_of
 
 SHEET = "answers.png"
 _COLUMNS, _ROWS = 4, 3
 _HEADINGS = ("question type", "questions", "majority answer", "before", "after")
-_STYLE = (
-    "body {font: 16px sans-serif; max-width: 60em; margin: 2em auto} td, th {padding: .2em 1em; text-align: right} img {max-width: 100%}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,26 @@ def write_report(out: Path, accuracy: Accuracy, examples: Sequence[Example], run
     shown = pick(examples, _COLUMNS * _ROWS)
     write_sheet(out / SHEET, shown)
     write_json(out / "report.json", {"seconds": seconds, **asdict(accuracy)})
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in _rows(accuracy))
-    plots = "".join(f"<h2>Loss of stage {number}</h2>{_embedded(run / LOSS_PLOT)}" for number, run in enumerate(runs, 1))
-    page = f"""<!doctype html><meta charset="utf-8"><title>fastllava demo</title>
-<style>{_STYLE}</style>
-<h1>fastllava demo</h1>
-<p>Both stages in {seconds:.0f} seconds. Right answers on pictures of scenes that were not in training:</p>
-<table><tr><th>{"<th>".join(_HEADINGS)}</tr>{rows}</table>
-<h2>Some answers</h2>{_embedded(out / SHEET)}{plots}
-<p>Checkpoint: <code>{html.escape(str(runs[-1]))}</code></p>
-"""
-    path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    head = Head(
+        "fastllava demo",
+        f"Both stages of LLaVA-1.5 in miniature; the checkpoint is {runs[-1]}",
+        "complete",
+        tiles=[
+            Tile("right answers, after training", f"{accuracy.after[OVERALL]:.1%}", "on pictures of scenes that were not in training"),
+            Tile("before training", f"{accuracy.before[OVERALL]:.1%}"),
+            Tile("the majority answer", f"{accuracy.majority[OVERALL]:.1%}", "each question type's most frequent answer, always given"),
+            Tile("time", duration(seconds), "drawing, backbones, both stages and answers"),
+        ],
+    )
+    table = fill("table.html", headings=_HEADINGS, rows=_rows(accuracy), note="Shares of exactly right answers.", strong=OVERALL)
+    sheet = Markup('<div class="card wide"><img alt="{}" src="{}"></div>').format(SHEET, address_of("png", (out / SHEET).read_bytes()))
+    sections = [Section("accuracy", "Right answers", table), Section("answers", "Some answers", sheet)]
+    # The last stage is the one that people look at; its scores stand first.
+    for number, run in reversed(list(enumerate(runs, 1))):
+        stage, parts = page_of(read_run(run))
+        sections.append(Section(f"stage-{number}", stage.title, fill("head.html", head=stage)))
+        sections += [Section(f"stage-{number}-{part.anchor}", f"Stage {number}: {part.title}", part.body, listed=False) for part in parts]
+    return write_page(out / "report.html", head, sections)
 
 
 def pick(examples: Sequence[Example], number: int) -> list[Example]:
@@ -82,7 +89,10 @@ def write_sheet(path: Path, examples: Sequence[Example]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * _COLUMNS, 3.7 * _ROWS), layout="constrained")
-    for axes, example in zip(figure.subplots(_ROWS, _COLUMNS).flat, examples, strict=False):
+    places = figure.subplots(_ROWS, _COLUMNS).flat
+    for axes in places[len(examples) :]:
+        axes.set_axis_off()
+    for axes, example in zip(places, examples, strict=False):
         with Image.open(example.image) as image:
             axes.imshow(image)
         right = example.after == example.question.answer
@@ -101,9 +111,3 @@ def _rows(accuracy: Accuracy) -> list[tuple[str, str, str, str, str]]:
     kinds = sorted(accuracy.questions, key=lambda kind: (kind == OVERALL, kind))
     shares = (accuracy.majority, accuracy.before, accuracy.after)
     return [(kind, str(accuracy.questions[kind]), *(f"{share[kind]:.1%}" for share in shares)) for kind in kinds]  # pyright: ignore[reportReturnType]
-
-
-def _embedded(path: Path) -> str:
-    if not path.exists():
-        return ""
-    return f'<img alt="{path.name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'

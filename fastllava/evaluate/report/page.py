@@ -28,6 +28,8 @@ class Section:
     """Its name in the page's address, such as data."""
     title: str
     body: Markup
+    listed: bool = True
+    """Whether the page's list of sections has it."""
 
 
 @dataclass(frozen=True)

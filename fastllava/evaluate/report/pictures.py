@@ -48,6 +48,11 @@ def picture_of_pixels(pixels: NDArray[np.uint8]) -> Picture:
     return _small(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))))
 
 
+def address_of(kind: str, content: bytes) -> Markup:
+    """The data: address of an image file, png or jpeg."""
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")  # noqa: S704 (base64)
+
+
 def _small(image: Image.Image) -> Picture:
     lossless = max(image.size) <= _LOSSLESS_SIDE
     if not lossless:
@@ -59,5 +64,4 @@ def _small(image: Image.Image) -> Picture:
         image.save(out, "PNG", optimize=True)
     else:
         image.save(out, "JPEG", quality=82, exif=b"", icc_profile=None)
-    kind = "png" if lossless else "jpeg"
-    return Picture(Markup(f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"), *image.size)  # noqa: S704 (base64)
+    return Picture(address_of("png" if lossless else "jpeg", out.getvalue()), *image.size)

@@ -57,7 +57,15 @@ def scores_body(scores: Mapping[str, Any]) -> Markup:
     rows = [_row(name, one) for name, one in found.items()]
     charts = [chart for name, one in found.items() for chart in _charts(_title(name, one), one)]
     figures = [(_title(name, one), _all_figures(one)) for name, one in found.items()]
-    return fill("scores.html", rows=rows, sizes=SIZES, charts=charts, figures=figures, noisy=any(row["noise"] for row in rows))
+    return fill(
+        "scores.html",
+        rows=rows,
+        sizes=SIZES,
+        charts=charts,
+        figures=figures,
+        published=any(any(row["published"]) for row in rows),
+        noisy=any(row["noise"] for row in rows),
+    )
 
 
 def _benchmarks(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -71,12 +79,17 @@ def _row(name: str, one: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": _title(name, one),
         "headline": one.get("headline", ""),
-        "value": "" if value is None else f"{value:,.1f}",
+        "value": one.get("status") or "no score" if value is None else f"{value:,.1f}",
         "published": ["" if by_size[size] is None else f"{by_size[size]:,.1f}" for size in SIZES],
         "noise": one.get("noise") or "",
-        "note": one.get("server") or one.get("missing") or one.get("judge") or "",
+        "note": one.get("words") or _judge(one) or (one.get("server") if value is None else "") or "",
         "warnings": len(one.get("warnings") or ()),
     }
+
+
+def _judge(one: Mapping[str, Any]) -> str:
+    judge = one.get("judge")
+    return str(judge.get("note") or "") if isinstance(judge, Mapping) else ""
 
 
 def _charts(title: str, one: Mapping[str, Any]) -> list[Markup]:
