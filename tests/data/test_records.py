@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastllava.data import json_window
 from fastllava.data import records as module
 from fastllava.data.records import read_records
 from fastllava.errors import UserError
@@ -123,13 +124,13 @@ def test_any_window_reads_the_same(file: Path, monkeypatch: pytest.MonkeyPatch, 
         else json.dumps(values, ensure_ascii=False, indent=1)
     )
     for size in (1, 7, 64, 2**20):
-        monkeypatch.setattr(module, "_CHUNK", size)
+        monkeypatch.setattr(json_window, "CHUNK", size)
         assert [value for _, value in read(file, text.encode())] == values
 
 
 def test_a_record_beyond_the_bound_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RECORD_BYTES", 2**16)
-    monkeypatch.setattr(module, "_CHUNK", 2**10)
+    monkeypatch.setattr(json_window, "CHUNK", 2**10)
     large = b'{"id": "' + b"x" * 2**18 + b'"}'
     little_too_large = b'{"id": "' + b"x" * 2**16 + b'"}'
     assert read(file, b'[{"id": "a"}, ' + little_too_large + b', {"id": "b"}]') == [(1, A), (1, "json_too_large"), (1, B)]
