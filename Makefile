@@ -36,6 +36,8 @@ check: dev  ## lint, format, types, import floors, spelling, kernels compiled fo
 	$(BIN)/python -m fastllava_kernels._tuning.aot --check kernels/aot.md
 	@$(BIN)/python -m fastllava.config.schema .venv/schema.json
 	@cmp .venv/schema.json configs/schema.json || { echo "configs/schema.json is out of date: run make schema"; exit 1; }
+	@$(BIN)/python -m fastllava.mix.schema .venv/mix-schema.json
+	@cmp .venv/mix-schema.json configs/mix-schema.json || { echo "configs/mix-schema.json is out of date: run make schema"; exit 1; }
 	@$(BIN)/python -m fastllava.config.reference .venv/keys.md
 	@cmp .venv/keys.md docs/keys.md || { echo "docs/keys.md is out of date: run make schema"; exit 1; }
 
@@ -43,8 +45,9 @@ format: dev  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: install  ## write configs/schema.json and docs/keys.md anew
+schema: install  ## write the schemas in configs/ and docs/keys.md anew
 	$(BIN)/python -m fastllava.config.schema configs/schema.json
+	$(BIN)/python -m fastllava.mix.schema configs/mix-schema.json
 	$(BIN)/python -m fastllava.config.reference docs/keys.md
 
 clean:  ## remove .venv, caches and ./demo

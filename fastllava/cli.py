@@ -22,6 +22,7 @@ from fastllava.console.printable import printable
 from fastllava.console.stopping import ends_imports, second_signal_ends
 from fastllava.errors import DiskElsewhere, ToldElsewhere, UserError, first_of_machine_speaks
 from fastllava.evaluate import commands as evaluation
+from fastllava.mix.command import mix
 
 # Heavy imports stay inside the commands: --help and a wrong key should answer at once.
 
@@ -218,6 +219,7 @@ app.command()(evaluation.score)
 app.command("eval")(evaluation.evaluate)
 app.command()(evaluation.chat)
 app.command()(evaluation.report)
+app.command()(mix)
 
 
 @app.command()

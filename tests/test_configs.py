@@ -10,7 +10,7 @@ from fastllava.config import key_names, load_config, same_training
 from fastllava.config.reference import keys_page
 from fastllava.config.schema import schema_text
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("mix"))
 OFFICIAL = [path for path in CONFIGS if path.name.startswith("llava15_")]
 
 

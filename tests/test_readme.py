@@ -55,6 +55,7 @@ ELSEWHERE_BEGINNING = {
     "fastllava chat ": "talks with a person; tests/evaluate/test_chat.py does",
     "fastllava score llava_bench ": "asks a judge; tests/evaluate/test_judge_openai.py has one",
     "fastllava score mm_vet ": "needs a judge's replies; tests/evaluate/benchmarks/test_mm_vet.py has some",
+    "fastllava mix ": "gigabytes of annotation files; tests/mix builds mixes of small ones",
     "fastllava bench ": "minutes, and a GPU for one of them; tests/benches runs the benches",
 }
 PLANS_A_REAL_SIZE = " --size "

@@ -41,7 +41,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         given = parse_yaml((shipped(path) or path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml") if not file.name.startswith("mix")))
         mend = f"give the path of a YAML config, or the name of a shipped one: {names}"
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {mend}") from None
     except UnicodeDecodeError:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from fastllava.data.checks import BadRecord
 from fastllava.data.json_window import CHUNK, Decoder, Window, detail_of, element, syntax
@@ -60,6 +60,14 @@ class Raw:
     """Why `value` is not to be trusted."""
 
 
+class Lined(Protocol):
+    """A binary file that is read line by line."""
+
+    def readline(self, size: int, /) -> bytes:
+        """The next line, or its first `size` bytes."""
+        ...
+
+
 def read_records(path: Path) -> Iterator[Raw]:
     """Every record of the file, in order. Raises UserError with the place where the file stops being one of records."""
     path = Path(path)
@@ -78,7 +86,7 @@ def read_records(path: Path) -> Iterator[Raw]:
             if first == b"[":
                 yield from _array(path, file)
             elif first == b"{":
-                yield from _lines(path, file)
+                yield from read_lines(path, file)
             else:
                 raise UserError(f"{path}: begins with {first!r}; {_REMEDY}")
     except OSError as error:
@@ -132,7 +140,8 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Raw]:
         raise UserError(f"{path}: line {window.line}: {rest!r} after the end of the array; {_REMEDY}")
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[Raw]:
+def read_lines(path: Path, file: Lined) -> Iterator[Raw]:
+    """Every record of a file with one a line, from where `file` stands."""
     decoder = Decoder()
     index = line = 0
     while data := file.readline(MAX_RECORD_BYTES + 1):

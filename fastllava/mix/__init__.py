@@ -1,0 +1,1 @@
+"""Builds one LLaVA JSON from annotation files of many kinds: `fastllava mix`."""

@@ -1,0 +1,59 @@
+"""A conversation on its way into the mix, and the record that it becomes."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+IMAGE = "<image>"
+
+
+class Pair(NamedTuple):
+    """A question, or whatever the model is asked, and what it is to answer."""
+
+    question: str
+    answer: str
+
+
+class BadRow(Exception):
+    """An annotation that cannot be used. `reason` is a key of `reasons.REASONS`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Pairs about a picture, or about none."""
+
+    id: str | int
+    image: str | None
+    """Path below the source's folder of images."""
+    pairs: list[Pair]
+    placed: bool = False
+    """Whether a question says already where the image stands; otherwise it stands in a line before the first."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further keys of the record."""
+
+
+def record_of(conversation: Conversation, folder: str) -> dict[str, Any]:
+    """The LLaVA record; `folder` goes before the image's path. Raises BadRow for what training could not take."""
+    pairs = conversation.pairs
+    if not pairs:
+        raise BadRow("no_pairs", "holds no question with its answer")
+    has_image = conversation.image is not None
+    spelled = sum(text.count(IMAGE) for pair in pairs for text in pair)
+    if spelled != (has_image and conversation.placed):
+        raise BadRow("image_word", f"the text spells {IMAGE} {spelled} times; it may stand for the record's one picture alone")
+    turns = []
+    for number, (question, answer) in enumerate(pairs):
+        if has_image and not conversation.placed and number == 0:
+            question = f"{IMAGE}\n{question}"
+        elif not question.strip():
+            raise BadRow("empty", f"question {number} is empty")
+        if not answer.strip():
+            raise BadRow("empty", f"the answer to question {number} is empty")
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    record: dict[str, Any] = {"id": conversation.id}
+    if conversation.image is not None:
+        record["image"] = f"{folder}/{conversation.image}" if folder else conversation.image
+    return {**record, **conversation.extra, "conversations": turns}

@@ -1,0 +1,94 @@
+"""Boxes, ShareGPT's cleaning and ScienceQA's conversion are equal to what the original tools give."""
+
+import json
+
+import pytest
+
+from fastllava.data.tokenizer import Tokenizer
+from fastllava.mix import sharegpt
+from fastllava.mix.boxes import Box, box_text, on_padded_square, within
+from fastllava.mix.conversation import record_of
+from fastllava.mix.sources.scienceqa import conversation_of
+from fastllava.mix.sources.sharegpt import Rules, _kept
+
+CODES = {"sharegpt_short": 1, "sharegpt_roles": 2, "sharegpt_blocked": 3, "sharegpt_html": 4}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_boxes_on_the_padded_square(larger):
+    cases = read(larger / "mix" / "boxes" / "boxes.json")
+    assert len(cases) > 10
+    for case in cases:
+        left, top, width, height = case["box_xywh"]
+        box = within(Box(left, top, left + width, top + height), case["width"], case["height"])
+        assert box is not None
+        shares = on_padded_square(box, case["width"], case["height"])
+        assert list(shares) == pytest.approx(case["normalised"], abs=1e-12)
+        assert box_text(shares) == case["text"]
+
+
+def test_cleaning_of_sharegpt(larger):
+    folder = larger / "mix" / "sharegpt"
+    expected, given = read(folder / "sharegpt_clean.json"), read(folder / "sharegpt_html.json")
+    seen: set[bytes] = set()
+    kept, codes = [], {}
+    for number, sample in enumerate(given):
+        turns = sharegpt.turns_of(sample["conversations"])
+        name = f"{number}:{sample['id']}"
+        try:
+            sharegpt.cleaned(turns)
+            codes[name] = 0
+        except sharegpt.Left as left:
+            codes[name] = CODES[left.reason]
+        try:
+            found = _kept(sample["id"], turns, sample.get("plugins") is not None, Rules(), seen)
+        except sharegpt.Left:
+            continue
+        kept.append({"id": sample["id"], "conversations": [{"from": role, "value": text} for role, text in found]})
+    assert codes == expected["error_codes"]
+    assert kept == expected["kept"]
+
+
+def test_splitting_of_sharegpt(larger):
+    folder = larger / "mix" / "sharegpt"
+    expected, given = read(folder / "split_expected.json"), read(folder / "split_input.json")
+    tokenizer = Tokenizer.load(larger.parent / "tokenizer", legacy=True)
+    lengths = {}
+    for sample in given:
+        texts = [turn["value"] for turn in sample["conversations"]]
+        lengths[sample["id"]] = [sharegpt.turn_length(len(tokenizer.encode(text)) + 1) for text in texts]
+    assert lengths == expected["turn_lengths"]
+    for most, segments in expected["split"].items():
+        found = []
+        for sample in given:
+            turns = sample["conversations"]
+            for begin, end in sharegpt.split(lengths[sample["id"]], int(most)):
+                if end > begin and [turn["from"] for turn in turns[begin:end]] == ["human", "gpt"] * ((end - begin) // 2):
+                    name, model = sharegpt.segment_id(sample["id"], begin), sample.get("model", "")
+                    ends = {"first": turns[begin]["value"][:40], "last": turns[end - 1]["value"][-40:]}
+                    found.append({"id": name, "model": model, "turns": end - begin, **ends})
+        assert found == segments, most
+
+
+def test_repeated_numbering_of_sharegpt(larger):
+    for sample in read(larger / "mix" / "sharegpt" / "wrong_format.json"):
+        assert sharegpt.repeats_numbering(sharegpt.turns_of(sample["conversations"])) is sample["skip"], sample["id"]
+
+
+@pytest.mark.parametrize("prompt_format", ["QCM-LEA", "QCM-A", "CQM-A", "QCM-ALE", "QCML-AE", "QCME-A", "QCM-LEPA"])
+def test_conversion_of_scienceqa(larger, prompt_format):
+    folder = larger / "eval" / "scorers" / "scienceqa"
+    problems, names = read(folder / "problems.json"), read(folder / "pid_splits.json")["minitest"]
+    found = [record_of(conversation_of(name, problems[name], prompt_format), "") for name in names]
+    assert found == read(folder / "converted_minitest.json")[prompt_format]
+
+
+@pytest.mark.parametrize("prompt_format", ["QCM-A", "QCM-LEA", "QCM-LEPA"])
+def test_conversion_of_scienceqa_s_training_split(larger, prompt_format):
+    folder = larger / "mix" / "scienceqa"
+    problems, names = read(folder / "problems.json"), read(folder / "pid_splits.json")["train"]
+    found = [record_of(conversation_of(name, problems[name], prompt_format), "") for name in names]
+    assert found == read(folder / f"llava_train_{prompt_format}.json")
