@@ -39,6 +39,8 @@ def export(checkpoint: Path, layout: str, out: Path, report: Callable[[str], obj
             image_policy=subject.image_policy,
             max_tokens=subject.max_tokens,
             chat_template=_chat_template(subject, layout, report),
+            # A checkpoint that names none was trained with v1, as the original's were.
+            template=None if subject.template == "v1" else subject.template,
             legacy=subject.legacy,
             report=report,
         )

@@ -21,6 +21,7 @@ from fastllava.model.weights import load_llava
 from fastllava.model.weights.configs import read_preprocessor
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
+from fastllava.model.weights.write import TEMPLATE_KEY
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage_of
 from fastllava.train.state.fingerprint import differences, fingerprint
 
@@ -130,14 +131,16 @@ def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]
         policy, length = given.get("image_aspect_ratio", "square"), given.get("tokenizer_model_max_length", 2048)
     else:
         policy, length = "pad" if read_preprocessor(folder, "CHECKPOINT").get("do_pad") else "square", 2048
-    policy, named = policy if policy == "pad" else "square", _named_template(folder)
+    policy, named = policy if policy == "pad" else "square", _named_template(folder, given)
     known = f"template {named}" if named else "template v1, as it names none"
     report(f"{folder} is a LLaVA checkpoint in layout {layout}; image policy {policy}, and {known}")
     return Subject(model, {}, _stored_dtype(folder), named or "v1", policy, length, None)
 
 
-def _named_template(folder: Path) -> str | None:
-    """The template that the folder's chat template writes, where it is one of ours."""
+def _named_template(folder: Path, given: Mapping[str, Any]) -> str | None:
+    """The template that its config.json names, or that its chat template writes, where it is one of ours."""
+    if isinstance(name := given.get(TEMPLATE_KEY), str) and name in TEMPLATES:
+        return name
     try:
         written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

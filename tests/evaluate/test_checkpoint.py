@@ -29,6 +29,9 @@ def test_an_export_in_the_other_layout_is_the_same_model(tiny_llava, tmp_path):
     # What the chat template writes names the template.
     (tmp_path / "hf" / "chat_template.jinja").write_text(_jinja("chatml_direct"), encoding="utf-8")
     assert load_trained(tmp_path / "hf").form.name == "chatml_direct"
+    export(tmp_path / "hf", "llava", tmp_path / "llava", lambda line: None)
+    again = load_trained(tmp_path / "llava")
+    assert (again.form.name, again.identity) == ("chatml_direct", ours.identity)
 
 
 def test_another_precision_is_the_same_model(tiny_llava):

@@ -25,6 +25,8 @@ from fastllava.model.weights.layouts import to_disk
 from fastllava.model.weights.read import TABLES
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer, find_tokenizer, write_hf, write_original
 
+TEMPLATE_KEY = "fastllava_template"
+"""Says in the original's config.json, which has no word for it, what template the model was trained with."""
 SHARD_BYTES = 5 * 10**9
 """A checkpoint's files are cut here, as transformers cuts them."""
 
@@ -61,6 +63,7 @@ def write_checkpoint(
     image_policy: str,
     max_tokens: int,
     chat_template: str | None = None,
+    template: str | None = None,
     legacy: bool | None = None,
     report: Callable[[str], object] = lambda line: None,
     state: Mapping[str, Tensor] | None = None,
@@ -69,7 +72,8 @@ def write_checkpoint(
 
     layout: "llava" (the original's; the tower is in it) or "hf" (llava-hf's, for LlavaForConditionalGeneration, with
     processor files, and `chat_template` in Jinja where there is one). `source` says where the tokenizer is; image_policy and
-    max_tokens are those of training, legacy the tokenizer's (None: as its config says). `report` gets a line for whatever was left out
+    max_tokens are those of training, and so is template, which layout llava notes where it is given; legacy is the tokenizer's (None: as
+    its config says). `report` gets a line for whatever was left out
     or changed. `state` stands for the model's own state where that is sharded.
     The names of the files, below `folder`. Raises OSError, and UserError before any weight is written when the layout cannot
     hold this model.
@@ -99,6 +103,8 @@ def write_checkpoint(
             home=folder,
             report=report,
         )
+        if layout == "llava" and template is not None:
+            files["config.json"] = {**files["config.json"], TEMPLATE_KEY: template}
         for name, value in files.items():
             dump_json(value, beside / name)
         if layout == "llava" and source.vision_tower is None and model.origin.tower_folder is None:
