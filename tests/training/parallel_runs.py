@@ -134,6 +134,31 @@ def _loss_overflows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Llava, "forward", forward)
 
 
+def _stops_in_an_answer(patch: pytest.MonkeyPatch) -> None:
+    honest, asked = Llava.logits, []
+
+    def logits(*given: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*given)
+
+    patch.setattr(Llava, "logits", logits)
+
+
+def _held_out_picture_is_bad(patch: pytest.MonkeyPatch) -> None:
+    honest, bad = loader.load_image, []
+
+    def load_image(path: Path, *args: Any) -> Any:
+        # The first that is looked at without gradients, and that one from then on. Without workers it is read where it is used.
+        if not torch.is_grad_enabled() and (not bad or path in bad):
+            bad.append(path)
+            raise ImageError(path, BadRecord("image_not_found", "there is no such file"))
+        return honest(path, *args)
+
+    patch.setattr(loader, "load_image", load_image)
+
+
 def _disk_fills_up(patch: pytest.MonkeyPatch) -> None:
     def write_data(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
@@ -144,6 +169,8 @@ def _disk_fills_up(patch: pytest.MonkeyPatch) -> None:
 MISHAPS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "picture": _picture_vanishes,
     "picture gone": _picture_is_bad,
+    "held-out picture gone": _held_out_picture_is_bad,
+    "stop in an answer": _stops_in_an_answer,
     "loss": _loss_overflows,
     "disk": _disk_fills_up,
 }

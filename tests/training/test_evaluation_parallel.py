@@ -47,7 +47,8 @@ def values_of(settings, world, out, change):
     return values
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_nothing_changes_and_all_find_what_one_finds(count, settings, world, looked_at, tmp_path):
     jobs = []
     for name, change in VARIANTS.items():
@@ -66,3 +67,19 @@ def test_nothing_changes_and_all_find_what_one_finds(count, settings, world, loo
             losses = row.pop("held_out_loss"), other["held_out_loss"]
             assert losses[0] == pytest.approx(losses[1], rel=LATER if row["step"] else NEAR), name
             assert row == {key: value for key, value in other.items() if key != "held_out_loss"}, name
+
+
+def test_what_befalls_one_process_in_an_evaluation_all_act_upon(settings, world, looked_at, tmp_path):
+    values = values_of(settings, world, tmp_path / "stopped", {})
+    values["eval"] = looked_at("finetune")
+    gone, off = ({**values, "output_dir": str(tmp_path / name)} for name in ("gone", "off"))
+    fates = [(values, "stop in an answer"), (values, None), (gone, "held-out picture gone"), ({**off, "eval": {}}, None)]
+    launch(2, fates, tmp_path / "said")
+    assert "stopped by SIGTERM before step 0 of 3" in (tmp_path / "said.0.0").read_text()
+    whole, less = evaluations(tmp_path / "stopped"), evaluations(tmp_path / "gone")
+    assert [row["held_out_samples"] for row in whole] == [11] * 3
+    assert [row["held_out_samples"] for row in less] == [10] * 3
+    assert [row["samples"] for row in less] == [row["samples"] for row in whole]
+    assert (tmp_path / "said.2.0").read_text().count("held out no more, as it cannot be read: record ") == 1
+    for name in ("stopped", "gone"):
+        same_training(tmp_path / name, tmp_path / "off")
