@@ -32,6 +32,8 @@ _LONGEST_ASKED = 600.0
 """Seconds that a server may ask to be left alone."""
 _LARGEST = 4 * 2**20
 """Bytes of an answer of the server; the longest reply that is asked for has 1024 tokens."""
+_TRANSPORT = ("httpx", "httpcore", "h11", "h2")
+"""Beginnings of the names of the packages that carry requests."""
 _SHORTEST_KEY = 8
 """Characters of a key that is masked in replies: servers of one's own take any, such as `none`."""
 
@@ -109,6 +111,12 @@ class OpenAIJudge:
         return reply
 
     def _asked(self, request: Request) -> Reply:
+        try:
+            "".join(one["content"] for one in request.messages).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"question {request.question}: what the judge is sent holds half a surrogate pair, which cannot be sent; mend the text"
+            ) from None
         client = self._connected()
         for number in range(_TRIES):
             try:
@@ -134,6 +142,8 @@ class OpenAIJudge:
                     import openai
                 except ImportError:
                     raise UserError("--judge needs the package openai; install it: pip install 'fastllava[judge]'") from None
+                if not (self._key.isascii() and self._key.isprintable()):
+                    raise UserError(f"--judge: {KEY} holds a character that no key has; set it anew")
                 if not self._key and not self._own_server:
                     raise UserError(f"--judge: {self._address} needs a key; set {KEY}, or give --base-url for a server of your own")
                 # A server of one's own need not ask for a key, but the package does.
@@ -159,10 +169,10 @@ class OpenAIJudge:
             raise _Again("no answer in time") from None
         except openai.APIConnectionError as error:
             raise _Again(f"no connection: {self._clean(str(error.__cause__ or error))}") from None
-        except _Again:
-            raise
         except Exception as error:
-            # What the package's transport raises while the body comes in has no class that all versions share.
+            # What the package's transport raises while the body comes in has no class that all its versions share.
+            if isinstance(error, _Again) or not (isinstance(error, OSError) or type(error).__module__.startswith(_TRANSPORT)):
+                raise
             raise _Again(f"the answer broke off: {type(error).__name__}") from None
         return self._parsed(body)
 

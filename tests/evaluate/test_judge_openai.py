@@ -168,6 +168,21 @@ def test_openai_itself_needs_one(server: Server, tmp_path: Path) -> None:
         asked(OpenAIJudge("gpt-4", None, tmp_path / "kept"))
 
 
+@pytest.mark.parametrize("key", ["sk-\u00e4bcdefghijkl", "sk-abcdef\x01ghijkl"])
+def test_a_key_that_is_none(judge: Callable, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds a character that no key has") as raised:
+        asked(judge())
+    assert key not in str(raised.value)
+
+
+def test_half_a_surrogate_pair_cannot_be_sent(server: Server, judge: Callable) -> None:
+    (ask,) = judge().runs("mm_vet", ["v1_7"])
+    with pytest.raises(UserError, match="question v1_7: what the judge is sent holds half a surrogate pair"):
+        ask(Request("v1_7", 0, 0, [{"role": "user", "content": "\ud800"}], 0.0, 3))
+    assert server.asked == []
+
+
 def test_without_the_package_the_remedy_is_named(judge: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"--judge needs the package openai; install it: pip install 'fastllava\[judge\]'"):

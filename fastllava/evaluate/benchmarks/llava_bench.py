@@ -93,7 +93,7 @@ class LlavaBench(JudgedBenchmark):
             raise UserError(f"{path} holds no question; {self.source}")
         ours = _by_id([str(row["question_id"]) for row in rows], answers, warnings)
         if judge is None or judge.reads:
-            contents = self._contents(data, rows, ours, rules)
+            contents = self._contents(data, rows, ours, rules, warnings)
         else:
             contents = [""] * len(rows)
         return [
@@ -101,7 +101,9 @@ class LlavaBench(JudgedBenchmark):
             for row, answer, content in zip(rows, ours, contents, strict=True)
         ]
 
-    def _contents(self, data: Path, rows: Sequence[Mapping[str, Any]], ours: Sequence[Answer], rules: Path | None) -> list[str]:
+    def _contents(
+        self, data: Path, rows: Sequence[Mapping[str, Any]], ours: Sequence[Answer], rules: Path | None, warnings: list[str]
+    ) -> list[str]:
         """What the judge is sent about each of `rows`."""
         captions = {}
         path = self.need(data / "context.jsonl")
@@ -112,11 +114,16 @@ class LlavaBench(JudgedBenchmark):
                 raise UserError(f"{path}: line {number} has no image with a caption; {self.source}")
             captions[row["image"]] = "\n".join(lines)
         path = self.need(data / "answers_gpt4.jsonl")
-        references = {
-            str(row["question_id"]): row["text"] for row in (_checked(path, number, row, "text") for number, row in json_lines(path))
-        }
+        lines = [_checked(path, number, row, "text") for number, row in json_lines(path)]
+        references = {str(row["question_id"]): row["text"] for row in lines}
+        if len(references) < len(lines):
+            raise UserError(f"{path} answers a question twice; {self.source}")
         if missing := [row["question_id"] for row in rows if str(row["question_id"]) not in references]:
             raise UserError(f"{path} has no answer to question {missing[0]}; {self.source}")
+        if list(references)[: len(rows)] != [str(row["question_id"]) for row in rows]:
+            warnings.append(
+                f"{path} is not in the order of questions.jsonl: answers go to their questions here, while the official code pairs by line"
+            )
         instructions = _instructions(rules or data / RULES)
         contents = []
         for row, answer in zip(rows, ours, strict=True):
@@ -216,7 +223,8 @@ def _pair(reply: Reply) -> tuple[float, float]:
 def _figures(categories: Sequence[str], pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     """`all` and a figure for each category. The means have three digits before they are divided, as in the official summary."""
     groups = {"all": list(pairs)}
-    for name in sorted(set(categories)):
+    # Reviews of other benchmarks of LLaVA have no category.
+    for name in sorted({*categories} - {_PREFIX}):
         groups[name.removeprefix(_PREFIX)] = [pair for pair, own in zip(pairs, categories, strict=True) if own == name]
     return {name: _ratio(name, group) for name, group in groups.items()}
 
@@ -263,10 +271,10 @@ def _same_subject(asked: Sequence[_Asked], runs: Sequence[Sequence[Reply]], warn
     others = 0
     for run in runs:
         for one, reply in zip(asked, run, strict=True):
-            category = reply.fields.get("category", one.category)
-            if category != one.category:
+            category = str(reply.fields.get("category", one.category))
+            if category.removeprefix(_PREFIX) != one.category.removeprefix(_PREFIX):
                 raise UserError(
-                    f"--replies: the review of question {one.id} is of category {shortened(str(category), 40)}, but the question is "
+                    f"--replies: the review of question {one.id} is of category {shortened(category, 40)}, but the question is "
                     f"of {shortened(one.category, 40)}; give the reviews of these questions"
                 )
             judged, ours = reply.fields.get("answer2_id"), one.answer.fields.get("answer_id")

@@ -274,6 +274,25 @@ def test_who_judged_is_part_of_the_score(data: Path) -> None:
     }
 
 
+def test_reference_answers_in_another_order_go_to_their_questions(data: Path, write_lines: Callable) -> None:
+    write_lines("answers_gpt4.jsonl", [{"question_id": n, "text": f"Theirs {n}."} for n in (1, 0, 2, 3)])
+    contents = [one.messages[1]["content"] for one in BENCH.requests(data, BENCH.read(data / "answers.jsonl"))]
+    assert all(f"Ours {n}." in text and f"Theirs {n}." in text for n, text in enumerate(contents))
+    assert "answers_gpt4.jsonl is not in the order" in BENCH.judged(data, BENCH.read(data / "answers.jsonl"), _Live()).warnings[0]
+    write_lines("answers_gpt4.jsonl", [{"question_id": n, "text": f"Theirs {n}."} for n in (0, 1, 1, 2, 3)])
+    with pytest.raises(UserError, match="answers a question twice"):
+        BENCH.requests(data, BENCH.read(data / "answers.jsonl"))
+
+
+@pytest.mark.parametrize(("category", "figures"), [("", {"all": 50.0}), ("conv", {"all": 50.0, "conv": 50.0})])
+def test_reviews_with_a_bare_category_or_none(tmp_path: Path, write_lines: Callable, category: str, figures: dict) -> None:
+    write_lines("answers.jsonl", [_answer(n) for n in range(4)])
+    reviews = _reviews([(4, 2)] * 4, category=category)
+    for row in reviews if not category else ():
+        del row["category"]
+    assert _judged(tmp_path, write_lines("reviews.jsonl", reviews)).figures == figures
+
+
 @pytest.mark.parametrize("name", ["questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "rule.json"])
 def test_a_missing_file_is_named_with_where_it_comes_from(data: Path, name: str) -> None:
     (data / name).unlink()
