@@ -128,8 +128,12 @@ class MME(Benchmark):
 
 def _place(answer: Answer) -> tuple[str, str]:
     """Category and label file of an answer, by its `question_id` <category>/.../<picture>."""
-    parts = str(answer.id).split("/")
-    return parts[0], parts[-1].split(".")[0] + ".txt"
+    return str(answer.id).split("/")[0], _file(str(answer.id))
+
+
+def _file(picture: str) -> str:
+    """The label file of a picture, which has its name up to the first point."""
+    return picture.split("/")[-1].split(".")[0] + ".txt"
 
 
 def _judged(answer: Answer, labels: Mapping[tuple[str, str, str], str]) -> _Judged:
@@ -165,7 +169,7 @@ def _template(folder: Path) -> Labels:
         for number, cells in table_lines(table):
             if len(cells) < 3:
                 raise UserError(f"{table}: line {number} has {len(cells)} cells; write a picture, a question and a label between tabs")
-            labels.append(((table.stem, Path(cells[0]).stem + ".txt", cells[1].strip()), cells[2].strip()))
+            labels.append(((table.stem, _file(cells[0]), cells[1].strip()), cells[2].strip()))
     return labels
 
 
