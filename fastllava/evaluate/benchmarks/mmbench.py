@@ -10,6 +10,7 @@ from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import OPTION_LETTER, Benchmark, Score, ServerScored
 from fastllava.evaluate.matching import key, listed, some
 from fastllava.evaluate.questions import Question
+from fastllava.evaluate.readings import option, otherwise
 from fastllava.evaluate.shipped import sheet
 from fastllava.evaluate.tables import Row, Table, read_table
 
@@ -195,6 +196,9 @@ def _warnings(asked: Sequence[_Asked], rows: Sequence[Answer], said: Mapping[int
                 f"answers to further rounds, the last of which the official code takes: {turned:,}; ids that are text, found nowhere: "
                 f"{texts:,}. Here circular_accuracy is {ours:.4f}, the official code's sheet gives {theirs['circular_accuracy']:.4f}"
             )
+    if odd := [(name, text) for name, answer in said.items() if option(text := answer.text) not in (None, text)]:
+        plain = {one.index: one.index in said and (option(text := said[one.index].text) or text) == one.answer for one in asked}
+        warnings.append(otherwise(odd, "circular_accuracy", ours, _figures(asked, plain)[0]["circular_accuracy"]))
     if lost := [one for one in asked if one.lost]:
         concerned = {one.question for one in lost}
         rest = [one for one in asked if one.question not in concerned]

@@ -1,6 +1,7 @@
 """MME: two questions about each picture in 14 categories (the original's convert_answer_to_mme.py; MME's eval_tool/calculation.py)."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import SHORT_ANSWER, Benchmark, Score
 from fastllava.evaluate.matching import listed, some
 from fastllava.evaluate.questions import Question, read_questions
+from fastllava.evaluate.readings import otherwise, yes_or_no
 from fastllava.evaluate.shipped import result_tables, table_lines
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -78,13 +80,10 @@ class MME(Benchmark):
             raise UserError(f"--answers: {answers.path} answers nothing of {some(silent)}; give the answers to all 14 categories")
         last = {(one.category, one.file, one.question): one for one in judged}
         missing = [key for key in labels if key not in last]
-        pictures: dict[tuple[str, str], list[bool]] = {}
-        for key, _ in asked:
-            pictures.setdefault(key[:2], []).append(key in last and last[key].right)
-        if odd := [f"{category}/{file}" for (category, file), ones in pictures.items() if len(ones) != 2]:
+        times = Counter(key[:2] for key, _ in asked)
+        if odd := [f"{category}/{file}" for (category, file), count in times.items() if count != 2]:
             raise UserError(f"mme: there are not two questions about {some(odd)}; get MME_Benchmark_release_version again: {self.source}")
-        points = {name: _points(pair for (category, _), pair in pictures.items() if category == name) for name in (*PERCEPTION, *COGNITION)}
-        figures = _sums(points)
+        figures = _sums(_by_picture(asked, {key: one.right for key, one in last.items()}))
         said = {"perception": figures["perception"], "cognition": figures["cognition"]}
         questions = [
             {"question_id": one.answer.id, "line": one.answer.line, "category": one.category, "label": one.label.lower()}
@@ -95,7 +94,11 @@ class MME(Benchmark):
             | {"verdict": None, "score": 0.0}
             for category, file, question in missing
         ]
-        return Score(figures, questions, _warnings(judged, missing, said))
+        warnings = _warnings(judged, missing, said)
+        if odd := [(one.answer.id, one.answer.text) for one in judged if _plain(one.answer) != verdict(one.answer.text)]:
+            plain = {key: _plain(one.answer) == one.label.lower() for key, one in last.items()}
+            warnings.append(otherwise(odd, "perception", figures["perception"], _sums(_by_picture(asked, plain))["perception"]))
+        return Score(figures, questions, warnings)
 
     def upload(self, data: Path, answers: Answers, out: Path) -> list[Path]:
         """The tables <category>.txt that MME's calculation.py reads. A line break or tab in an answer would break them: a blank."""
@@ -171,6 +174,18 @@ def _template(folder: Path) -> Labels:
                 raise UserError(f"{table}: line {number} has {len(cells)} cells; write a picture, a question and a label between tabs")
             labels.append(((table.stem, _file(cells[0]), cells[1].strip()), cells[2].strip()))
     return labels
+
+
+def _plain(answer: Answer) -> str:
+    return yes_or_no(answer.text) or "other"
+
+
+def _by_picture(asked: Labels, right: Mapping[tuple[str, str, str], bool]) -> dict[str, float]:
+    """The points of each category from whether each answer is right; a question without one is wrong."""
+    pictures: dict[tuple[str, str], list[bool]] = {}
+    for key, _ in asked:
+        pictures.setdefault(key[:2], []).append(right.get(key, False))
+    return {name: _points(pair for (category, _), pair in pictures.items() if category == name) for name in (*PERCEPTION, *COGNITION)}
 
 
 def _points(pairs: Iterable[Sequence[bool]]) -> float:

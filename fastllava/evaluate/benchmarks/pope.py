@@ -11,6 +11,7 @@ from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import Benchmark, Score
 from fastllava.evaluate.matching import answered_twice, key, latest, listed, some
 from fastllava.evaluate.questions import Question, json_lines, read_questions
+from fastllava.evaluate.readings import otherwise, yes_or_no
 
 LABELS_AT = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -93,6 +94,11 @@ class Pope(Benchmark):
                 row = {"question_id": one.id, "line": line, "category": category, "label": "yes" if one.yes else "no"}
                 questions.append({**row, "verdict": said[one.id], "score": float(right)})
         mean = sum(figures[f"{category}.f1"] for category in asked) / len(asked)
+        plain = {one.id: yes_or_no(found[key(one.id)].text) for ones in asked.values() for one in ones}
+        if odd := [
+            (row["question_id"], found[key(row["question_id"])].text) for row in questions if plain[row["question_id"]] != row["verdict"]
+        ]:
+            warnings.append(otherwise(odd, "f1_mean", mean, _plain_mean(asked, plain)))
         if twice := answered_twice(rows):
             warnings.append(f"answered more than once: {listed(twice, 'question')}; the last answer counts here")
         if any([key(answer.id) for answer in placed[category]] != [key(one.id) for one in ones] for category, ones in asked.items()):
@@ -125,7 +131,7 @@ class Pope(Benchmark):
         for (number, label), question in zip(lines, asked, strict=True):
             if label.get("label") not in ("yes", "no"):
                 raise UserError(f'{path}: line {number} has the label {label.get("label")!r}; write "yes" or "no"')
-            if other := [name for name in ("image", "text") if name in label and name in question and _plain(label, question, name)]:
+            if other := [name for name in ("image", "text") if name in label and name in question and _differ(label, question, name)]:
                 raise UserError(
                     f"{path}: line {number} is about another {other[0]} than question {question['question_id']} that stands at its place; "
                     f"take the label files that belong to llava_pope_test.jsonl: {LABELS_AT}"
@@ -134,10 +140,19 @@ class Pope(Benchmark):
         return found
 
 
-def _plain(label: Mapping, question: Mapping, name: str) -> bool:
+def _differ(label: Mapping, question: Mapping, name: str) -> bool:
     """Whether the two differ in the field `name`; articles, which POPE has corrected since, and the prompt's second line do not count."""
     one, other = (_ARTICLE.sub("", str(row[name]).split("\n")[0]).split() for row in (label, question))
     return one != other
+
+
+def _plain_mean(asked: Mapping[str, Sequence[_Asked]], plain: Mapping[int | str, str | None]) -> float:
+    """The mean F1 when answers count by what they say; one that says neither is wrong."""
+    f1 = []
+    for ones in asked.values():
+        said = [not one.yes if plain[one.id] is None else plain[one.id] == "yes" for one in ones]
+        f1.append(counts(said, [one.yes for one in ones])["f1"])
+    return sum(f1) / len(f1)
 
 
 def _by_place(placed: Mapping[str, Sequence[Answer]], asked: Mapping[str, Sequence[_Asked]]) -> str:

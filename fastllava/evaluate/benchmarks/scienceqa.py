@@ -11,6 +11,7 @@ from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import OPTION_LETTER, Benchmark, Score
 from fastllava.evaluate.matching import key, latest, listed
 from fastllava.evaluate.questions import Question, json_file
+from fastllava.evaluate.readings import option, otherwise
 from fastllava.evaluate.shipped import science_results
 
 LETTERS = "ABCDE"
@@ -151,6 +152,10 @@ class ScienceQA(Benchmark):
                 f"here {ours}; the official code: {said}. It knows questions with a picture by <image> in the answers' field prompt, and "
                 "takes an id that is a number for none of its questions"
             )
+        asked = [(name, problem, found[key(name)]) for name, problem in problems.items() if key(name) in found]
+        if odd := [(name, answer.text) for name, _, answer in asked if parse(answer.text) == "FAILED" and option(answer.text)]:
+            right = sum(chosen(_said(answer.text), problem.choices) == problem.answer for _, problem, answer in asked)
+            warnings.append(otherwise(odd, "accuracy", ours.accuracy, right / ours.count * 100))
         if strangers := [answer.id for name, answer in found.items() if str(name) not in problems and str(answer.id) not in problems]:
             warnings.append(f"{listed(strangers, 'answer')} to no question of the test split, counted nowhere")
         if missing := [name for name in problems if key(name) not in found]:
@@ -164,6 +169,11 @@ class ScienceQA(Benchmark):
 
 def _has_picture(problem: Problem, answer: Answer) -> bool:
     return "<image>" in answer.prompt if problem.image is None else problem.image
+
+
+def _said(text: str) -> str:
+    """The letter by the official rule, or the one that `text` says where that finds none."""
+    return option(text) or "FAILED" if parse(text) == "FAILED" else parse(text)
 
 
 def _own_label(answer: Answer) -> Problem:

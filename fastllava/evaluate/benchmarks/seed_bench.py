@@ -11,6 +11,7 @@ from fastllava.evaluate.answers import Answer, Answers
 from fastllava.evaluate.benchmark import Benchmark, Score
 from fastllava.evaluate.matching import key, latest, listed, some
 from fastllava.evaluate.questions import Question, json_file, read_questions
+from fastllava.evaluate.readings import option, otherwise
 from fastllava.evaluate.shipped import predictions
 
 
@@ -132,6 +133,9 @@ def _warnings(
             never[one.type].append(answer is not None and answer.text != one.answer)
         if wrong := [name for name, ones in never.items() if all(ones)]:
             warnings.append(f"every answer of {some(wrong)} is wrong, so its figure is 0 here; the official code stops with KeyError")
+    plain = [(answer := found.get(key(one.id))) is not None and (option(answer.text) or answer.text) == one.answer for one in asked]
+    if odd := [(one.id, one_text) for one in rows if option(one_text := one.text) not in (None, one_text)]:
+        warnings.append(otherwise(odd, "total", ours["total"], _figures(asked, plain)[0]["total"]))
     if missing := [one.id for one in asked if key(one.id) not in found]:
         warnings.append(
             f"without an answer: {listed(missing, 'question')}; each is wrong, as in the official code, "

@@ -83,6 +83,8 @@ def test_all_rotations_must_be_right(write_table: Callable, write_lines: Callabl
     found = MMBENCH.score(data, MMBENCH.read(write_lines("b.jsonl", _answers(q7="A", q8="D.", q9="A"))))
     assert found.figures == {"circular_accuracy": 0.0, "single_pass_accuracy": 0.5}
     assert [warning.split(";")[0] for warning in found.warnings] == [
+        "the official rule takes 1 answer (8: 'D.') for something else than they say: circular_accuracy is 0.0000 by the rule, "
+        "and 0.5000 by what they say",
         "without an answer: 1 row (1000007)",
         "1 answer (9) to no row of the table, counted nowhere",
     ]

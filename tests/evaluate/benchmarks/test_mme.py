@@ -44,7 +44,7 @@ def test_equals_the_official_code(official: Path, tmp_path: Path) -> None:
     for name, points in expected["categories"].items():
         assert found.figures[f"category.{name}"] == pytest.approx(points, rel=1e-9)
     assert [{"question_id": row["question_id"], "verdict": row["verdict"]} for row in found.questions] == expected["per_answer"]
-    assert not found.warnings
+    assert [warning.split(" (")[0] for warning in found.warnings] == ["the official rule takes 49 answers"]
     paths = MME.upload(data, answers, tmp_path)
     assert {path.stem: path.read_text() for path in paths} == expected["tables"]
     again = MME.score(data, MME.read(tmp_path))
@@ -71,6 +71,17 @@ def test_points(tmp_path: Path, asked: list[dict], write_lines: Callable) -> Non
     assert (found.figures["perception"], found.figures["cognition"]) == (1925, 800)
     assert found.figures["category.existence"] == 125
     assert not found.warnings
+
+
+def test_answers_that_the_rule_takes_for_something_else(tmp_path: Path, asked: list[dict], write_lines: Callable) -> None:
+    """The figure is the official one; the warning says what it is by what the answers say."""
+    asked[0] = {**asked[0], "text": "The answer is yes"}
+    found = MME.score(tmp_path, MME.read(write_lines("answers.jsonl", asked)))
+    assert found.figures["perception"] == 1925
+    assert found.warnings == [
+        "the official rule takes 1 answer (existence/a.png: 'The answer is yes') for something else than they say: "
+        "perception is 1925.0000 by the rule, and 2000.0000 by what they say"
+    ]
 
 
 def test_pairs_go_by_picture(tmp_path: Path, asked: list[dict], write_lines: Callable) -> None:

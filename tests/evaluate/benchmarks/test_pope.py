@@ -45,7 +45,7 @@ def test_equals_the_official_code(official: Path) -> None:
             assert found.figures[f"{category}.{name}"] == pytest.approx(figures[name], rel=1e-9)
     assert found.figures["f1_mean"] == pytest.approx(expected["mean_f1_of_categories"], rel=1e-9)
     assert {str(row["question_id"]): row["verdict"] for row in found.questions} == {str(k): v for k, v in expected["per_question"].items()}
-    assert not found.warnings
+    assert [warning.split(" (")[0] for warning in found.warnings] == ["the official rule takes 96 answers"]
 
 
 NO = ("No", "no", "It is not", "No, it is", "No.", "Yes, but it is not clear", "no. Yes")
@@ -76,6 +76,17 @@ def test_all_answers_no(tmp_path: Path, asked: list[dict], write_lines: Callable
     assert found.figures["f1_mean"] == 0
     assert found.figures["random.yes_ratio"] == 0
     assert len(found.warnings) == 3
+
+
+def test_answers_that_the_rule_takes_for_something_else(tmp_path: Path, asked: list[dict], write_lines: Callable) -> None:
+    """The verdict is the official one; the warning says what F1 is by what the answers say, where one that says neither is wrong."""
+    texts = ["Yes", "NO", "", "No", "Yes", "No", "Yes"]
+    found = POPE.score(tmp_path, POPE.read(write_lines("answers.jsonl", _answers(asked, texts))))
+    assert found.figures["f1_mean"] == pytest.approx((0.8 + 1 + 1) / 3)
+    assert found.warnings == [
+        "the official rule takes 2 answers (101: 'NO', 102: '') for something else than they say: "
+        "f1_mean is 0.9333 by the rule, and 0.8889 by what they say"
+    ]
 
 
 def test_order_does_not_matter(tmp_path: Path, asked: list[dict], write_lines: Callable) -> None:

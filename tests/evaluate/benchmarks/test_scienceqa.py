@@ -68,6 +68,16 @@ def test_figures_of_a_small_one(data: Path, write_lines: Callable) -> None:
     assert not found.warnings
 
 
+def test_answers_that_the_rule_takes_for_something_else(data: Path, write_lines: Callable) -> None:
+    """The figure is the official one; the warning says what it is by what the answers say."""
+    found = SCIENCEQA.score(data, SCIENCEQA.read(write_lines("answers.jsonl", _answers({**RIGHT, "1": "(b)", "2": "A."}))))
+    assert found.figures["accuracy"] == 50
+    assert found.warnings == [
+        "the official rule takes 2 answers (1: '(b)', 2: 'A.') for something else than they say: accuracy is 50.0000 by the rule, "
+        "and 100.0000 by what they say"
+    ]
+
+
 def test_pictures_are_known_by_the_problem(data: Path, write_lines: Callable) -> None:
     """Without <image> in the answers' prompts the figure stays, and a warning says what the official code makes of it."""
     found = SCIENCEQA.score(data, SCIENCEQA.read(write_lines("none.jsonl", _answers({**RIGHT, "2": "C"}, tagged=""))))
