@@ -1,23 +1,29 @@
-"""Ask a trained model the held-out questions: greedy answers on packed batches, and exact-match accuracy."""
+"""Ask a checkpoint the held-out questions, with what `fastllava answer` and `eval` are made of; exact-match accuracy."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+from rich.console import Console
 
-from fastllava.data.conversation import prompt
-from fastllava.data.templates import template as template_named
-from fastllava.data.tokenizer import Tokenizer
-from fastllava.demo.dataset import HeldOut
+from fastllava.demo.dataset import DrawnSet
 from fastllava.demo.questions import Question
-from fastllava.model.llava import Llava
-from fastllava.train import samples
-from fastllava.train.samples import Answers, Prompt
+from fastllava.errors import UserError
+from fastllava.evaluate.answer import answer_questions
+from fastllava.evaluate.answers import read_answers
+from fastllava.evaluate.benchmark import Score
+from fastllava.evaluate.benchmarks.scienceqa import ScienceQA
+from fastllava.evaluate.checkpoint import load_trained
+from fastllava.evaluate.engines import make_engine
+from fastllava.evaluate.evaluation import evaluate_checkpoint
+from fastllava.evaluate.questions import read_questions
 
 OVERALL = "overall"
-_MAX_TOKENS = 2048
+_AT_A_TIME = 64
+_NEW_TOKENS = 8
+"""The longest answers have two words."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +37,30 @@ class Accuracy:
     """The shares when each question gets its type's most frequent answer, chosen on the held-out set itself, so none can be better."""
 
 
-def greedy(
-    model: Llava,
-    tokenizer: Tokenizer,
-    asked: Sequence[HeldOut],
-    load: Callable[[str], NDArray[np.uint8]],
-    template: str,
-    *,
-    per_batch: int = 128,
-    max_new_tokens: int = 8,
-) -> list[str]:
-    """The model's answer to each question, as `train.samples` gives it; `load` gives a picture as uint8 [3, size, size]."""
-    answers: list[str] = []
-    form = Answers(tokenizer, template_named(template))
-    for begin in range(0, len(asked), per_batch):
-        part = asked[begin : begin + per_batch]
-        prompts = [Prompt(prompt(template, one.question.text, True, tokenizer), (load(one.image),)) for one in part]
-        answers += map(form.text, samples.greedy(model, prompts, form.ended, max_new_tokens, _MAX_TOKENS))
-    return answers
+def answers_of(checkpoint: Path, drawn: DrawnSet, out: Path, console: Console) -> list[str]:
+    """The checkpoint's greedy answers to the held-out questions, which the file `out` keeps, as `fastllava answer` writes it."""
+    trained = load_trained(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    engine = make_engine("transformers", trained, _AT_A_TIME)
+    asked = read_questions(drawn.questions, drawn.images)
+    answer_questions(trained, asked, out, engine=engine, max_new_tokens=_NEW_TOKENS, console=console)
+    return [row.text for row in read_answers(out).whole()]
+
+
+class DrawnScience(ScienceQA):
+    """The demo's own questions with options, which no published figure is of."""
+
+    title = "questions with options, as ScienceQA asks them"
+    published: ClassVar[Mapping[str, float]] = {}
+    noise = ""
+
+
+def evaluated(checkpoint: Path, data: Path, out: Path, console: Console) -> Score:
+    """The checkpoint's score in the demo's own benchmark below `data`, as `fastllava eval --benchmarks scienceqa` finds it."""
+    outcome = evaluate_checkpoint(checkpoint, data, [DrawnScience()], out, batch_size=_AT_A_TIME, console=console)[0]
+    if outcome.score is None:
+        raise UserError(f"--out: the demo's own benchmark has no score: {outcome.words}")
+    return outcome.score
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:

@@ -34,6 +34,8 @@ class DrawnSet:
     """The scene of each held-out picture."""
     held_out: list[HeldOut]
     """Every question type once a held-out picture, where its scene allows one."""
+    questions: Path
+    """The same as a questions file for `fastllava answer`."""
     texts: list[str]
     """Every sentence of the training set, questions and answers in the form of a conversation without a picture."""
 
@@ -72,9 +74,12 @@ def draw_set(folder: Path, n_train: int, n_held_out: int, questions: int, seed: 
             for index, asked in enumerate(held_out)
         ],
     )
+    questions_file = folder / "questions.jsonl"
+    rows = ({"question_id": index, "image": one.image, "text": one.question.text} for index, one in enumerate(held_out))
+    questions_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     asked_all = [question for asked in (*conversations.values(), *text_only) for question in asked]
     texts = [*captions.values(), *(f"USER: {question.text} ASSISTANT: {question.answer}" for question in asked_all)]
-    return DrawnSet(images, pretrain, finetune, train, held_out_scenes, held_out, texts)
+    return DrawnSet(images, pretrain, finetune, train, held_out_scenes, held_out, questions_file, texts)
 
 
 def _different_scenes(number: int, rng: random.Random) -> dict[str, Scene]:

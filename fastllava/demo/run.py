@@ -5,29 +5,25 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from rich.console import Console
 
-from fastllava.config import Config, ModelConfig, load_config
+from fastllava.config import Config, load_config
 from fastllava.config.load import SHIPPED
 from fastllava.console.speaker import speaker
-from fastllava.data.images import load_image
-from fastllava.data.tokenizer import Tokenizer
-from fastllava.demo.answers import Accuracy, compare, greedy
+from fastllava.demo.answers import Accuracy, DrawnScience, answers_of, compare, evaluated
 from fastllava.demo.backbones import BackboneSizes, write_json
 from fastllava.demo.dataset import DrawnSet, draw_set
 from fastllava.demo.llm import make_llm
 from fastllava.demo.report import Example, print_accuracy, write_report
+from fastllava.demo.science import write_science
 from fastllava.demo.tower import make_tower
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
-from fastllava.model.ops import choose_ops
-from fastllava.model.weights import load_llava
+from fastllava.model.ops import choose_ops, reference_ops
+from fastllava.model.weights import load_llava, write_checkpoint
 from fastllava.train import run
-from fastllava.train.machine import choose_device
 
 STAMP = "demo.json"
 
@@ -49,6 +45,8 @@ class DemoResult:
     """What came of it."""
 
     accuracy: Accuracy
+    with_options: float
+    """Share of right letters in [0, 1] in the demo's benchmark in the form of ScienceQA."""
     checkpoint: Path
     """A whole checkpoint in the original's layout."""
     report: Path
@@ -80,24 +78,35 @@ def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[
     say(f"drew {len(drawn.train):,} training pictures and {len(drawn.held_out_scenes)} held-out ones of other scenes, in {drawn.images}")
     _make_backbones(out, drawn, settings, pretrain, console)
 
-    before = _answers(pretrain.model.model_copy(update={"projector": "fresh"}), drawn, finetune)
+    write_science(out / "benchmarks" / DrawnScience.folder, drawn, settings.seed)
+    say("before training:")
+    before = answers_of(_untrained(out / "untrained", pretrain, finetune), drawn, out / "answers" / "before.jsonl", console)
     say("stage 1: the projector learns to show the pictures to the language model, on captions")
     _train(pretrain, console)
     say("stage 2: projector and language model learn to answer, on conversations")
     _train(finetune, console)
-    after = _answers(finetune.model.model_copy(update={"llm": finetune.output_dir, "projector": None}), drawn, finetune)
+    say("after training:")
+    after = answers_of(finetune.output_dir, drawn, out / "answers" / "after.jsonl", console)
+    science = evaluated(finetune.output_dir, out / "benchmarks", out / "eval", console)
 
     questions = [one.question for one in drawn.held_out]
     accuracy = compare(questions, before, after)
     print_accuracy(accuracy, console)
+    with_options = science.figures["img_accuracy"] / 100
+    of = f"of {science.figures['img_count']} questions with options, as ScienceQA asks them,"
+    say(f"{of} {with_options:.1%} are answered with the right letter")
     examples = [Example(drawn.images / one.image, one.question, b, a) for one, b, a in zip(drawn.held_out, before, after, strict=True)]
     seconds = time.monotonic() - began
     report = write_report(out, accuracy, examples, [pretrain.output_dir, finetune.output_dir], seconds)
     say(f"report:     {report}\ncheckpoint: {finetune.output_dir}\nset:        {out / 'data'}\ntook {seconds:.0f} s; to go on:")
     say(f"  fastllava inspect {drawn.finetune} --tokenizer {out / 'llm'} --template v1")
+    asking = f"--questions {drawn.questions} --images {drawn.images}"
+    say(f"  fastllava answer {finetune.output_dir} {asking} --max-new-tokens 8 --out {out / 'my-answers.jsonl'}")
+    say(f"  fastllava eval {finetune.output_dir} --data {out / 'benchmarks'} --benchmarks scienceqa --out {out / 'my-eval'}")
+    say(f"  fastllava chat {finetune.output_dir} --image {drawn.images / drawn.held_out[0].image}")
     say(f"  fastllava export {finetune.output_dir} --layout hf --out {out / 'hf'}")
     say(f"  fastllava train {_write_config(out / 'finetune.yaml', finetune)} train.epochs=1 output_dir={out / 'one-epoch'}")
-    return DemoResult(accuracy, finetune.output_dir, report, seconds)
+    return DemoResult(accuracy, with_options, finetune.output_dir, report, seconds)
 
 
 def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, Config]:
@@ -113,6 +122,7 @@ def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, C
             "data.prepared_dir": out / "prepared",
         }
         if stage == "finetune":
+            places["eval.held_out"] = out / "data" / "held_out.json"
             places["model.projector"] = out / "pretrain" / "mm_projector.safetensors"
         words = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
         return load_config(SHIPPED / f"demo_{stage}.yaml", [*words, *overrides])
@@ -161,14 +171,11 @@ def _train(config: Config, console: Console) -> None:
         raise UserError(f"stopped by {result.stopped_by.name}; the same command goes on")
 
 
-def _answers(source: ModelConfig, drawn: DrawnSet, config: Config) -> list[str]:
-    """The answers of the model in `source` to all held-out questions, with the template and image policy of `config`."""
-    device = choose_device(config)
-    ops = choose_ops(config.kernels, device, torch.float32)
-    model = load_llava(source, Execution(ops, torch.float32), config.train.seed).to(device).requires_grad_(False)
-    tokenizer = Tokenizer.load(source.llm)
-
-    def load(name: str) -> NDArray[np.uint8]:
-        return load_image(drawn.images / name, config.data.image_policy, model.spec, config.data)
-
-    return greedy(model, tokenizer, drawn.held_out, load, config.data.template)
+def _untrained(folder: Path, pretrain: Config, finetune: Config) -> Path:
+    """The model that stage 1 begins with as a checkpoint in the original's layout, `folder`, so that it can be asked like any other."""
+    source = pretrain.model.model_copy(update={"projector": "fresh"})
+    if not (folder / "config.json").exists():
+        model = load_llava(source, Execution(reference_ops(), torch.float32), pretrain.train.seed)
+        data = finetune.data
+        write_checkpoint(model, "llava", folder, torch.float32, source=source, image_policy=data.image_policy, max_tokens=data.max_tokens)
+    return folder

@@ -8,21 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
 from fastllava.config import load_config
 from fastllava.data.tokenizer import Tokenizer
-from fastllava.demo.answers import OVERALL, compare, greedy, majority_answers, score
+from fastllava.demo.answers import OVERALL, compare, majority_answers, score
 from fastllava.demo.backbones import BackboneSizes
-from fastllava.demo.dataset import HeldOut, draw_set
+from fastllava.demo.dataset import draw_set
 from fastllava.demo.questions import CHOICES, KINDS, Question, ask, ask_several
 from fastllava.demo.report import Example, pick
 from fastllava.demo.run import DemoSettings, demo, stage_configs
 from fastllava.demo.scenes import BACKGROUNDS, CANVAS, COLOURS, GRID, PLACES, SHAPES, Scene, draw_scene, is_held_out, paint
 from fastllava.demo.tower import CLASSES, patch_labels
 from fastllava.errors import UserError
+from fastllava.evaluate.answers import read_answers
+from fastllava.evaluate.benchmarks import benchmark
+from fastllava.evaluate.questions import read_questions
+from fastllava.evaluate.score import score_file
 
 TINY = DemoSettings(
     train_pictures=24,
@@ -106,7 +109,7 @@ def test_held_out_scenes_never_occur_in_training_and_drawing_repeats(tmp_path):
     assert len(set(first.held_out_scenes.values())) == 20
     assert first.train == again.train
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(names) == 80 + 3
+    assert len(names) == 80 + 4
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     assert draw_set(tmp_path / "c", 60, 20, 5, seed=5).train != first.train
 
@@ -138,46 +141,6 @@ def test_scores_are_shares_of_exact_answers():
     assert (compared.before[OVERALL], compared.after[OVERALL], compared.questions[OVERALL]) == (0.0, 1.0, 4)
 
 
-def test_greedy_answers_end_at_the_end_token_and_are_each_picture_s_own():
-    class Spells:
-        """A model that says how bright its picture is, then </s>."""
-
-        def __init__(self, tokenizer, spec):
-            self.tokenizer, self.spec = tokenizer, spec
-
-        def parameters(self):
-            return iter([torch.zeros(1)])
-
-        def logits(self, batch, rows):
-            logits = torch.zeros(len(batch.token_ids), 10)
-            for i, end in enumerate(batch.cu_seqlens[1:].tolist()):
-                bright = int(batch.pixels[i].float().mean()) % 7 + 3
-                already = batch.token_ids[end - 1] == bright
-                logits[end - 1, 2 if already else bright] = 1.0
-            return logits[rows]
-
-    class Words:
-        bos_id, eos_id, unk_id = 1, 2, 0
-        literals = frozenset()
-
-        def encode_parts(self, parts, continues=False):
-            return [9 for _ in parts], [1 for _ in parts]
-
-        def control(self, literal):
-            return {"</s>": 2}.get(literal)
-
-        def decode(self, ids):
-            return " ".join(str(i) for i in ids if i != 2)
-
-    from fastllava.batch import ImageSpec
-
-    spec = ImageSpec(2, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    asked = [HeldOut(str(i), Question("colour", "?", "")) for i in range(5)]
-    tokenizer = Words()
-    answers = greedy(Spells(tokenizer, spec), tokenizer, asked, lambda name: np.full((3, 2, 2), int(name), np.uint8), "v1", per_batch=2)
-    assert answers == ["3", "4", "5", "6", "7"]
-
-
 def test_pick_takes_types_in_turn_and_each_picture_once(tmp_path):
     examples = [Example(tmp_path / str(i // 2), Question("ab"[i % 2], "q", "x"), "", "") for i in range(20)]
     picked = pick(examples, 6)
@@ -195,6 +158,10 @@ def test_a_miniature_demo_leaves_everything(tiny):
     out, result = tiny
     report = json.loads((out / "report.json").read_text())
     assert set(report["after"]) == {*KINDS, OVERALL}
+    questions = read_questions(out / "data" / "questions.jsonl", out / "data" / "images")
+    for name in ("before", "after"):
+        answers = read_answers(out / "answers" / f"{name}.jsonl").whole()
+        assert [answer.id for answer in answers] == [question.id for question in questions]
     page = (out / "report.html").read_text()
     assert "Stage 1, pretrain" in page
     assert "Stage 2, finetune" in page
@@ -230,9 +197,20 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_its_benchmark_is_one_that_users_score(tiny):
+    """Its score is what `fastllava score` says of the answers that it leaves."""
+    out, result = tiny
+    held = json.loads((out / "eval" / "scores.json").read_text())["benchmarks"]["scienceqa"]
+    found = score_file(benchmark("scienceqa"), out / "benchmarks" / "scienceqa", out / "eval" / "answers" / "scienceqa.jsonl")
+    assert held["figures"] == dict(found.figures)
+    assert found.figures["img_count"] == found.figures["count"] == TINY.held_out_pictures
+    assert result.with_options == found.figures["img_accuracy"] / 100
+
+
 @pytest.mark.slow
 def test_the_demo_learns_to_answer(tmp_path: Path):
     result = demo(tmp_path / "out", console=quiet())
     assert result.accuracy.majority[OVERALL] <= 0.40
     assert result.accuracy.before[OVERALL] <= 0.40
     assert result.accuracy.after[OVERALL] >= 0.90
+    assert result.with_options >= 0.85
