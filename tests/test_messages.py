@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 GAP = "\0"
 """Stands for what an f-string puts in."""
 
-PROSE = {"reads", "or", "certificate", "eval"}
+PROSE = {"reads", "or", "certificate"}
 """Words that follow the name of the program where it is no command but the subject of a sentence."""
 OTHERS_OPTIONS = {
     "--shm-size": "docker run",
@@ -30,7 +30,7 @@ OTHERS_OPTIONS = {
     "--untracked-files": "git status",
     "--dump-resource-usage": "cuobjdump",
 }
-NO_KEYS = {"model.encode", "model.mm_projector", "model.safetensors", "kernels.md", "eval.zip"}
+NO_KEYS = {"model.encode", "model.mm_projector", "model.safetensors", "kernels.md", "eval.zip", "data.html"}
 """Names of code, files and others' weights that look like keys."""
 OF_THE_READER = {"model.projector=OUTPUT_DIR_OF_PRETRAIN"}
 """Values that stand for one of the reader's."""

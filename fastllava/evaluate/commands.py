@@ -63,6 +63,7 @@ def score(
     data: Annotated[Path, typer.Option(metavar="DIR", help="the benchmark's folder, laid out as in playground/data/eval")],
     answers: Annotated[Path, typer.Option(metavar="FILE", help="answers, one JSON object a line, from fastllava or from elsewhere")],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write every figure and verdict there")] = None,
+    upload: Annotated[Path | None, typer.Option(metavar="DIR", help="write what the benchmark's server takes there")] = None,
     replies: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="what a judge has said; several files, several runs")] = None,
     judge: Judge = None,
     base_url: BaseUrl = None,
@@ -73,13 +74,13 @@ def score(
     from fastllava.console.speaker import speaker
     from fastllava.disk import write_json
     from fastllava.evaluate.benchmarks import benchmark as named
-    from fastllava.evaluate.judge import make_judge
-    from fastllava.evaluate.score import as_json, notes, score_file, table
+    from fastllava.evaluate.score import as_json, judge_for, notes, score_file, table, upload_files
 
     chosen, console = named(benchmark), Console()
-    say, asked = speaker(console), None
-    if replies or judge is not None or base_url is not None:
-        asked = make_judge(replies or (), judge, base_url, answers.with_name(f"{answers.name}.judge"), judge_runs, say)
+    say = speaker(console)
+    asked = judge_for(chosen, replies or (), judge, base_url, answers.with_name(f"{answers.name}.judge"), judge_runs, say)
+    for path in () if upload is None else upload_files(chosen, data, answers, upload):
+        say(f"wrote {path}")
     found = score_file(chosen, data, answers, asked, rules)
     console.print(table(chosen, found))
     for line in notes(found):

@@ -1,22 +1,44 @@
 """`fastllava score`: the official figures of an answers file, whoever wrote it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from fastllava.console.speaker import Say
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answers
 from fastllava.evaluate.benchmark import Benchmark, JudgedBenchmark, Score
-from fastllava.evaluate.judge import Judge
+from fastllava.evaluate.judge import Judge, make_judge
 
 
 def score_file(benchmark: Benchmark, data: Path, answers: Path, judge: Judge | None = None, rules: Path | None = None) -> Score:
     """The score of the answers in the file `answers`. `data` is the benchmark's own folder. Raises UserError."""
-    if judge is not None and not isinstance(benchmark, JudgedBenchmark):
-        raise UserError(f"{benchmark.name}: rules score it, and no judge; leave out --replies, --judge and --base-url")
     return graded(benchmark, benchmark.need(data), benchmark.read(answers), judge, rules)
+
+
+def judge_for(
+    benchmark: Benchmark, replies: Sequence[Path], model: str | None, base_url: str | None, cache: Path, runs: int, say: Say
+) -> Judge | None:
+    """The judge that the options stand for; None where they are left out. Raises UserError, also for a benchmark that needs none."""
+    if not replies and model is None and base_url is None:
+        return None
+    if not isinstance(benchmark, JudgedBenchmark):
+        raise UserError(f"{benchmark.name}: rules score it, and no judge; leave out --replies, --judge and --base-url")
+    return make_judge(replies, model, base_url, cache, runs, say)
+
+
+def upload_files(benchmark: Benchmark, data: Path, answers: Path, out: Path) -> list[Path]:
+    """Write what the benchmark's server takes of the answers in the file `answers` into the folder `out`. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--upload: {out} cannot be a folder ({error.strerror}); give another one") from None
+    written = benchmark.upload(benchmark.need(data), benchmark.read(answers), out)
+    if not written:
+        raise UserError(f"{benchmark.name}: there is no server to upload to; leave out --upload")
+    return written
 
 
 def graded(benchmark: Benchmark, data: Path, answers: Answers, judge: Judge | None, rules: Path | None = None) -> Score:

@@ -74,7 +74,8 @@ class VizWiz(Benchmark):
 
     def _server_scored(self, why: str) -> ServerScored:
         return ServerScored(
-            f"vizwiz: the test questions are scored by {self.server}: upload vizwiz_upload.json, which `fastllava eval` writes; "
+            f"vizwiz: the test questions are scored by {self.server}: upload vizwiz_upload.json, which `fastllava eval` writes, "
+            "and `fastllava score` with --upload DIR; "
             f"only answers to the validation set can be scored here, {why}"
         )
 

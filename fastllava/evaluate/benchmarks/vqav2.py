@@ -112,7 +112,8 @@ class VQAv2(Benchmark):
 
     def _server_scored(self, why: str) -> ServerScored:
         return ServerScored(
-            f"vqav2: the test questions are scored by {self.server}: upload vqav2_upload.json, which `fastllava eval` writes; "
+            f"vqav2: the test questions are scored by {self.server}: upload vqav2_upload.json, which `fastllava eval` writes, "
+            "and `fastllava score` with --upload DIR; "
             f"only answers to the validation set can be scored here, {why}"
         )
 
