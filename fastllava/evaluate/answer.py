@@ -194,7 +194,7 @@ class _Work:
 def _ids(trained: Trained, questions: Sequence[Question], engine: Engine, max_new_tokens: int) -> list[str]:
     """An `answer_id` for each question, which changes with whatever may change the answer."""
     how = {
-        "model": trained.identity,
+        "model": [trained.name, trained.identity],
         "tokenizer": trained.tokenizer.digest,
         "template": trained.form.name,
         "image_policy": trained.image_policy,
@@ -222,7 +222,7 @@ def _begin(
     waiting = [one for number, one in enumerate(questions) if number not in file.done]
     if not skip_bad and (missing := [one for one in waiting if not is_there(one)]):
         some = f"; so are those of {len(missing) - 1:,} other questions" if len(missing) > 1 else ""
-        raise BadQuestion(missing[0], f"image {missing[0].image} is not there{some}; put it there, or write --skip-bad to answer the rest")
+        raise BadQuestion(missing[0], f"image {missing[0].image}: is not there{some}; put it there, or write --skip-bad to answer the rest")
     return file.begin(set(bad)), bad
 
 

@@ -38,7 +38,7 @@ def load_picture(question: Question, trained: Trained) -> NDArray[np.uint8] | No
             data = image if isinstance(image, bytes) else image.read()
         return pixels_of(data, trained.image_policy, trained.model.spec, limits)
     except BadRecord as problem:
-        raise BadQuestion(question, f"{where} {problem.detail}") from None
+        raise BadQuestion(question, f"{where}: {problem.detail}") from None
     except ValueError:
         raise BadQuestion(question, f"image {str(image)!r} is no path; write one below the folder of images") from None
 

@@ -272,6 +272,7 @@ def test_a_file_of_something_else_is_refused_and_left_alone(trained, questions, 
     assert refusal(limit=3).startswith(other)
     assert refusal(model=trained.with_template("llava_v1")).startswith(other)
     assert refusal(model=replace(trained, identity="another")).startswith(other)
+    assert refusal(model=replace(trained, name="another")).startswith(other)
     assert "holds answers to other questions (line 1)" in refusal([replace(one, id=f"{one.id}") for one in few])
     assert "(line 2)" in refusal([few[0], replace(few[1], text="Why?"), few[2]])
     for text in ("a poem\nof two lines\n", "a poem", '{"question_id": 9, "prompt": "x"}\n', "[" * 50_000 + "\n", '{"question_id": 0'):
@@ -319,17 +320,17 @@ def bad_questions(questions, tmp_path):
 def test_a_bad_image_is_one_line_that_names_the_question(trained, questions, tmp_path):
     asked, out = bad_questions(questions, tmp_path), tmp_path / "a.jsonl"
     with pytest.raises(
-        UserError, match=r"^question q2: image .*gone\.png is not there; so are those of 1 other questions; put it there, or "
+        UserError, match=r"^question q2: image .*gone\.png: is not there; so are those of 1 other questions; put it there, or "
     ):
         answer_questions(trained, asked, out, max_new_tokens=2)
-    with pytest.raises(UserError, match=r"^question q4: image .*cut\.png .*restore the file$"):
+    with pytest.raises(UserError, match=r"^question q4: image .*cut\.png: .*restore the file$"):
         answer_questions(trained, [one for one in asked if one.id not in ("q2", "q5")], out, max_new_tokens=2)
     odd = [Question(1, "?", b"GIF89a", "?"), Question(2, "?", tmp_path / "a\0b", "?"), Question(3, "half \ud800", None, "?")]
     most = trained.model.origin.text["max_position_embeddings"]
     odd.append(Question(4, "long " * most, None, "?"))
     answer_questions(trained, odd, tmp_path / "odd.jsonl", max_new_tokens=2, skip_bad=True)
     reasons = [json.loads(line)["reason"] for line in skipped_file(tmp_path / "odd.jsonl").read_text().splitlines()]
-    assert reasons[0].startswith("its image the header is broken")
+    assert reasons[0].startswith("its image: the header is broken")
     assert "is no path" in reasons[1]
     assert "half of a character" in reasons[2]
     assert reasons[3].endswith(f" tokens, and the model reads {most:,}; shorten it")
