@@ -21,7 +21,7 @@ from fastllava.evaluate.report.svg import COLOURS, SETTINGS, svg_of
 Colour = Literal["blue", "pale", "orange", "green", "red", "grey"]
 _WIDTH, _HEIGHT = 4.7, 2.55
 """Inches of a drawing; a page shows it about as large."""
-_BOX = (0.165, 0.185, 0.815, 0.785)
+_BOX = (0.165, 0.185, 0.795, 0.785)
 """Where the axes lie in charts over steps, as shares of the drawing: left, bottom, width, height. The same in all, so they line up."""
 _LONGEST_LABEL = 34
 
@@ -36,8 +36,6 @@ class Line:
     colour: Colour = "blue"
     dots: bool = False
     """Whether its points are marked, as those of a series with few."""
-    joined: bool = True
-    """Whether its points are joined."""
 
 
 def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "optimizer step", log: bool = False) -> Markup:
@@ -53,14 +51,14 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
         axes = figure.add_axes(_BOX)
         for line in drawn:
             marker = "o" if line.dots or len(line.x) == 1 else None
-            style = "-" if line.joined else "none"
-            axes.plot(line.x, line.y, color=COLOURS[line.colour], linestyle=style, linewidth=1.3, marker=marker, markersize=3.6)
+            # Dots at the borders are whole.
+            axes.plot(line.x, line.y, color=COLOURS[line.colour], marker=marker, linewidth=1.3, markersize=3.6, clip_on=marker is None)
         if log:
             axes.set_yscale("log")
         _scale(axes, drawn, finite, log)
         axes.set(xlabel=x_label, ylabel=unit)
         # At the same place whatever the ticks are.
-        axes.yaxis.set_label_coords(-0.175, 0.5)
+        axes.yaxis.set_label_coords(-0.18, 0.5)
         hover = _hover(figure, axes, drawn, x_label.rpartition(" ")[2])
     return _figure(title, figure, drawn if len(drawn) > 1 else (), hover)
 
@@ -97,7 +95,7 @@ def histogram(title: str, x_label: str, y_label: str, values: Sequence[int], bin
         axes = figure.add_axes(_BOX)
         axes.stairs(counts, edges, fill=True, color=COLOURS["blue"])
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.yaxis.set_label_coords(-0.175, 0.5)
+        axes.yaxis.set_label_coords(-0.18, 0.5)
         axes.set_ylim(0, None)
         _ticks(axes)
     return _figure(title, figure)

@@ -13,6 +13,7 @@ from fastllava.batch import IMAGE_ID, ImageSpec
 from fastllava.config import Config
 from fastllava.data.checks import REASONS
 from fastllava.data.loader import BadImages, read_sample
+from fastllava.data.plan import held_out_of
 from fastllava.data.prepared import PreparedRow, PreparedSet, cache_root
 from fastllava.data.prepared_set import MANIFEST, QUARANTINE
 from fastllava.data.tokenizer import Tokenizer
@@ -72,9 +73,12 @@ def planned_steps(run: Run, prepared: PreparedSet | None) -> int | None:
     train = run.config.train
     if train.max_steps is not None or prepared is None:
         return train.max_steps
-    share = getattr(getattr(run.config, "eval", None), "share", None)
-    samples = len(prepared) - (min(max(1, round(share * len(prepared))), len(prepared) - 1) if share and len(prepared) > 1 else 0)
-    return -(-samples // train.global_batch) * train.epochs
+    return -(-(len(prepared) - held_out(run.config, prepared)) // train.global_batch) * train.epochs
+
+
+def held_out(config: Config, prepared: PreparedSet) -> int:
+    """How many samples of the set the run is not trained on."""
+    return len(held_out_of(len(prepared), config.eval.share, config.train.seed))
 
 
 def section(run: Run, prepared: PreparedSet | UserError) -> Section:
@@ -98,7 +102,7 @@ def section(run: Run, prepared: PreparedSet | UserError) -> Section:
     ]
     records, note = _records(run, prepared) if run.config is not None else ((), run.config_problem)
     bad = _bad_records(prepared.folder / QUARANTINE)
-    body = fill("data.html", problem="", counts=_counts(prepared), charts=charts, reasons=reasons, bad=bad, records=records, note=note)
+    body = fill("data.html", problem="", counts=_counts(run, prepared), charts=charts, reasons=reasons, bad=bad, records=records, note=note)
     return Section("data", "Data", body)
 
 
@@ -110,18 +114,20 @@ def _is_of(path: Path, wanted: Mapping[str, Any]) -> bool:
     return all(manifest.get(key) == value for key, value in wanted.items())
 
 
-def _counts(prepared: PreparedSet) -> list[tuple[str, str, str]]:
+def _counts(run: Run, prepared: PreparedSet) -> list[tuple[str, str, str]]:
     """Name, figure and what there is to say of it."""
     manifest, n = prepared.manifest, len(prepared)
     tokens, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
     text_only = int((prepared.n_images == 0).sum())
     lengths = np.percentile(prepared.n_tokens, (5, 50, 95)).astype(int).tolist() if n else [0, 0, 0]
+    apart = 0 if run.config is None else held_out(run.config, prepared)
     return [
         ("records", f"{manifest['records']:,}", f"{n:,} usable, {manifest['quarantined']:,} quarantined"),
         ("tokens", f"{tokens:,}", "patches included"),
         ("supervised tokens", f"{supervised:,}", f"{supervised / tokens:.1%} of the tokens" if tokens else ""),
         ("with a picture", f"{n - text_only:,}", f"{(n - text_only) / n:.1%} of the samples" if n else ""),
         ("text-only", f"{text_only:,}", f"{text_only / n:.1%} of the samples" if n else ""),
+        *([("held out", f"{apart:,}", "samples that are not trained on")] if apart else []),
         ("length, median", f"{lengths[1]:,}", f"tokens; nine of ten samples from {lengths[0]:,} to {lengths[2]:,}"),
         ("cut", f"{manifest['truncated']:,}", f"longer than {manifest['max_tokens']:,} tokens"),
         ("template", str(manifest["template"]), f"image policy {manifest['image_policy']}"),

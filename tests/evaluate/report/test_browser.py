@@ -72,7 +72,7 @@ def test_values_are_told_under_the_pointer(chromium: Browser, page: str, tmp_pat
         "(({left, top, width, height}) => [left, top, width, height])(document.querySelector('figure svg').getBoundingClientRect())"
     )
     assert chromium.value("document.querySelector('.tip').hidden")
-    chromium.move(left + 0.975 * width, top + height / 2)
+    chromium.move(left + 0.955 * width, top + height / 2)
     said = chromium.value("document.querySelector('.tip').textContent").split("\n")
     assert said == ["step 39", "each step: 0.5268", "held out: 1.5 (step 20)"]
     chromium.move(0, 0)
