@@ -14,8 +14,19 @@ from fastllava.evaluate.judge import Reply, Request
 
 
 def digest(model: str, address: str, request: Request) -> str:
-    """What tells one request from another: everything that the server is sent, where it is sent, and in which run."""
-    asked = [model, address, request.run, request.temperature, request.max_tokens, [dict(one) for one in request.messages]]
+    """What tells one request from another: everything that the server is sent, where it is sent, about which question and in which run.
+
+    Two questions may be sent as one text; each gets a reply of its own, as in the official code.
+    """
+    asked = [
+        model,
+        address,
+        str(request.question),
+        request.run,
+        request.temperature,
+        request.max_tokens,
+        [dict(one) for one in request.messages],
+    ]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=True, sort_keys=True).encode()).hexdigest()
 
 

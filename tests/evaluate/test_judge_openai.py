@@ -97,6 +97,7 @@ def drip(handler: Any) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    pytest.importorskip("openai", reason="openai is not installed")
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with Server() as one:
@@ -424,9 +425,10 @@ class TestCache:
             Request(0, 0, 0, [{"role": "system", "content": base.messages[0]["content"]}], 0.2, 1024),
             Request(0, 0, 0, base.messages, 0.3, 1024),
             Request(0, 0, 0, base.messages, 0.2, 3),
+            Request(1, 0, 0, base.messages, 0.2, 1024),
         ]
         keys = {digest("m", "h", one) for one in (base, *others)} | {digest("n", "h", base), digest("m", "i", base)}
-        assert len(keys) == 7
+        assert len(keys) == 8
 
 
 def test_a_killed_run_goes_on_and_pays_for_the_rest_only(server: Server, tmp_path: Path) -> None:
