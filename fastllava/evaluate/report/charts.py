@@ -58,7 +58,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, x_label: str = "
         _scale(axes, drawn, finite, log)
         axes.set(xlabel=x_label, ylabel=unit)
         # At the same place whatever the ticks are.
-        axes.yaxis.set_label_coords(-0.18, 0.5)
+        axes.yaxis.set_label_coords(-0.163, 0.5)
         hover = _hover(figure, axes, drawn, x_label.rpartition(" ")[2])
     return _figure(title, figure, drawn if len(drawn) > 1 else (), hover)
 
@@ -95,7 +95,7 @@ def histogram(title: str, x_label: str, y_label: str, values: Sequence[int], bin
         axes = figure.add_axes(_BOX)
         axes.stairs(counts, edges, fill=True, color=COLOURS["blue"])
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.yaxis.set_label_coords(-0.18, 0.5)
+        axes.yaxis.set_label_coords(-0.163, 0.5)
         axes.set_ylim(0, None)
         _ticks(axes)
     return _figure(title, figure)

@@ -22,10 +22,16 @@ DRAWN = """
   return [Math.max(0, ...boxes.map((box) => box.width)), Math.max(0, ...boxes.map((box) => box.height))];
 })
 """
-OVERLAPS = """
+# Charts with words that lie on each other or outside the drawing.
+UNREADABLE = """
 [...document.querySelectorAll("figure svg")].flatMap((svg) => {
+  const frame = svg.getBoundingClientRect();
   const boxes = [...svg.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
   const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2;
+  const across = boxes.some((a) => a.left < frame.left - 0.5 || a.right > frame.right + 0.5);
+  if (across || boxes.some((a) => a.top < frame.top - 1 || a.bottom > frame.bottom + 1)) {
+    return [svg.getAttribute("aria-label") + " is cut"];
+  }
   return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => meet(a, b)).map(() => svg.getAttribute("aria-label")));
 })
 """
@@ -55,7 +61,7 @@ def test_the_page_of_a_run(chromium: Browser, page: str, tmp_path: Path, width: 
     drawn = chromium.value(DRAWN)
     assert len(drawn) == 9
     assert all(across > 100 and up > 20 for across, up in drawn), drawn
-    assert chromium.value(OVERLAPS) == []
+    assert chromium.value(UNREADABLE) == []
     assert chromium.value("document.documentElement.scrollWidth") <= width
     pictures = chromium.value("[...document.images].map((image) => image.naturalWidth)")
     assert len(pictures) > 3
@@ -87,7 +93,7 @@ def test_the_page_of_scores(chromium: Browser, tmp_path: Path) -> None:
     assert (seen.problems, seen.requests) == ([], [])
     assert len(chromium.value(DRAWN)) == 2
     assert all(across > 100 and up > 5 for across, up in chromium.value(DRAWN))
-    assert chromium.value(OVERLAPS) == []
+    assert chromium.value(UNREADABLE) == []
 
 
 @pytest.mark.parametrize(
