@@ -219,7 +219,8 @@ def _begin(
             if not skip_bad:
                 raise
             bad[number] = problem
-    waiting = [one for number, one in enumerate(questions) if number not in file.done]
+    done = file.done
+    waiting = [one for number, one in enumerate(questions) if number not in done]
     if not skip_bad and (missing := [one for one in waiting if not is_there(one)]):
         some = f"; so are those of {len(missing) - 1:,} other questions" if len(missing) > 1 else ""
         raise BadQuestion(missing[0], f"image {missing[0].image}: is not there{some}; put it there, or write --skip-bad to answer the rest")

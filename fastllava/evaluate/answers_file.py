@@ -52,12 +52,13 @@ class AnswersFile:
     @property
     def gaps(self) -> list[int]:
         """The numbers of the questions without an answer before the last that has one."""
-        last = max(self.done, default=-1)
-        return [number for number in range(last) if number not in self.done]
+        done = self.done
+        return [number for number in range(max(done, default=-1)) if number not in done]
 
     def begin(self, left_out: set[int]) -> list[int]:
         """The numbers of the questions that are to be answered now: all without an answer, but those `left_out`."""
-        todo = [number for number in range(len(self._ids)) if number not in self.done | left_out]
+        settled = self.done | left_out
+        todo = [number for number in range(len(self._ids)) if number not in settled]
         if todo and self._written and todo[0] < self._written[-1]:
             self._set_aside(todo[0])
         last = self._written[-1] if self._written else -1
