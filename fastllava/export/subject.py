@@ -130,11 +130,18 @@ def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]
     if layout == "llava":
         policy, length = given.get("image_aspect_ratio", "square"), given.get("tokenizer_model_max_length", 2048)
     else:
-        policy, length = "pad" if read_preprocessor(folder, "CHECKPOINT").get("do_pad") else "square", 2048
+        policy, length = "pad" if read_preprocessor(folder, "CHECKPOINT").get("do_pad") else "square", _length(folder)
     policy, named = policy if policy == "pad" else "square", _named_template(folder, given)
     known = f"template {named}" if named else "template v1, as it names none"
     report(f"{folder} is a LLaVA checkpoint in layout {layout}; image policy {policy}, and {known}")
     return Subject(model, {}, _stored_dtype(folder), named or "v1", policy, length, None)
+
+
+def _length(folder: Path) -> int:
+    """The length that a checkpoint in layout hf was trained with: its tokenizer's, where that is one, else the original's."""
+    given = read_optional_json(folder / "tokenizer_config.json", "CHECKPOINT").get("model_max_length")
+    # transformers writes 10^30 where nothing was said.
+    return given if isinstance(given, int) and 0 < given < 10**6 else 2048
 
 
 def _named_template(folder: Path, given: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """A checkpoint of any kind becomes a model that can be asked: the same one, however it is stored."""
 
+import json
 import shutil
 
 import pytest
@@ -26,6 +27,11 @@ def test_an_export_in_the_other_layout_is_the_same_model(tiny_llava, tmp_path):
     assert dict(theirs.model.named_parameters()).keys() == dict(ours.model.named_parameters()).keys()
     assert theirs.identity == ours.identity
     assert (theirs.form, theirs.image_policy, theirs.stops) == (ours.form, ours.image_policy, ours.stops)
+    assert theirs.max_tokens == 2048
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    for length, read in ((512, 512), (10**30, 2048)):
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": length}))
+        assert load_trained(tmp_path / "hf").max_tokens == read
     # What the chat template writes names the template.
     (tmp_path / "hf" / "chat_template.jinja").write_text(_jinja("chatml_direct"), encoding="utf-8")
     assert load_trained(tmp_path / "hf").form.name == "chatml_direct"
