@@ -62,6 +62,7 @@ class _Part:
 
 def build(mix: Mix, out: Path, working: Working) -> Built:
     """Write the mix to the folder `out`, which must be empty or new, or hold the very same mix. Raises UserError."""
+    out = Path(os.path.abspath(out))
     check_inputs(mix)
     tokenizer = None if mix.tokenizer is None else _tokenizer(mix.tokenizer)
     with working:
@@ -112,6 +113,8 @@ def _found(out: Path, manifest: dict[str, Any]) -> Built | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     remedy = "choose another folder, or remove it"
+    if not out.is_dir():
+        raise UserError(f"--out: {out} is a file; choose a folder")
     try:
         there = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))

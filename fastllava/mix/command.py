@@ -46,7 +46,7 @@ def _build(config: Path, out: Path, console: Console, working: Any) -> None:
 
     built = build(load_mix(shipped(config) or config), out, working)
     console.print(table(built.report))
-    working.say(f"{built.report['records']:,} records in {built.folder}")
+    working.say(f"{built.report['records']:,} records in {out}")
 
 
 def _compare(given: Path, out: Path | None, console: Console) -> None:

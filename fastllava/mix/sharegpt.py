@@ -12,15 +12,18 @@ BLOCKED_WORDS = ("openai", "chatgpt")
 """A conversation in which one of these occurs is left out."""
 _BLOCKED_ANSWER = "Too many requests in 1 hour. Try again later."
 _FEWEST_CHARACTERS = 16
+_LONGEST_TURN = 500_000
+"""Characters: no one has written more, and readers of HTML take their time over what is made to keep them busy."""
+_MOST_LOOKED_AT = 20_000_000
+"""Characters: the parser of HTML looks for the end of each open tag up to the end of the text, which takes two seconds for so many."""
 _TURN_OVERHEAD = 6
 """Tokens that FastChat adds to each turn for its name and its end."""
 
 # What the pages that ShareGPT saved have in them beside the conversation.
-_TAGS = re.compile(r"<div.*?>|<span.*?>")
 _CODE = re.compile(r"```\s*(.*?)(?:Copy code)+(.+?)\s*?```", re.DOTALL)
+_COPY_BEFORE_END = re.compile(r"Copy code\s*```")
 _COUNTER = re.compile(r"\d+ / \d+")
 _COPIED = re.compile(r"Copy\d+ chars / \d+ words")
-_EMPTY_CODE = re.compile(r"```(.*?)Copy code\s*```")
 _NUMBERED_TWICE = re.compile(r"\n1\. [^2]*\n1\. ")
 _LONG_DIGITS = re.compile(r"(\d)\1{8}")
 
@@ -72,16 +75,64 @@ def markdown(html: str) -> str:
     from bs4.builder import ParserRejectedMarkup
     from markdownify import markdownify
 
+    closed = html.rfind(">")
+    if len(html) > _LONGEST_TURN or html.count("<", closed + 1) * (len(html) - closed) > _MOST_LOOKED_AT:
+        raise Left("sharegpt_html")
     # Tags that would stand in the way of code blocks and of underscores.
     try:
-        text = markdownify(_TAGS.sub("", html)).strip()
+        text = markdownify(_without_tags(_without_tags(html, "<div"), "<span")).strip()
     except (ParserRejectedMarkup, AssertionError, RecursionError):
         raise Left("sharegpt_html") from None
-    text = _CODE.sub(r"```\g<1>\n\g<2>\n```", text)
+    text = _with_code_blocks(text)
     if counter := _COUNTER.match(text):
         text = text[counter.end() :]
-    text = _EMPTY_CODE.sub("", _COPIED.sub("", text))
-    return text.replace("\n\n\n", "\n").strip()
+    return _without_empty_code(_COPIED.sub("", text)).replace("\n\n\n", "\n").strip()
+
+
+# Each of the next three is what one expression of FastChat's says, but takes no longer than the text is long.
+
+
+def _without_tags(html: str, begin: str) -> str:
+    """The text without what reads `begin`, such as <div, to the next > on its line."""
+    parts, at = [], 0
+    while (start := html.find(begin, at)) >= 0:
+        line = html.find("\n", start)
+        end = html.find(">", start, len(html) if line < 0 else line)
+        if end >= 0:
+            parts.append(html[at:start])
+            at = end + 1
+        elif line < 0:
+            break
+        else:
+            parts.append(html[at:line])
+            at = line
+    return "".join([*parts, html[at:]])
+
+
+def _with_code_blocks(text: str) -> str:
+    """Code blocks whose first line is a language and a button, with the language where Markdown has it."""
+    # A block needs a button, something after it, and an end: one that begins later than the last such button is none.
+    last = text.rfind("Copy code", 0, max(0, text.rfind("```") - 1))
+    parts, at = [], 0
+    while (start := text.find("```", at)) >= 0 and start + 3 <= last:
+        found = _CODE.match(text, start)
+        if found is None:
+            break
+        parts += [text[at:start], f"```{found[1]}\n{found[2]}\n```"]
+        at = found.end()
+    return "".join([*parts, text[at:]])
+
+
+def _without_empty_code(text: str) -> str:
+    """The text without code blocks that end with their button, which begin on the line that it is on."""
+    parts, at = [], 0
+    for end in _COPY_BEFORE_END.finditer(text):
+        line = text.rfind("\n", at, end.start()) + 1
+        start = text.find("```", max(at, line), end.start())
+        if start >= 0:
+            parts.append(text[at:start])
+            at = end.end()
+    return "".join([*parts, text[at:]])
 
 
 def repeats_numbering(turns: Sequence[Turn]) -> bool:

@@ -43,7 +43,7 @@ def test_every_public_format_becomes_records_of_the_released_form(world, made):
     assert turns("textcaps") == [asked, "A sign."]
     assert len(turns("vg")) == 20
     assert len(by_source["refcoco"]) == 1
-    assert by_source["sharegpt"][0]["id"] == "wgByO4Y_0"
+    assert by_source["sharegpt"][0]["id"] == "wgByO4Y"
     assert turns("sharegpt")[1] == "It has **two** divisors."
     assert turns("sqa")[0].endswith("\n<image>")
     assert records == []

@@ -73,6 +73,26 @@ def test_splitting_of_sharegpt(larger):
         assert found == segments, most
 
 
+def test_cleaning_and_splitting_through_the_builder(larger, made):
+    folder = larger / "mix" / "sharegpt"
+    files = {name: {"conversations": str(folder / name)} for name in ("sharegpt_html.json", "split_input.json")}
+    source = {"name": "s", "format": "sharegpt", "files": files["sharegpt_html.json"], "rules": {"long": "keep"}}
+    assert made({"sources": [source]}, "clean")[0] == read(folder / "sharegpt_clean.json")["kept"]
+    for most, segments in read(folder / "split_expected.json")["split"].items():
+        rules = {"clean": False, "long": "split", "max_tokens": int(most)}
+        source = {"name": "s", "format": "sharegpt", "files": files["split_input.json"], "rules": rules}
+        records, _ = made({"tokenizer": str(larger.parent / "tokenizer"), "sources": [source]}, most)
+        found = [(record["id"], record["model"], len(record["conversations"])) for record in records]
+        assert found == [(segment["id"], segment["model"], segment["turns"]) for segment in segments]
+
+
+def test_scienceqa_through_the_builder(larger, made):
+    folder = larger / "eval" / "scorers" / "scienceqa"
+    files = {"problems": str(folder / "problems.json"), "splits": str(folder / "pid_splits.json")}
+    source = {"name": "s", "format": "scienceqa", "files": files, "rules": {"split": "minitest", "prompt_format": "QCM-LEA"}}
+    assert made({"sources": [source]})[0] == read(folder / "converted_minitest.json")["QCM-LEA"]
+
+
 def test_repeated_numbering_of_sharegpt(larger):
     for sample in read(larger / "mix" / "sharegpt" / "wrong_format.json"):
         assert sharegpt.repeats_numbering(sharegpt.turns_of(sample["conversations"])) is sample["skip"], sample["id"]

@@ -1,8 +1,12 @@
 """Every rule by itself."""
 
+import contextlib
+import re
+import time
 from collections import Counter
 
 import pytest
+from hypothesis import given, strategies
 
 from fastllava.mix import rules, sharegpt
 from fastllava.mix.boxes import Box, box_text, on_padded_square, on_picture, within
@@ -136,6 +140,26 @@ def test_leading_pairs_and_fastchat_s_split():
 )
 def test_html_becomes_markdown(html, text):
     assert sharegpt.markdown(html) == text
+
+
+@pytest.mark.parametrize("part", ["<div", "<a ", "<!--", "```", "<" * 9, "<p>", "Copy code```", "```Copy code"])
+def test_what_is_made_to_keep_the_parser_busy_is_left_out_in_seconds(part):
+    begun = time.monotonic()
+    with contextlib.suppress(sharegpt.Left):
+        sharegpt.markdown(part * (100_000 // len(part)))
+    assert time.monotonic() - begun < 20
+
+
+@given(
+    strategies.lists(strategies.sampled_from(["```", "Copy code", "\n", " ", "x", "`", "<div", "<span", ">", "a>b"]), max_size=14).map(
+        "".join
+    )
+)
+def test_each_of_fastchat_s_expressions_is_kept_to(text):
+    code = re.compile(r"```\s*(.*?)(?:Copy code)+(.+?)\s*?```", re.DOTALL)
+    assert sharegpt._with_code_blocks(text) == code.sub(r"```\g<1>\n\g<2>\n```", text)
+    assert sharegpt._without_empty_code(text) == re.sub(r"```(.*?)Copy code\s*```", "", text)
+    assert sharegpt._without_tags(text, "<div") == re.sub("<div.*?>", "", text)
 
 
 def turns(*texts: str) -> list[tuple[str, str]]:

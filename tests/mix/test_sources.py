@@ -55,6 +55,14 @@ def test_vqa_answers_that_are_chosen(tmp_path, one, two):
     assert [(record["id"], texts(record)) for record in records] == [(1, ["<image>\nOne?", "a"]), (2, ["<image>\nTwo?", "c"])]
 
 
+def test_okvqa_answers_as_they_were_typed(tmp_path, one, two):
+    answers = [{"answer": "pony tail", "raw_answer": "Pony tails"}] * 2 + [{"answer": "bun", "raw_answer": "bun"}]
+    write(tmp_path / "questions.json", {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]})
+    write(tmp_path / "annotations.json", {"annotations": [{"question_id": 1, "image_id": 2, "answers": answers}]})
+    assert texts(one("a", format="okvqa", files=two)[0])[1] == "Pony tail"
+    assert texts(one("b", format="okvqa", files=two, rules={"answer_field": "raw_answer"})[0])[1] == "Pony tails"
+
+
 def test_aokvqa_merges_by_image_and_asks_once_without_rotations(tmp_path, one):
     base = {"image_id": 7, "choices": ["w", "x", "y", "z"], "correct_choice_idx": 0}
     rows = [{**base, "question_id": str(n), "question": f"Q{n}?"} for n in range(2)]
@@ -161,7 +169,7 @@ def test_sharegpt_is_cut_by_tokens(tmp_path, made, golden):
         source = {"name": "s", "format": "sharegpt", "files": {"conversations": path}, "rules": {"long": long, "max_tokens": 120}}
         records, _ = made({"tokenizer": str(golden / "tokenizer"), "sources": [source]}, long)
         counts[long] = [len(record["conversations"]) for record in records]
-        assert records[0]["id"] == "x_0"
+        assert records[0]["id"] == ("x" if long == "keep" else "x_0")
         assert records[0]["model"] == "m"
     assert counts["keep"] == [16]
     assert counts["first_segment"] == counts["leading_pairs"]

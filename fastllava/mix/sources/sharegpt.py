@@ -27,7 +27,9 @@ class Files(Section):
 class Rules(Section):
     """How they become conversations."""
 
-    clean: bool = Field(default=True, description="FastChat's clean_sharegpt; false: only roles are looked at")
+    clean: bool = Field(
+        default=True, description="FastChat's clean_sharegpt; false: roles are looked at, after the cut, and a last question goes"
+    )
     html: bool = Field(default=True, description="the texts are HTML and become Markdown; false for dumps that are Markdown already")
     repeated_numbering: bool = Field(
         default=False, description="true: leave out lists that count 1. and 1. again (FastChat's filter_wrong_format)"
@@ -77,20 +79,35 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         except sharegpt.Left as left:
             run.dropped.by_rule(left.reason)
             continue
-        parts = [(0, len(kept))] if tokenizer is None or rules.long == "keep" else _parts(kept, rules, tokenizer)
+        if tokenizer is None or rules.long == "keep":
+            if not _alternate(kept, run):
+                continue
+            yield Conversation(name, None, _pairs(kept), extra={"model": model} if model else {})
+            continue
+        parts = [part for part in _parts(kept, rules, tokenizer) if _alternate(kept[part[0] : part[1]], run)]
         if not parts:
             run.dropped.by_rule("too_long")
         for begin, end in parts:
-            pairs = [Pair(kept[at][1], kept[at + 1][1]) for at in range(begin, end, 2)]
-            yield Conversation(sharegpt.segment_id(name, begin), None, pairs, extra={"model": model})
+            yield Conversation(sharegpt.segment_id(name, begin), None, _pairs(kept[begin:end]), extra={"model": model})
+
+
+def _pairs(turns: Sequence[Turn]) -> list[Pair]:
+    return [Pair(turns[at][1], turns[at + 1][1]) for at in range(0, len(turns), 2)]
+
+
+def _alternate(turns: Sequence[Turn], run: Run) -> bool:
+    """Whether human and gpt take turns; a segment in which they do not is counted, as FastChat looks at roles after the split."""
+    good = all(role == ("human", "gpt")[number % 2] for number, (role, _) in enumerate(turns))
+    run.dropped.by_rule("sharegpt_roles", not good)
+    return good
 
 
 def _kept(name: str | int, turns: Sequence[Turn], plugins: bool, rules: Rules, seen: set[bytes]) -> list[Turn]:
     """The turns that are kept; what was `seen` before is not. Raises sharegpt.Left."""
     if not rules.clean:
-        if not turns or len(turns) % 2 or any(role != ("human", "gpt")[n % 2] for n, (role, _) in enumerate(turns)):
-            raise sharegpt.Left("sharegpt_roles")
-        kept = list(turns)
+        kept = list(turns[: len(turns) // 2 * 2])
+        if not kept:
+            raise sharegpt.Left("sharegpt_short")
     else:
         kept = sharegpt.cleaned(turns, rules.html)
         marks = [_mark("id", str(name)), _mark(kept[0][1], kept[1][1])]

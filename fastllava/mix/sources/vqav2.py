@@ -29,6 +29,9 @@ class Rules(Section):
     answer: Answer = Field(
         default="most_common", description="which of the ten answers; most_common is multiple_choice_answer where the annotation has it"
     )
+    answer_field: Literal["answer", "raw_answer"] = Field(
+        default="answer", description="of the ten answers: OKVQA's answer is stemmed, its raw_answer as it was typed"
+    )
     capitalise: bool = Field(default=True, description="a capital first letter for every answer")
     merge_by_image: bool = Field(default=True, description="all questions of an image in one conversation")
     prompt: str = Field(default=SHORT_ANSWER, description="the format prompt")
@@ -51,8 +54,8 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         annotation = fields.an_object(row.value)
         question_id = fields.whole(annotation, "question_id")
         given = annotation.get("multiple_choice_answer")
-        if rules.answer != "most_common" or not isinstance(given, str):
-            each = [fields.text(fields.an_object(item, "an answer"), "answer") for item in fields.items(annotation, "answers")]
+        if rules.answer != "most_common" or rules.answer_field != "answer" or not isinstance(given, str):
+            each = [fields.text(fields.an_object(item, "an answer"), rules.answer_field) for item in fields.items(annotation, "answers")]
             if not each:
                 raise BadRow("answer_missing", f"'answers' of question {question_id} is empty")
             given = answer_of_many(each, rules.answer, run.draw, question_id)
