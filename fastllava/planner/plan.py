@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastllava.config import Config, Recompute
 from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths, held_out_of
@@ -60,6 +61,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Evaluations:
+    """What looking at a held-out share of the records takes."""
+
+    samples: int
+    times: int
+    seconds: float
+    """Of one of them."""
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What was found of one stage."""
 
@@ -72,6 +83,8 @@ class StagePlan:
     candidates: list[Candidate]
     chosen: Candidate | None
     """The fastest that fits; None when none does."""
+    evaluations: Evaluations | None = None
+    """None where no share of the records is held out."""
 
     @property
     def hours(self) -> float | None:
@@ -128,7 +141,15 @@ def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StageP
             # Another recompute would only repeat work.
             break
     chosen = min((c for c in candidates if c.fits(gpu)), key=lambda candidate: candidate.seconds.step, default=None)
-    return StagePlan(config, gpu, world, plan, parameters, candidates, chosen)
+    evaluations = _evaluations(config, plan, held_out, gpu) if len(held_out) else None
+    return StagePlan(config, gpu, world, plan, parameters, candidates, chosen, evaluations)
+
+
+def _evaluations(config: Config, plan: Plan, held_out: NDArray[np.int64], gpu: Gpu) -> Evaluations:
+    lengths, every = SampleLengths.of(plan.lengths, held_out), config.eval.every_steps
+    work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
+    seconds = Accounting.of(config).forward_flops(work) / (plan.world * PRODUCT_SHARE * gpu.peak * STEP_SHARE)
+    return Evaluations(len(held_out), 1 if every is None else len({*range(0, plan.n_steps, every), plan.n_steps}), seconds)
 
 
 def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world: int, trained: int) -> Candidate:

@@ -14,14 +14,14 @@ _BARS = 8
 def lines(found: StagePlan) -> Iterator[str]:
     """The plan in words. Every second in it is predicted."""
     config, gpu, plan = found.config, found.gpu, found.plan
-    rows = plan.lengths.n_tokens
+    rows = plan.lengths.n_tokens[plan.trained]
     gpus = f"{found.world} x {gpu.name}" if found.world > 1 else f"one {gpu.name}"
     yield f"{config.stage} on {gpus}, {config.train.precision}: predicted, nothing was run on a GPU"
     if config.train.fp8 != "off":
         yield f"  train.fp8      {config.train.fp8} is not foreseen: memory and time are those of bf16 products"
     trained, frozen = found.parameters["trained"], found.parameters["frozen"]
     yield f"  parameters     {trained:,} train, {frozen:,} are frozen"
-    supervised = int(plan.lengths.n_supervised.sum()) / int(rows.sum())
+    supervised = int(plan.lengths.n_supervised[plan.trained].sum()) / int(rows.sum())
     yield f"  samples        {plan.n_samples:,} in {plan.n_steps:,} steps; {rows.mean():.0f} tokens on average, {supervised:.0%} supervised"
     for low, high, share in _histogram(rows):
         yield f"    {low:5d} to {high:5d} tokens  {share:6.1%}  {'#' * round(50 * share)}"
@@ -53,7 +53,13 @@ def lines(found: StagePlan) -> Iterator[str]:
     if found.world > 1:
         beside = "beside them" if seconds.communication <= seconds.products + seconds.traffic else "longer than they last"
         yield f"                 communication {seconds.communication:.2f} s, {beside}"
-    yield f"  whole          {found.hours:.1f} h, {found.gpu_hours:.0f} GPU-hours; checkpoints and the first start aside"
+    yield f"  whole          {found.hours:.1f} h, {found.gpu_hours:.0f} GPU-hours; checkpoints, evaluation and the first start aside"
+    if (evaluations := found.evaluations) is not None:
+        hours = evaluations.times * evaluations.seconds / 3600
+        yield (
+            f"  evaluation     {evaluations.samples:,} held-out samples in {evaluations.seconds:.1f} s, {evaluations.times:,} times: "
+            f"{hours:.1f} h more; answers to eval.samples aside"
+        )
     yield f"  limited by     {found.limit}"
     yield f"  run it with    train.recompute={best.recompute} train.micro_batch_tokens={best.micro_batch_tokens}"
 
@@ -69,12 +75,13 @@ def as_json(found: StagePlan) -> dict[str, Any]:
         "parameters": dict(found.parameters),
         "samples": found.plan.n_samples,
         "steps": found.plan.n_steps,
-        "tokens": int(found.plan.lengths.n_tokens.sum()),
+        "tokens": int(found.plan.lengths.n_tokens[found.plan.trained].sum()),
         "usable_bytes": int(found.gpu.usable),
         "candidates": [_candidate(candidate) for candidate in found.candidates],
         "chosen": None if best is None else _candidate(best),
         "hours": found.hours,
         "gpu_hours": found.gpu_hours,
+        "evaluations": None if found.evaluations is None else vars(found.evaluations),
         "limit": found.limit,
     }
 

@@ -147,3 +147,19 @@ def test_gpus_are_those_of_the_accounting() -> None:
     assert {gpu.peak for gpu in GPUS.values()} <= set(PEAK_FLOPS.values())
     with pytest.raises(UserError, match="--gpu: 'h100' is not listed"):
         gpu_named("h100")
+
+
+def test_a_held_out_share_is_not_trained_on_and_its_evaluations_are_foreseen(config: Config) -> None:
+    whole = plan_stage(config, LENGTHS, GPUS["h200"], 1)
+    assert whole.evaluations is None
+    looked_at = config.model_copy(update={"eval": config.eval.model_copy(update={"held_out": 0.25, "every_steps": 2})})
+    found = plan_stage(looked_at, LENGTHS, GPUS["h200"], 1)
+    # 72 samples are 3 steps: before steps 0 and 2, and at the end.
+    assert (found.plan.n_samples, found.plan.n_steps) == (72, 3)
+    assert found.evaluations is not None
+    assert (found.evaluations.samples, found.evaluations.times) == (24, 3)
+    # All samples are alike, and a forward is a third of what trains the decoder; the tower, which has no backward, is small here.
+    products = best_of(whole).seconds.products * whole.plan.n_steps * 24 / 96
+    assert 0.3 < found.evaluations.seconds / products < 0.7
+    assert any("24 held-out samples in" in line and "3 times" in line for line in lines(found))
+    assert as_json(found)["evaluations"]["times"] == 3

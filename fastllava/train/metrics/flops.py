@@ -154,6 +154,11 @@ class Accounting:
             head=passes * counted * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
         )
 
+    def forward_flops(self, work: Work) -> float:
+        """What one forward does, whatever trains; of the projector a third, as if it were products alone."""
+        needed = self.model_flops(work)
+        return needed.tower + (needed.decoder + needed.head) / self._passes() + (needed.attention + needed.projector) / 3
+
     def hardware_flops(self, work: Work) -> Flops:
         """What this trainer does: the above, the last layer's rows that `train.last_layer` adds, and what recompute does again.
 
