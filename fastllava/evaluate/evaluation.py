@@ -39,7 +39,7 @@ class Outcome:
     status: str
     """scored, answered (it is scored elsewhere), missing (files are not there) or failed."""
     words: str = ""
-    """Why it has no score, and what to do."""
+    """Why it has no score, or no upload, and what to do."""
     score: Score | None = None
     answers: Path | None = None
     uploads: Sequence[Path] = field(default_factory=tuple)
@@ -169,7 +169,12 @@ def _run(one: Benchmark, data: Path, out: Path, ask: Ask, grade: Grade, group: P
 def _graded(one: Benchmark, data: Path, out: Path, path: Path, questions: Sequence[Question], grade: Grade) -> Outcome:
     answers, folder = one.read(path), out / "uploads" / one.name
     folder.mkdir(parents=True, exist_ok=True)
-    uploads = one.upload(data, answers, folder)
+    uploads, refused = [], ""
+    try:
+        uploads = one.upload(data, answers, folder)
+    except UserError as error:
+        # A leaderboard may want what a score does without, such as an answer to every question.
+        refused = str(error)
     if not uploads:
         with suppress(OSError):
             folder.rmdir()
@@ -178,8 +183,8 @@ def _graded(one: Benchmark, data: Path, out: Path, path: Path, questions: Sequen
         score = grade(one, data, answers)
     except (Missing, ServerScored, JudgeNeeded) as error:
         rows = [{"line": answer.line} for answer in answers.rows]
-        return Outcome(one, "answered", str(error), None, path, uploads, list(_examples(one, questions, answers, rows)))
-    return Outcome(one, "scored", "", score, path, uploads, list(_examples(one, questions, answers, score.questions)))
+        return Outcome(one, "answered", refused or str(error), None, path, uploads, list(_examples(one, questions, answers, rows)))
+    return Outcome(one, "scored", refused, score, path, uploads, list(_examples(one, questions, answers, score.questions)))
 
 
 def _examples(one: Benchmark, questions: Sequence[Question], answers: Answers, rows: Sequence[Mapping[str, Any]]) -> Iterator[Example]:

@@ -32,7 +32,7 @@ def answered_twice(answers: Sequence[Answer]) -> list[int | str]:
 
 def some(names: Sequence[object]) -> str:
     """Names for a message: the first three, and how many more there are."""
-    shown = ", ".join(str(name)[:60].encode("utf-8", "backslashreplace").decode() for name in names[:3])
+    shown = ", ".join(" ".join(str(name).split())[:60].encode("utf-8", "backslashreplace").decode() for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"
 
 

@@ -68,8 +68,7 @@ def table(benchmark: Benchmark, score: Score) -> Table:
 
 def in_words(value: float, unit: float = 1.0) -> str:
     """A figure as it is printed: counts whole, others with two digits, in the unit of papers where `unit` leads to it."""
-    value *= unit
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value * unit:.2f}"
 
 
 def notes(score: Score) -> Iterable[str]:

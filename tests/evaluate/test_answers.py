@@ -65,4 +65,4 @@ def test_ids_are_compared_by_what_they_say(write_lines: Callable) -> None:
 def test_names_in_messages() -> None:
     """Three of them, shortened, and never what cannot be written."""
     assert listed([1], "question") == "1 question (1)"
-    assert listed(["a" * 99, "\ud800", 3, 4, 5], "row") == f"5 rows ({'a' * 60}, \\ud800, 3 and 2 more)"
+    assert listed(["a" * 99, "\ud800", "3\n4", 4, 5], "row") == f"5 rows ({'a' * 60}, \\ud800, 3 4 and 2 more)"

@@ -91,6 +91,17 @@ def test_every_benchmark_gets_what_it_can(data, tmp_path):
     assert any("broken: no label" in line for line in said)
 
 
+def test_a_refused_upload_does_not_cost_the_score(data, tmp_path):
+    class Refused(Colours):
+        def upload(self, data, answers, out):
+            raise UserError("colours: without an answer: 1 question")
+
+    (one,), said = run([Refused()], data, tmp_path / "out")
+    assert (one.status, one.value, one.uploads) == ("scored", 50.0, [])
+    assert not (tmp_path / "out" / "uploads").exists()
+    assert any("without an answer: 1 question" in line for line in said)
+
+
 def test_scores_of_an_earlier_call_stay_unless_they_are_of_another_model(data, tmp_path):
     run([Colours()], data, tmp_path / "out")
     run([Served()], data, tmp_path / "out")

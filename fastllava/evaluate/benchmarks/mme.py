@@ -147,9 +147,7 @@ def _judged(answer: Answer, labels: Mapping[tuple[str, str, str], str]) -> _Judg
     for wording in wordings:
         if (label := labels.get((category, file, wording))) is not None:
             return _Judged(answer, category, file, wording, label)
-    raise UserError(
-        f"--answers: there is no label for {answer.prompt[:80]!r} about {answer.id}; write question_id and prompt as in llava_mme.jsonl"
-    )
+    raise UserError(f"--answers: there is no label for {answer.prompt[:80]!r} about {some([answer.id])}; write both as in llava_mme.jsonl")
 
 
 def _release(folder: Path) -> Labels:
