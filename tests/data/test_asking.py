@@ -97,3 +97,13 @@ def test_a_control_token_that_a_question_spells_becomes_one_and_an_image_does_no
     # With legacy pieces the text after it begins with a blank, as a text does.
     older = Tokenizer.load(golden / "tokenizer" / "tokenizer.model", legacy=True)
     assert len(ask(template("plain"), Turn("a</s>b<image>", 1), older)) != plain
+
+
+def test_the_recorded_variants(recorded, repo):
+    """ScienceQA without the sentence about letters."""
+    path = repo.parent / "shared" / "golden" / "eval" / "prompts" / "variants.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["scienceqa_without_single_pred_prompt"]
+    for row in rows:
+        turn = Turn(row["prompt_field"].removeprefix("<image>\n"), int("<image>" in row["prompt"]))
+        assert prompt_text(template("llava_v1"), turn) == row["prompt"]
+    assert len(rows) > 3
