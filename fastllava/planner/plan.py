@@ -67,7 +67,7 @@ class Evaluations:
     samples: int
     times: int
     seconds: float
-    """Of one of them."""
+    """How long one of them takes."""
 
 
 @dataclass(frozen=True)
