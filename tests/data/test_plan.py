@@ -8,7 +8,7 @@ import torch
 
 from fastllava.config import check_config
 from fastllava.data.balance import Cost
-from fastllava.data.plan import Plan, SampleLengths, group_by_modality
+from fastllava.data.plan import Plan, SampleLengths, group_by_modality, held_out_of
 from fastllava.errors import UserError
 
 COST = Cost(per_row=400, per_pair=1, per_image=9000, per_supervised=30)
@@ -151,3 +151,37 @@ def test_a_step_without_a_sample_weighs_what_is_left(norm):
     plan.leave_out(dict.fromkeys(whole.samples.tolist(), 3))
     assert not len(plan.step(3).samples)
     assert len(plan.step(3).micro_batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "size"), [(100, 0.1, 10), (100, 0.999, 99), (100, 1e-9, 1), (2, 0.5, 1), (1, 0.5, 0), (100, None, 0)]
+)
+def test_a_share_is_one_sample_at_least_and_never_all(count, share, size):
+    found = held_out_of(count, share, 7)
+    assert len(set(found.tolist())) == len(found) == size
+    assert found.tolist() == sorted(found.tolist()) == held_out_of(count, share, 7).tolist()
+    assert all(0 <= i < count for i in found.tolist())
+
+
+def test_another_seed_holds_out_others_and_the_draw_is_not_the_epoch_s():
+    one, other = (held_out_of(1000, 0.3, seed).tolist() for seed in (1, 2))
+    assert one != other
+    plan = make_plan(1000, data={"group_by_modality": False}, seed=1)
+    assert set(one) != set(np.concatenate([plan.step(k).samples for k in range(plan.n_steps)])[:300].tolist())
+
+
+@pytest.mark.parametrize("data", [{}, {"group_by_modality": False}, {"shuffle": False}])
+def test_what_is_not_held_out_is_planned_as_if_it_were_all_there_is(data):
+    whole = make_plan(data=data, epochs=2, loss_norm="llava")
+    out = held_out_of(103, 0.25, 3)
+    kept = np.setdiff1d(np.arange(103), out)
+    of_rest = Plan(SampleLengths.of(whole.lengths, kept), whole.data, whole.train, COST, 3)
+    plan = Plan(whole.lengths, whole.data, whole.train, COST, 3, held_out=out)
+    assert (plan.n_steps, plan.n_samples) == (of_rest.n_steps, of_rest.n_samples)
+    for k in range(plan.n_steps):
+        one, other = plan.step(k), of_rest.step(k)
+        assert one.samples.tolist() == kept[other.samples].tolist()
+        assert one.weights.tolist() == other.weights.tolist()
+        assert [[r.tolist() for r in m] for m in one.micro_batches] == [[r.tolist() for r in m] for m in other.micro_batches]
+    for steps in (3, plan.steps_per_epoch, plan.n_steps):
+        assert [part.tolist() for part in plan.samples_of(steps)] == [kept[part].tolist() for part in of_rest.samples_of(steps)]

@@ -400,3 +400,12 @@ def test_an_answer_ends_where_the_template_ends_one(world):
         assert not answers.ended(tokenizer.encode("red"))
         assert answers.ended([*ids, tokenizer.eos_id])
     assert samples.Answers(tokenizer, template("v1")).text([*tokenizer.encode("red"), tokenizer.eos_id]) == "red"
+
+
+def test_rows_of_steps_are_read_without_those_of_evaluations_and_damaged_ones_are_neither(tmp_path):
+    step = dict.fromkeys(("loss", "lr", "samples", "tokens", "supervised_tokens", "step_seconds", "data_wait_seconds"), 1.0)
+    good = [{"step": 0, "eval_seconds": 1.0, "held_out_loss": None}, {"step": 0, **step}, {"step": 1, "eval_seconds": 2.0, "samples": []}]
+    bad = [{"step": -1, "eval_seconds": 1.0}, {"eval_seconds": 1.0}, {"step": 1, "eval_seconds": None}, {"step": 0.5, "eval_seconds": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*good, *bad)) + '{"step": 2, "eval_se')
+    assert read_metrics(tmp_path) == [good[1]]
+    assert read_evaluations(tmp_path) == [good[0], good[2]]
