@@ -167,24 +167,30 @@ def _run(one: Benchmark, data: Path, out: Path, ask: Ask, grade: Grade, group: P
 
 
 def _graded(one: Benchmark, data: Path, out: Path, path: Path, questions: Sequence[Question], grade: Grade) -> Outcome:
-    answers, folder = one.read(path), out / "uploads" / one.name
-    folder.mkdir(parents=True, exist_ok=True)
-    uploads, refused = [], ""
-    try:
-        uploads = one.upload(data, answers, folder)
-    except UserError as error:
-        # A leaderboard may want what a score does without, such as an answer to every question.
-        refused = str(error)
-    if not uploads:
-        with suppress(OSError):
-            folder.rmdir()
-            folder.parent.rmdir()
+    answers = one.read(path)
+    uploads, refused = _uploads(one, data, out / "uploads" / one.name, answers)
     try:
         score = grade(one, data, answers)
     except (Missing, ServerScored, JudgeNeeded) as error:
         rows = [{"line": answer.line} for answer in answers.rows]
-        return Outcome(one, "answered", refused or str(error), None, path, uploads, list(_examples(one, questions, answers, rows)))
+        words = f"{error}; {refused}" if refused else str(error)
+        return Outcome(one, "answered", words, None, path, uploads, list(_examples(one, questions, answers, rows)))
     return Outcome(one, "scored", refused, score, path, uploads, list(_examples(one, questions, answers, score.questions)))
+
+
+def _uploads(one: Benchmark, data: Path, folder: Path, answers: Answers) -> tuple[list[Path], str]:
+    """The files for the benchmark's server, where it has one; why there are none, which hinders no score."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written, refused = [], ""
+    try:
+        written = one.upload(data, answers, folder)
+    except UserError as error:
+        refused = f"there is no file for the server: {error}"
+    if not written:
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+    return written, refused
 
 
 def _examples(one: Benchmark, questions: Sequence[Question], answers: Answers, rows: Sequence[Mapping[str, Any]]) -> Iterator[Example]:
