@@ -21,6 +21,19 @@ class BadRow(Exception):
         self.reason, self.detail = reason, detail
 
 
+def checked_pair(question: str, answer: str) -> Pair:
+    """The pair of a question about a picture, each with text and without the picture's mark. Raises BadRow.
+
+    So one bad question does not take the others of its picture with it.
+    """
+    for what, text in (("question", question), ("answer", answer)):
+        if not text.strip():
+            raise BadRow("empty", f"the {what} is empty")
+        if IMAGE in text:
+            raise BadRow("image_word", f"the {what} spells {IMAGE}, which stands for the picture; spell it otherwise")
+    return Pair(question, answer)
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Pairs about a picture, or about none."""

@@ -1,5 +1,6 @@
 """`fastllava mix` on the command line, and what docs/mix.md says of it."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,8 +9,13 @@ import sys
 import pytest
 import yaml
 from annotation_files import whole_mix
+from rich.console import Console
 
 from fastllava import cli
+from fastllava.mix import progress
+from fastllava.mix.build import build
+from fastllava.mix.config import check_mix
+from fastllava.mix.progress import Working
 from fastllava.mix.reasons import BAD, BY_RULE
 from fastllava.mix.sources import FORMATS
 
@@ -48,6 +54,18 @@ def test_it_builds_says_what_and_compares(world, fastllava, tmp_path):
     assert "72,140" in said
     code, said = fastllava("mix", "mix.yaml", "--out", "built")
     assert code == 0, "compare.json beside the mix does no harm"
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_SAY_EVERY", 0.0)
+    for terminal in (True, False):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, width=100)
+        build(check_mix(whole_mix(world)), tmp_path / str(terminal), Working(console))
+        said = shown.getvalue()
+        assert ("━" in said) is terminal
+        assert ("  mix.json: 100 %" in said) is not terminal
+        assert "gqa: 2 records from 3 annotations" in said
 
 
 @pytest.mark.parametrize(

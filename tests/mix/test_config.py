@@ -126,12 +126,29 @@ def test_every_key_is_described():
     assert [key for key in bare if key.rpartition(".")[2] not in ("format", "files", "rules", "columns")] == []
 
 
+def test_the_recipe_of_stage_1_is_the_paper_s(repo):
+    (source,) = load_mix(repo / "configs" / "mix_lcs558k.yaml").sources
+    rules = getattr(source, "rules", None)
+    assert (rules.instructions, rules.place_image, rules.balance.least, rules.balance.most) == ("lcs_558k", "random", 3, 100)
+    assert len(set(instructions.LCS_558K)) == 11
+
+
+@pytest.mark.parametrize("name", ["mix665k", "mix_lcs558k"])
+def test_a_shipped_mix_opens_with_its_promise(repo, name):
+    lines = (repo / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# yaml-language-server: $schema=mix-schema.json"
+    opening = "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"fastllava mix configs/{name}.yaml --out " in opening
+    for word in ("# Needs", "# Leaves", "# Promise"):
+        assert word in opening
+
+
 @pytest.fixture
 def recipe(repo):
     return load_mix(repo / "configs" / "mix665k.yaml")
 
 
-def test_the_recipe_is_the_paper_s(recipe, repo):
+def test_the_recipe_is_the_paper_s(recipe):
     by_name = {source.name: source for source in recipe.sources}
     counted = {name: source.expect or source.published for name, source in by_name.items()}
     assert sum(count or 0 for count in counted.values()) == 665_298
@@ -145,8 +162,6 @@ def test_the_recipe_is_the_paper_s(recipe, repo):
     assert (rules["refcoco"].fewer_than, rules["visual_genome"].per_image, by_name["ocr_vqa"].sample) == (10, 10, 80_000)
     assert rules["refcoco"].regions == rules["visual_genome"].regions == "random"
     assert {rules[name].prompt_at for name in ("vqav2", "gqa", "okvqa", "ocr_vqa", "aokvqa")} == {"first"}
-    first = (repo / "configs" / "mix665k.yaml").read_text(encoding="utf-8").splitlines()[0]
-    assert first == "# yaml-language-server: $schema=mix-schema.json"
 
 
 def test_the_recipe_names_the_public_files(recipe):

@@ -86,6 +86,54 @@ def test_cleaning_and_splitting_through_the_builder(larger, made):
         assert found == [(segment["id"], segment["model"], segment["turns"]) for segment in segments]
 
 
+def test_hand_written_files_of_each_public_format_are_read(larger, made):
+    folder = larger / "mix" / "source_formats"
+    coco = {"images": "coco/train2017"}
+
+    def at(name: str) -> str:
+        return str(folder / name)
+
+    def vqa(begin: str) -> dict[str, str]:
+        questions = f"{begin}OpenEnded_mscoco_train2014_questions.json"
+        return {"questions": at(questions), "annotations": at(f"{begin}mscoco_train2014_annotations.json")}
+
+    refs = {"refs": at("refcoco/refcoco/refs(unc).p"), "instances": at("refcoco/refcoco/instances.json")}
+    texts = {"captions": at("TextCaps_0.1_train.json"), "ocr": at("TextVQA_Rosetta_OCR_v0.2_train.json")}
+    genome = {"regions": at("region_descriptions.json"), "images": at("image_data.json")}
+    sources = [
+        {"name": "vqav2", "format": "vqav2", **coco, "files": vqa("v2_")},
+        {"name": "okvqa", "format": "okvqa", **coco, "files": vqa("")},
+        {"name": "aokvqa", "format": "aokvqa", **coco, "files": {"questions": at("aokvqa_v1p0_train.json")}},
+        {"name": "gqa", "format": "gqa", "images": "gqa/images", "files": {"questions": at("train_balanced_questions.json")}},
+        {"name": "ocr_vqa", "format": "ocr_vqa", "images": "ocr_vqa/images", "files": {"questions": at("ocrvqa_dataset.json")}},
+        {"name": "textcaps", "format": "textcaps", "images": "textvqa/train_images", "files": texts},
+        {"name": "refcoco", "format": "refcoco", **coco, "files": {"sets": [refs]}},
+        {"name": "vg", "format": "visual_genome", "images": "vg", "files": genome},
+        {"name": "lcs", "format": "llava", "files": {"records": at("blip_laion_cc_sbu_558k.json")}},
+        {
+            "name": "sharegpt",
+            "format": "sharegpt",
+            "files": {"conversations": at("sharegpt_split.json")},
+            "rules": {"clean": False, "long": "keep"},
+        },
+    ]
+    _, built = made({"sources": sources})
+    found = {name: (entry["records"], entry["turns"]) for name, entry in built.report["sources"].items()}
+    assert found == {
+        "vqav2": (2, 6),
+        "okvqa": (1, 2),
+        "aokvqa": (4, 8),
+        "gqa": (2, 6),
+        "ocr_vqa": (1, 10),
+        "textcaps": (1, 2),
+        "refcoco": (1, 6),
+        "vg": (1, 4),
+        "lcs": (1, 2),
+        "sharegpt": (1, 2),
+    }
+    assert (built.folder / "dropped.jsonl").read_text() == ""
+
+
 def test_scienceqa_through_the_builder(larger, made):
     folder = larger / "eval" / "scorers" / "scienceqa"
     files = {"problems": str(folder / "problems.json"), "splits": str(folder / "pid_splits.json")}

@@ -76,6 +76,16 @@ def test_aokvqa_merges_by_image_and_asks_once_without_rotations(tmp_path, one):
     assert [record["id"] for record in records] == ["0", "1"]
 
 
+def test_one_bad_question_does_not_take_the_others_of_its_image(tmp_path, one, two):
+    vqa_files(tmp_path, [(1, 5, "One?", ["a"]), (2, 5, " ", ["b"]), (3, 5, "Three <image>?", ["c"]), (4, 5, "Four?", [""])], True)
+    assert [texts(record) for record in one("vqa", format="vqav2", files=two, rules={"prompt": ""})] == [["<image>\nOne?", "A"]]
+    assert [reason for reason, _ in dropped(tmp_path / "vqa")] == ["empty", "image_word", "empty"]
+    book = {"questions": ["Who?", "When?"], "answers": ["", "now"], "imageURL": "http://x/y.gif", "split": 1}
+    path = str(write(tmp_path / "dataset.json", {"A": book}))
+    assert [texts(record)[1:] for record in one("ocr", format="ocr_vqa", files={"questions": path})] == [["now"]]
+    assert dropped(tmp_path / "ocr") == [("empty", "dataset.json: line 1, key 'A', question 0")]
+
+
 def test_ocr_vqa_takes_a_split_and_the_file_s_ending(tmp_path, one):
     book = {"questions": ["Who?"], "answers": ["me"], "imageURL": "http://x/y.gif"}
     given = {"A": {**book, "split": 1}, "B": {**book, "split": 2}, "C": {**book, "split": 1, "answers": []}}

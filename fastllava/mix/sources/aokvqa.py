@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import BadRow, Conversation
+from fastllava.mix.conversation import BadRow, Conversation, checked_pair
 from fastllava.mix.instructions import LETTER
 from fastllava.mix.keys import FilePath, Section, SourceKeys
 from fastllava.mix.rows import Row
@@ -51,6 +51,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         choices, correct = fields.texts(asked, "choices"), fields.whole(asked, "correct_choice_idx")
         if not 1 < len(choices) <= _MOST_CHOICES or correct >= len(choices):
             raise BadRow("field", f"correct_choice_idx {correct} of {len(choices)} choices; write 2 to {_MOST_CHOICES}, the first is 0")
+        checked_pair(*multiple_choice(fields.text(asked, "question"), choices, correct))
         image_id = fields.whole(asked, "image_id")
         own_id = image_id if rules.merge_by_image else fields.name(asked, "question_id")
         key = coco_file(image_id) if rules.merge_by_image else f"{coco_file(image_id)} {own_id}"

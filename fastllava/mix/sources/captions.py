@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from fastllava.mix import fields
 from fastllava.mix.concepts import Balance, Balancer
-from fastllava.mix.conversation import BadRow, Conversation, Pair
+from fastllava.mix.conversation import IMAGE, BadRow, Conversation, Pair
 from fastllava.mix.instructions import LCS_558K
 from fastllava.mix.keys import Section, SourceKeys
 from fastllava.mix.rows import Row
@@ -59,9 +59,9 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
 
     def row_of(row: Row) -> tuple[str | int, str, list[str]]:
         found = fields.an_object(row.value)
-        captions = [caption for caption in fields.texts(found, columns.caption) if caption.strip()]
+        captions = [caption for caption in fields.texts(found, columns.caption) if caption.strip() and IMAGE not in caption]
         if not captions:
-            raise BadRow("empty", f"{columns.caption!r} holds no text")
+            raise BadRow("empty", f"{columns.caption!r} holds no text that can stand beside {IMAGE}")
         return id_of(found, columns.id, row), image_of(found, columns.image), captions
 
     def taken() -> Iterator[tuple[str, str, str]]:

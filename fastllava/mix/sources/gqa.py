@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import Conversation, Pair
+from fastllava.mix.conversation import Conversation, Pair, checked_pair
 from fastllava.mix.instructions import SHORT_ANSWER
 from fastllava.mix.keys import FileList, Section, SourceKeys
 from fastllava.mix.merge import about_images
@@ -47,7 +47,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         asked = fields.an_object(row.value)
         image = str(fields.name(asked, "imageId"))
         answer = fields.text(asked, "fullAnswer" if rules.full_answers else "answer")
-        pair = Pair(fields.text(asked, "question"), capitalised(answer) if rules.capitalise else answer)
+        pair = checked_pair(fields.text(asked, "question"), capitalised(answer) if rules.capitalise else answer)
         return f"{image}.jpg", int(image) if image.isascii() and image.isdigit() else image, row.key, pair
 
     questions = (found for path in keys.files.questions for found in run.json(path, question))

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import BadRow, Conversation, Pair
+from fastllava.mix.conversation import BadRow, Conversation, checked_pair
 from fastllava.mix.instructions import SHORT_ANSWER
 from fastllava.mix.keys import FilePath, Section, SourceKeys
 from fastllava.mix.rows import Row
@@ -52,9 +52,12 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         if len(asked) != len(answers):
             raise BadRow("answer_missing", f"has {len(asked)} questions and {len(answers)} answers")
         ending = rules.extension or "." + fields.text(book, "imageURL").rpartition(".")[2]
-        pairs = [
-            Pair(question, capitalised(answer) if rules.capitalise else answer) for question, answer in zip(asked, answers, strict=True)
-        ]
+        pairs = []
+        for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
+            try:
+                pairs.append(checked_pair(question, capitalised(answer) if rules.capitalise else answer))
+            except BadRow as problem:
+                run.dropped.bad(problem.reason, f"{row.where}, question {number}", problem.detail)
         return Conversation(str(row.key), f"{row.key}{ending}", with_prompt(pairs, rules.prompt, rules.prompt_at))
 
     for found in run.json(keys.files.questions, cover):

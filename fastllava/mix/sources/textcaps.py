@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import BadRow, Conversation, Pair
+from fastllava.mix.conversation import BadRow, Conversation, Pair, checked_pair
 from fastllava.mix.instructions import ONE_SENTENCE
 from fastllava.mix.keys import FilePath, Section, SourceKeys
 from fastllava.mix.rows import Row
@@ -55,7 +55,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
 
     def caption(row: Row) -> tuple[str, str]:
         found = fields.an_object(row.value)
-        return fields.text(found, "image_id"), fields.text(found, "caption_str")
+        return fields.text(found, "image_id"), checked_pair(rules.prompt, fields.text(found, "caption_str")).answer
 
     if keys.files.ocr is not None:
         for _ in run.json(keys.files.ocr, keep_words, "data"):

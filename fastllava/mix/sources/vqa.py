@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import BadRow, Conversation, Pair
+from fastllava.mix.conversation import BadRow, Conversation, Pair, checked_pair
 from fastllava.mix.keys import Section, SourceKeys
 from fastllava.mix.merge import about_images
 from fastllava.mix.rows import Row
@@ -62,12 +62,12 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
             choices, correct = fields.texts(asked, columns.choices), fields.whole(asked, columns.answer)
             if not 1 < len(choices) <= 26 or correct >= len(choices):
                 raise BadRow("field", f"the answer is choice {correct} of {len(choices)}; write 2 to 26 choices, the first is 0")
-            return image, image, own_id, multiple_choice(text, choices, correct)
+            return image, image, own_id, checked_pair(*multiple_choice(text, choices, correct))
         several = isinstance(asked.get(columns.answer), list)
         given = fields.texts(asked, columns.answer) if several else [fields.text(asked, columns.answer)]
         if not given:
             raise BadRow("answer_missing", f"{columns.answer!r} is an empty list")
         answer = answer_of_many(given, rules.answer, run.draw, own_id)
-        return image, image, own_id, Pair(text, capitalised(answer) if rules.capitalise else answer)
+        return image, image, own_id, checked_pair(text, capitalised(answer) if rules.capitalise else answer)
 
     yield from about_images(run.table(keys.files.rows, question, keys.files.under), rules, run)

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from fastllava.mix import fields
-from fastllava.mix.conversation import BadRow, Conversation, Pair
+from fastllava.mix.conversation import BadRow, Conversation, Pair, checked_pair
 from fastllava.mix.instructions import SHORT_ANSWER
 from fastllava.mix.keys import FilePath, Section, SourceKeys
 from fastllava.mix.merge import about_images
@@ -68,7 +68,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         answer = answers.take(question_id)
         if answer is None:
             raise BadRow("answer_missing", f"question_id {question_id} has no annotation in {keys.files.annotations}")
-        return coco_file(image_id), image_id, question_id, Pair(fields.text(asked, "question"), answer)
+        return coco_file(image_id), image_id, question_id, checked_pair(fields.text(asked, "question"), answer)
 
     for _ in run.json(keys.files.annotations, keep_answer, "annotations"):
         pass
