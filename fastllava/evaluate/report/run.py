@@ -9,6 +9,7 @@ from typing import Any
 from fastllava.config import Config, check_config
 from fastllava.disk import read_json_object
 from fastllava.errors import UserError
+from fastllava.evaluate.report.series import is_number
 from fastllava.train.metrics.log import METRICS_FILE
 from fastllava.train.metrics.summary import SUMMARY_FILE
 from fastllava.train.state.checkpoint import RUN_CONFIG
@@ -16,6 +17,7 @@ from fastllava.train.state.resume import is_held
 from fastllava.train.state.set_aside import SET_ASIDE
 
 SCORES = "scores.json"
+_MOST_STEPS = 2**53
 _WORDS = {"complete": ("complete", "good"), "interrupted": ("stopped", "bad"), "failed": ("failed", "bad")}
 
 
@@ -66,7 +68,7 @@ class Run:
         if self.running:
             return "running", "busy"
         said = self.summary.get("status")
-        if said in _WORDS and (said == "complete" or self.summary.get("steps") == self.taken):
+        if isinstance(said, str) and said in _WORDS and (said == "complete" or self.summary.get("steps") == self.taken):
             return _WORDS[said]
         return ("ended", "bad") if self.rows.steps else ("not begun", "bad")
 
@@ -114,7 +116,7 @@ def read_rows(path: Path) -> Rows:
         try:
             row = json.loads(line)
             step = row["step"]
-            if type(step) is not int or step < 0:
+            if type(step) is not int or not 0 <= step < _MOST_STEPS:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             damaged += 1
@@ -129,11 +131,6 @@ def read_rows(path: Path) -> Rows:
         if "held_out_loss" in row:
             evaluations.setdefault(step, row)
     return Rows([steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], damaged)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a row is a number, be it finite or not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from fastllava.evaluate.report.page import Head, Notice, Section, fill, write_page
 from fastllava.evaluate.report.pictures import Picture, picture_of
+from fastllava.evaluate.report.series import is_number
 
 SHOWN = 6
 """Answers of a benchmark that are shown at most of each kind: right ones, and wrong ones."""
@@ -45,7 +46,7 @@ def write_scores_page(out: Path, scores: Mapping[str, Any], examples: Iterable[E
     Of each benchmark's `examples` at most SHOWN right and SHOWN wrong ones are shown, the first; pictures are read for these alone.
     """
     found = _benchmarks(scores)
-    notices = [Notice(f"{_title(name, one)}: {line}", serious=True) for name, one in found.items() for line in one.get("warnings") or ()]
+    notices = [Notice(f"{_title(name, one)}: {line}", serious=True) for name, one in found.items() for line in _warnings(one)]
     sections = [Section("scores", "Scores", scores_body(scores)), *_example_sections(found, list(examples))]
     head = Head("Evaluation", f"checkpoint {scores.get('checkpoint', '')}", tiles=(), notices=notices)
     return write_page(out, head, sections)
@@ -83,8 +84,13 @@ def _row(name: str, one: Mapping[str, Any]) -> dict[str, Any]:
         "published": ["" if by_size[size] is None else f"{by_size[size]:,.1f}" for size in SIZES],
         "noise": one.get("noise") or "",
         "note": one.get("words") or _judge(one) or (one.get("server") if value is None else "") or "",
-        "warnings": len(one.get("warnings") or ()),
+        "warnings": len(_warnings(one)),
     }
+
+
+def _warnings(one: Mapping[str, Any]) -> list[str]:
+    warnings = one.get("warnings")
+    return [str(line) for line in warnings] if isinstance(warnings, list) else []
 
 
 def _judge(one: Mapping[str, Any]) -> str:
@@ -162,6 +168,4 @@ def _title(name: str, one: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_number(value) and math.isfinite(value) else None

@@ -1,12 +1,18 @@
 """Series of numbers over steps: thinned so that every extreme stays, and smoothed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 MOST_POINTS = 2000
 """Points of a drawn series. Of a longer one each of MOST_POINTS / 2 equal stretches shows its lowest and its highest value."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of somebody's JSON is a number that a float can hold, be it finite or not."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300)
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from fastllava.evaluate.report.charts import Line, line_chart
 from fastllava.evaluate.report.page import Notice, Section, Tile, fill
-from fastllava.evaluate.report.run import Run, is_number
-from fastllava.evaluate.report.series import MOST_POINTS, running_mean, window_of
+from fastllava.evaluate.report.run import Run
+from fastllava.evaluate.report.series import MOST_POINTS, is_number, running_mean, window_of
 from fastllava.train.metrics.summary import CLOSING_STEPS
 
 _GIB = 2**30
@@ -37,8 +37,8 @@ def tiles(run: Run, planned: int | None) -> list[Tile]:
     if seconds:
         tokens = _total(steps, "tokens")
         found.append(Tile("tokens a second", f"{tokens / seconds:,.0f}", f"{samples / seconds:,.1f} samples a second, data wait included"))
-        if steps and all(is_number(row.get("mfu")) for row in steps):
-            mfu, hfu = (sum(row.get(key, 0.0) * row["step_seconds"] for row in steps) / seconds for key in ("mfu", "hfu"))
+        if steps and all(is_number(row.get(key)) for row in steps for key in ("mfu", "hfu", "step_seconds")):
+            mfu, hfu = (sum(row[key] * row["step_seconds"] for row in steps) / seconds for key in ("mfu", "hfu"))
             found.append(Tile("MFU", f"{mfu:.1%}", f"HFU {hfu:.1%}"))
         goodput = run.summary.get("goodput")
         note = (
@@ -98,7 +98,8 @@ def notices(run: Run, planned: int | None) -> list[Notice]:
     if run.set_aside:
         samples = "1 sample" if run.set_aside == 1 else f"{run.set_aside:,} samples"
         found.append(Notice(f"{samples} could not be read any more and left out on the way: set_aside.jsonl.", serious=True))
-    for note in run.summary.get("notes") or ():
+    noted = run.summary.get("notes")
+    for note in noted if isinstance(noted, list) else ():
         found.append(Notice(str(note), serious=True))
     return found
 
@@ -169,7 +170,11 @@ def _mfu(run: Run, window: int) -> Markup | None:
 
 
 def _wait(run: Run, window: int) -> Markup | None:
-    rows = [row for row in run.rows.steps if is_number(row.get("data_wait_seconds")) and row.get("step_seconds")]
+    rows = [
+        row
+        for row in run.rows.steps
+        if is_number(row.get("data_wait_seconds")) and is_number(row.get("step_seconds")) and row["step_seconds"]
+    ]
     x, y = [row["step"] for row in rows], [100 * row["data_wait_seconds"] / row["step_seconds"] for row in rows]
     return _with_mean("Data wait", "percent of the step's time", x, y, window) if x else None
 

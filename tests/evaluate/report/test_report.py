@@ -147,6 +147,34 @@ def test_values_that_are_no_numbers_or_not_finite_leave_gaps(make_run: Callable[
     assert page.charts()[0] == "Loss"
 
 
+ODD = [None, True, "x", -1, float("nan"), 10**400, [], {}, [1], {"a": 1}, "\ud800\x00"]
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_values_of_another_kind_are_passed_over(make_run: Callable[[], Made], shift: int) -> None:
+    """Every key of every file once with something that nobody would write there."""
+    made = make_run()
+    rows = [step_row(i, mfu=0.5, hfu=0.5, peak_memory_bytes=5, spike={"skipped": False}) for i in range(60)]
+    for number, key in enumerate(rows[0]):
+        rows[number + 1][key] = ODD[(number + shift) % len(ODD)]
+    asked = [{**eval_row(0, 1.0)["samples"][0], key: ODD[(n + shift) % len(ODD)]} for n, key in enumerate(eval_row(0, 1.0)["samples"][0])]
+    evaluations = [{**eval_row(5 + n, 1.0), "samples": asked, "held_out_loss": value} for n, value in enumerate(ODD)]
+    summary = {key: ODD[(number + shift) % len(ODD)] for number, key in enumerate(made.summary)}
+    pope = {
+        "title": 1,
+        "value": 2.0,
+        "unit": 1.0,
+        "published": {"7b": 1},
+        "warnings": ["w"],
+        "noise": "n",
+        "judge": {},
+        "figures": {"a": 1.0, "b": 2},
+    }
+    benchmarks = {key: {**pope, key: ODD[(number + shift) % len(ODD)]} for number, key in enumerate(pope)}
+    made.write("metrics.jsonl", [*rows, *evaluations]).write("run_summary.json", summary).write("scores.json", {"benchmarks": benchmarks})
+    assert page_of(made).charts()[0] == "Loss"
+
+
 def test_text_of_others_is_text(make_run: Callable[[], Made], tmp_path: Path) -> None:
     page = page_of(make_run())
     assert [tag for tag, _ in page.tags].count("script") == 1
