@@ -191,14 +191,10 @@ class HeldOutEvaluation:
 
     def _leave_out(self, mine: Sequence[BadImage], index: int) -> None:
         """Go on without the samples of a portion that any process could not read."""
-        step, images = self._portions.step(index), self._data.images
+        step = self._portions.step(index)
         positions = [i for ranks in step.micro_batches for i in ranks[self._group.rank].tolist()]
-        with self._group.together():
-            read = int(self.held.prepared.n_images[step.samples[positions]].sum())
-            wrong = set_aside.nothing_is_there(images, mine, read) if mine and images is not None else None
-            if wrong is not None:
-                raise UserError(f"{wrong} and start the same command again")
-        bad = sorted((one for found in self._group.gather(tuple(mine)) for one in found), key=lambda one: one.sample)
+        read = int(self.held.prepared.n_images[step.samples[positions]].sum())
+        bad = set_aside.found_by_any(self._group, self._data.images, mine, read)
         self._portions.plan.leave_out({one.sample: 0 for one in bad})
         for one in bad:
             self._say(f"held out no more, as it cannot be read: {one.in_words()}")

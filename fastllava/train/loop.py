@@ -81,7 +81,7 @@ class Trainer:
         self._failed: Exception | None = None
         """What befell this process alone between two steps: raised at the next vote, by all."""
         self._launched = 0.0
-        """When the last step was, by `time.perf_counter`, the time to write checkpoints since then left out."""
+        """When the last step was, by `time.perf_counter`, the time of checkpoints and evaluations since then left out."""
         self._watch = setup.context.watch
         self._watch.goes_on, self._watch.sample_in_words = self._saver.goes_on, self._sample_in_words
 
@@ -224,14 +224,10 @@ class Trainer:
 
     def _set_aside(self, mine: Sequence[BadImage]) -> None:
         """Leave out, from the next step on, the samples of it that any process could not read. Raises UserError when that may not be."""
-        images, step = self.config.data.images, self.next_step
+        step = self.next_step
         positions = [i for ranks in self.plan.step(step).micro_batches for i in ranks[self.group.rank].tolist()]
         read = int(self.plan.lengths.n_images[self.plan.step(step).samples[positions]].sum())
-        with self.group.together():
-            wrong = set_aside.nothing_is_there(images, mine, read) if mine and images is not None else None
-            if wrong is not None:
-                raise UserError(f"{wrong} and start the same command again")
-        bad = sorted((one for found in self.group.gather(mine) for one in found), key=lambda one: one.sample)
+        bad = set_aside.found_by_any(self.group, self.config.data.images, mine, read)
         with self.group.together():
             if self.group.first:
                 set_aside.add(self.config, self.prepared, bad, len(self.plan.left_out), step)

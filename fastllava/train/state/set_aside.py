@@ -6,7 +6,7 @@ A line by hand needs the `id` alone; it holds from the step on at which the run 
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastllava.console.printable import quoted
 from fastllava.data.loader import BadImage
 from fastllava.data.prepared import PreparedSet
 from fastllava.disk import sync
+from fastllava.distributed.processes import Processes
 from fastllava.errors import UserError
 
 SET_ASIDE = "set_aside.jsonl"
@@ -53,6 +54,18 @@ def add(config: Config, prepared: PreparedSet, bad: Iterable[BadImage], held: in
     _check_budget(config, prepared, held + len(new), f"; of step {step}: {'; '.join(one.in_words() for one in list(bad)[:3])}")
     there = [json.loads(line) for line in _lines(path) if line.strip()]
     _write(path, [*there, *new])
+
+
+def found_by_any(group: Processes, images: Path | None, mine: Sequence[BadImage], read: int) -> list[BadImage]:
+    """What all processes, which call this together, could not read of the same samples, by number; `read` is how many this one looked at.
+
+    Raises UserError, on all, when the images are not to blame each for itself.
+    """
+    with group.together():
+        wrong = nothing_is_there(images, mine, read) if mine and images is not None else None
+        if wrong is not None:
+            raise UserError(f"{wrong} and start the same command again")
+    return sorted((one for found in group.gather(tuple(mine)) for one in found), key=lambda one: one.sample)
 
 
 def nothing_is_there(images: Path, bad: Iterable[BadImage], read: int) -> str | None:
