@@ -155,6 +155,18 @@ def lay_out(root: Path) -> None:
     shutil.copyfile(data / "coco" / "train2017" / "1.png", root / "images" / "1.png")
     (root / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": "1.png", "text": "What is it?"}) + "\n")
 
+    pope = data / "eval" / "pope"
+    (pope / "val2014").mkdir(parents=True)
+    (pope / "coco").mkdir()
+    shutil.copyfile(data / "coco" / "train2017" / "1.png", pope / "val2014" / "1.png")
+    asked = [
+        {"question_id": i, "image": "1.png", "text": "Is it noise?", "category": name} for i, name in enumerate(("random", "adversarial"))
+    ]
+    (pope / "llava_pope_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    for row in asked:
+        label = {"question_id": 1, "image": "1.png", "text": "Is it noise?", "label": "yes"}
+        (pope / "coco" / f"coco_pope_{row['category']}.json").write_text(json.dumps(label) + "\n")
+
     llm = root / "lmsys" / "vicuna-7b-v1.5"
     llm.mkdir(parents=True)
     corpus = [turn["value"] for record in captions + chats for turn in record["conversations"]]

@@ -1,12 +1,15 @@
 """`fastllava score`: what it prints, writes and refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fastllava.cli import app
 from fastllava.errors import UserError
+from fastllava.evaluate.benchmark import JudgedBenchmark
+from fastllava.evaluate.benchmarks import BENCHMARKS
 
 SEED = {
     "questions": [
@@ -64,3 +67,13 @@ def test_what_it_refuses(arguments, words, files):
     data, answers = files
     with pytest.raises(UserError, match=words):
         score(*arguments, "--data", data, "--answers", answers)
+
+
+def test_the_table_of_the_docs_is_that_of_the_benchmarks():
+    page = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+    rows = []
+    for one in BENCHMARKS.values():
+        by = "a judge" if isinstance(one, JudgedBenchmark) else "its server" if one.server else "fastllava"
+        figures = f"{one.published['7b']:.1f} | {one.published['13b']:.1f}"
+        rows.append(f"| `{one.name}` | `{one.folder}` | {one.max_new_tokens} | `{one.headline}` | {figures} | {by} |")
+    assert "\n".join(rows) in page.read_text(encoding="utf-8")
