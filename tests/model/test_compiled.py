@@ -78,7 +78,7 @@ def test_a_missing_compiler_is_one_line() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["layer", "step"])
+@pytest.mark.parametrize("mode", ["layer", pytest.param("step", marks=pytest.mark.exhaustive)])
 def test_an_evaluation_has_graphs_of_its_own_and_leaves_those_of_the_training(tiny, mode: Compile) -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
