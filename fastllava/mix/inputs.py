@@ -41,7 +41,12 @@ def check_inputs(mix: Mix) -> None:
                 problems.append(f"{key}: {path} is no file; give the file itself")
             elif not os.access(path, os.R_OK):
                 problems.append(f"{key}: {path} may not be read; give access to it")
-        if keys.images and mix.images is not None and mix.images.is_dir() and not (mix.images / keys.images).is_dir():
+        saves = getattr(getattr(keys, "files", None), "pictures", "refuse") == "save"
+        if saves and mix.images is None:
+            problems.append(
+                f"sources.{keys.name}.files.pictures: save needs a folder; write images: with the one that all images lie below"
+            )
+        if keys.images and mix.images is not None and mix.images.is_dir() and not saves and not (mix.images / keys.images).is_dir():
             problems.append(f"sources.{keys.name}.images: there is no folder {mix.images / keys.images}; put the images there, or mend it")
     if mix.images is not None and not mix.images.is_dir():
         problems.append(f"images: {mix.images} is no folder; give the one that all images lie below, or write null to look for none")

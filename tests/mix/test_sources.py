@@ -282,6 +282,31 @@ def test_chats_of_one_s_own(tmp_path, one, form):
     assert texts(one("d", format=form, files={"rows": str(lines)})[0]) == ["Q", "a"]
 
 
+def test_pictures_in_the_rows_are_saved_where_the_config_says_so(tmp_path, made):
+    data = picture(tmp_path / "there.png", 20, 10).read_bytes()
+    images = tmp_path / "images"
+    images.mkdir()
+    pictures = [{"bytes": data, "path": "x.png"}, {"bytes": data, "path": None}, {"bytes": b"no picture", "path": None}, None]
+    rows = [{"image": image, "question": f"Q{n}", "answer": "a", "messages": None} for n, image in enumerate(pictures)]
+    pq.write_table(pa.Table.from_pylist([*rows, {**rows[0], "image": {"bytes": None, "path": "there.png"}}]), tmp_path / "rows.parquet")
+    source = {"name": "s", "format": "vqa", "images": "hub", "files": {"rows": str(tmp_path / "rows.parquet"), "pictures": "save"}}
+    given = {"images": str(images), "max_bad_share": 1.0, "sources": [source]}
+    records, built = made(given)
+    (record,) = records
+    assert (images / record["image"]).read_bytes() == data
+    assert record["image"].startswith("hub/")
+    assert texts(record)[::2] == ["<image>\nQ0", "Q1"]
+    assert [reason for reason, _ in dropped(built.folder)] == ["field", "field", "image_missing"]
+    assert len(list((images / "hub").iterdir())) == 1
+    with pytest.raises(UserError, match=r"sources.s.files.pictures: save needs a folder; write images:"):
+        made({**given, "images": None}, "none")
+    (images / "hub").rename(images / "else")
+    source["files"] = {"rows": str(tmp_path / "rows.parquet")}
+    source["images"] = ""
+    with pytest.raises(UserError, match=r"holds the picture itself; write files.pictures: save"):
+        made({**given, "max_bad_share": 0.0}, "refused")
+
+
 WRONG: list[Any] = [None, True, -1, 1.5, 10**30, "", "x", [], [None], {}, {"a": 1}, "\ud83d", [[1, 2], 3], "x" * 5000]
 
 
@@ -318,3 +343,71 @@ def test_no_value_of_any_field_brings_a_traceback(tmp_path, made, format_):
     records, built = made({"images": str(tmp_path), "missing_images": "keep", "max_bad_share": 1.0, "sources": [source]})
     assert records
     assert dropped(built.folder)
+
+
+def spoilt(row: dict[str, Any]) -> list[Any]:
+    """The row as it is, every wrong value in its place, and it with every wrong value in every field."""
+    return [row, *WRONG, *({**row, key: value} for key in row for value in WRONG)]
+
+
+PAIRED: dict[str, tuple[dict[str, tuple[str | None, list[dict[str, Any]]]], dict[str, Any]]] = {
+    "vqav2": (
+        {
+            "questions": ("questions", [{"question_id": 1, "image_id": 1, "question": "Q"}]),
+            "annotations": ("annotations", [{"question_id": 1, "answers": [{"answer": "a"}], "multiple_choice_answer": None}]),
+        },
+        {},
+    ),
+    "textcaps": (
+        {"captions": ("data", [{"image_id": "a", "caption_str": "b"}]), "ocr": ("data", [{"image_id": "a", "ocr_tokens": ["x"]}])},
+        {},
+    ),
+    "visual_genome": (
+        {
+            "regions": (None, [{"id": 1, "regions": [{"x": 1, "y": 1, "width": 5, "height": 5, "phrase": "p"}]}]),
+            "images": (None, [{"image_id": 1, "url": "http://h/VG_100K/1.jpg", "width": 10, "height": 10}]),
+        },
+        {},
+    ),
+    "scienceqa": (
+        {
+            "problems": (
+                "1",
+                [{"question": "Q", "choices": ["a", "b"], "answer": 0, "hint": "", "lecture": "", "solution": "", "image": None}],
+            )
+        },
+        {"prompt_format": "QCM-LEA"},
+    ),
+}
+
+
+@pytest.mark.parametrize("format_", PAIRED)
+def test_no_value_of_any_field_of_two_files_brings_a_traceback(tmp_path, made, format_):
+    files, rules = PAIRED[format_]
+    given: dict[str, str] = {}
+    for name, (under, (row,)) in files.items():
+        rows = spoilt(row)
+        for key, value in row.items():
+            if isinstance(value, list) and isinstance(value[0], dict):
+                rows += [{**row, key: [each]} for each in spoilt(value[0])[1:]]
+        held: Any = {str(n): each for n, each in enumerate(rows)} if format_ == "scienceqa" else {under: rows} if under else rows
+        given[name] = str(write(tmp_path / f"{name}.json", held))
+        if format_ == "scienceqa":
+            given["splits"] = str(write(tmp_path / "splits.json", {"train": [*map(str, range(len(rows))), *WRONG]}))
+    source = {"name": "s", "format": format_, "files": given, "rules": rules}
+    records, built = made({"max_bad_share": 1.0, "sources": [source]})
+    assert records
+    assert dropped(built.folder)
+
+
+def test_no_value_of_a_ref_or_an_instance_brings_a_traceback(tmp_path, one):
+    ref = {"ann_id": 7, "image_id": 1, "split": "train", "sentences": [{"sent": "s"}]}
+    refs = [*spoilt(ref), *({**ref, "sentences": [each]} for each in spoilt({"sent": "s"}))]
+    files = refcoco(tmp_path, refs, "refs.json")
+    entries = {
+        "annotations": spoilt({"id": 7, "image_id": 1, "bbox": [1, 2, 3, 4]}),
+        "images": spoilt({"id": 1, "width": 10, "height": 10}),
+    }
+    write(tmp_path / "instances.json", entries)
+    assert one(format="refcoco", files=files)
+    assert dropped(tmp_path / "out")

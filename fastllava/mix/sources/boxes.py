@@ -52,7 +52,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
 
     def region(row: Row) -> tuple[str, Region]:
         found = fields.an_object(row.value)
-        image, phrase = image_of(found, columns.image), fields.text(found, columns.phrase)
+        image, phrase = image_of(found, columns.image, keys.files, run), fields.text(found, columns.phrase)
         if not phrase.strip():
             raise BadRow("empty", f"{columns.phrase!r} is empty")
         width, height = _size(found, columns, image, run.images)

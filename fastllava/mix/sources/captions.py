@@ -62,7 +62,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
         captions = [caption for caption in fields.texts(found, columns.caption) if caption.strip() and IMAGE not in caption]
         if not captions:
             raise BadRow("empty", f"{columns.caption!r} holds no text that can stand beside {IMAGE}")
-        return id_of(found, columns.id, row), image_of(found, columns.image), captions
+        return id_of(found, columns.id, row), image_of(found, columns.image, keys.files, run), captions
 
     def taken() -> Iterator[tuple[str, str, str]]:
         for name, image, captions in run.table(keys.files.rows, row_of, keys.files.under):

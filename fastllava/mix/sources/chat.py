@@ -70,7 +70,7 @@ def read(keys: Keys | MessagesKeys, run: Run) -> Iterator[Conversation]:
     def dialogue(row: Row) -> Conversation:
         found = fields.an_object(row.value)
         pairs = _pairs(_turns(found, columns), keys.rules)
-        image = _image(found, columns.image)
+        image = _image(found, columns.image, keys.files, run)
         placed = any(IMAGE in text for pair in pairs for text in pair)
         return Conversation(id_of(found, columns.id, row), image, pairs, placed)
 
@@ -124,7 +124,7 @@ def _pairs(turns: list[tuple[str, str]], rules: Rules) -> list[Pair]:
     return [Pair(f"{before}\n{pairs[0].question}", pairs[0].answer), *pairs[1:]] if before else pairs
 
 
-def _image(row: Mapping[str, Any], column: str | None) -> str | None:
+def _image(row: Mapping[str, Any], column: str | None, files: TableFiles, run: Run) -> str | None:
     """The path of the record's picture, None where it has none. Raises BadRow."""
     value = None if column is None else row.get(column)
     if column is None or value in (None, "", []):
@@ -132,5 +132,5 @@ def _image(row: Mapping[str, Any], column: str | None) -> str | None:
     if isinstance(value, list):
         if len(value) > 1:
             raise BadRow("field", f"{quoted(column)} names {len(value)} images; a record shows one picture: split it")
-        return image_of({column: value[0]}, column)
-    return image_of(row, column)
+        return image_of({column: value[0]}, column, files, run)
+    return image_of(row, column, files, run)

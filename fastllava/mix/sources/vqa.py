@@ -56,7 +56,7 @@ def read(keys: Keys, run: Run) -> Iterator[Conversation]:
 
     def question(row: Row) -> tuple[str, str | int, str | int, Pair]:
         asked = fields.an_object(row.value)
-        image, own_id = image_of(asked, columns.image), id_of(asked, columns.id, row)
+        image, own_id = image_of(asked, columns.image, keys.files, run), id_of(asked, columns.id, row)
         text = fields.text(asked, columns.question)
         if columns.choices is not None:
             choices, correct = fields.texts(asked, columns.choices), fields.whole(asked, columns.answer)
