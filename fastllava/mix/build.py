@@ -23,7 +23,7 @@ from fastllava.errors import UserError
 from fastllava.mix.config import Mix
 from fastllava.mix.conversation import BadRow, Conversation, record_of
 from fastllava.mix.draw import Draw
-from fastllava.mix.inputs import check_inputs, described, files_of
+from fastllava.mix.inputs import check_inputs, described, files_of, stamps
 from fastllava.mix.keys import SourceKeys
 from fastllava.mix.kinds import prompts_of
 from fastllava.mix.progress import Working
@@ -66,6 +66,7 @@ def build(mix: Mix, out: Path, working: Working) -> Built:
     check_inputs(mix)
     tokenizer = None if mix.tokenizer is None else _tokenizer(mix.tokenizer)
     with working:
+        before_reading = stamps(mix)
         inputs = described(mix, working)
         manifest = {
             "format": FORMAT,
@@ -83,6 +84,8 @@ def build(mix: Mix, out: Path, working: Working) -> Built:
             with writing(out.parent):
                 partial.mkdir(parents=True)
                 report = _fill(mix, partial, tokenizer, manifest, working)
+                if changed := [path for path, stamp in stamps(mix).items() if stamp != before_reading[path]]:
+                    raise UserError(f"{changed[0]}: changed while it was read; start again when it is complete")
                 if out.is_dir():
                     out.rmdir()
                 partial.rename(out)

@@ -54,6 +54,12 @@ def check_inputs(mix: Mix) -> None:
         raise UserError("\n".join(problems))
 
 
+def stamps(mix: Mix) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file that is read: others after the build mean that a file has changed under it. Raises OSError."""
+    found = {path: path.stat() for keys in mix.sources for _, path in files_of(keys)}
+    return {path: (each.st_size, each.st_mtime_ns) for path, each in found.items()}
+
+
 def described(mix: Mix, working: Working) -> dict[str, list[dict[str, Any]]]:
     """Path, size and SHA-256 of each source's files, as the manifest holds them. Raises OSError."""
     found: dict[str, list[dict[str, Any]]] = {}

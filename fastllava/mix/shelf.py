@@ -4,6 +4,7 @@ An annotation file lists the questions of one picture far apart, and questions a
 8 bytes a text, 12 more where it is grouped, a name and a number a group, and a byte a row of a table.
 """
 
+import errno
 import json
 import os
 import sqlite3
@@ -91,8 +92,12 @@ class Table:
         self._taken = bytearray(1)
 
     def put(self, key: str | int, value: Any) -> bool:
-        """Keeps a JSON value. False, and the first one stays, where the key has one."""
-        done = self._base.execute("INSERT OR IGNORE INTO kept (key, value) VALUES (?, ?)", (str(key), json.dumps(value)))
+        """Keeps a JSON value. False, and the first one stays, where the key has one. Raises OSError."""
+        try:
+            done = self._base.execute("INSERT OR IGNORE INTO kept (key, value) VALUES (?, ?)", (str(key), json.dumps(value)))
+        except sqlite3.OperationalError as error:
+            # In SQLite's words a full disk is no error of the operating system.
+            raise OSError(errno.ENOSPC if "full" in str(error) else errno.EIO, str(error)) from None
         if done.rowcount == 1:
             self._taken.append(0)
         return done.rowcount == 1

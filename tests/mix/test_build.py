@@ -15,6 +15,8 @@ from fastllava.data.prepared import prepare
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.disk import file_digest
 from fastllava.errors import UserError
+from fastllava.mix import build as module
+from fastllava.mix import shelf
 
 PROMPT = "Answer the question using a single word or phrase."
 
@@ -170,6 +172,35 @@ def test_a_sample_is_drawn_from_all_and_keeps_the_order(tmp_path, made):
     assert built.report["sources"]["s"]["dropped"] == {"sample": 150}
     other = made({"sources": [{**source, "seed": 9}]}, "other")[0]
     assert other != records
+
+
+def test_a_file_that_changes_under_the_build_is_told(tmp_path, made, monkeypatch):
+    path = write(tmp_path / "rows.json", [{"image": "a.png", "question": "What?", "answer": "x"}])
+
+    def changing(*args, **settings):
+        path.write_text(path.read_text() + " ")
+        return describe(*args, **settings)
+
+    describe = module.described
+    monkeypatch.setattr(module, "described", changing)
+    with pytest.raises(UserError, match=r"rows\.json: changed while it was read; start again"):
+        made({"sources": [{"name": "s", "format": "vqa", "files": {"rows": str(path)}}]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_called_one_in_sqlite_s_words_too(tmp_path, made, monkeypatch):
+    kept = shelf.Table.__init__
+
+    def small(self, path):
+        kept(self, path)
+        self._base.execute("PRAGMA max_page_count = 8")
+
+    monkeypatch.setattr(shelf.Table, "__init__", small)
+    rows = [{"question_id": n, "image_id": n, "question": "Q" * 100, "answers": [{"answer": "a" * 100}]} for n in range(500)]
+    files = {name: str(write(tmp_path / f"{name}.json", {name: rows})) for name in ("questions", "annotations")}
+    with pytest.raises(OSError, match=r"No space left on device.* free in"):
+        made({"sources": [{"name": "s", "format": "okvqa", "files": files}]})
+    assert not list(tmp_path.glob(".out*"))
 
 
 MEASURE = """
