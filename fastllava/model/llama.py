@@ -1,4 +1,4 @@
-"""The decoder: the Llama family (Llama 2 and 3, Vicuna, Mistral, Qwen2) on packed samples.
+"""The decoder: the Llama family (Llama 2 and 3, Vicuna, Mistral, Qwen2, Qwen3) on packed samples.
 
 Shape letters: T packed rows, M rows whose result is wanted, D width, H query heads, G key/value heads, K head width,
 F width of the MLP, V vocabulary.
@@ -43,6 +43,8 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: float | Llama3Rope | None
     """A number divides every frequency ("linear")."""
+    qk_norm: bool
+    """Each head's query and key is normed over its K columns before it is turned (Qwen3)."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -97,12 +99,15 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
         self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
         self.o_proj = Linear(queries, config.hidden_size, config.output_bias, product)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """[T, D], or [M, D] of the wanted rows."""
         queried = x_TD if wanted is None else x_TD.index_select(0, wanted)
         inputs = ((self.q_proj, queried), (self.k_proj, x_TD), (self.v_proj, x_TD))
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project, x in inputs)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if wanted is not None:
             # Turned after they are laid out, so that rope needs no positions of its own for them: zeros stay zeros.
             q = q.new_zeros(k.shape[0], *q.shape[1:]).index_copy(0, wanted, q)

@@ -15,6 +15,7 @@ DECODERS = {
     "llama": {"model_type": "llama"},
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mistral": {"model_type": "mistral", "sliding_window": None},
 }
 

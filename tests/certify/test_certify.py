@@ -36,7 +36,14 @@ def names_of(certificate: Certificate, comparison: str) -> set[str]:
     return {each.name for each in certificate.failures() if each.comparison.name == comparison}
 
 
-CASES = [("pretrain", "llama"), ("finetune", "llama"), ("finetune", "qwen2_tied"), ("finetune", "llama_biased"), ("finetune", "mistral")]
+CASES = [
+    ("pretrain", "llama"),
+    ("finetune", "llama"),
+    ("finetune", "qwen2_tied"),
+    ("finetune", "llama_biased"),
+    ("finetune", "mistral"),
+    ("finetune", "qwen3"),
+]
 
 
 @pytest.mark.parametrize(("stage", "llm"), CASES)

@@ -50,6 +50,19 @@ def test_loss_and_every_gradient_are_those_of_all_rows(tiny, group, ops):
         assert all(gradient.norm() > 0 for name, gradient in found[1].items() if "llm" in name)
 
 
+def test_queries_and_keys_that_are_normed_are_those_of_all_rows(tiny, tmp_path):
+    config = {**tiny.LLM, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2}
+    folder = tiny.write_folder(tmp_path, config, tiny.llm_tensors(config))
+    model = load_llava(tiny.config(llm=folder, projector="fresh"), Execution(tiny.ops, torch.float64), 5)
+    model.tower.requires_grad_(False)
+    batch = tiny.pack(tiny.mixed(), weight=0.1)
+    expected, found = loss_and_gradients(model, batch, "all"), loss_and_gradients(model, batch, "supervised")
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=0)
+    assert "llm.model.layers.1.self_attn.q_norm.weight" in found[1]
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-11 * gradient.norm(), name
+
+
 def test_every_row_supervised(tiny):
     model = model_of(tiny, tiny.ops, torch.float64)
     batch = tiny.pack(tiny.mixed())

@@ -37,6 +37,8 @@ VARIANTS = {
     },
     "mistral_grouped": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
     "qwen2_grouped_tied": {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3_wide_heads": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "qwen3_biased_tied": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
 }
 IMAGE = 95
 
@@ -97,7 +99,7 @@ def test_loss_equals_transformers(tiny, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2_grouped_tied"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2_grouped_tied", "qwen3_wide_heads"])
 def test_packed_gradients_equal_those_of_a_padded_batch_in_transformers(tiny, tmp_path, variant):
     theirs = oracle(tiny, variant, tmp_path)
     ours = load_llava(ModelConfig(llm=tmp_path), Execution(tiny.ops, torch.float32), 0)

@@ -306,7 +306,7 @@ def test_a_llava_that_was_trained_otherwise_is_refused(tiny, tmp_path, config, p
 @pytest.mark.parametrize(
     ("config", "pattern"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; give a model of type llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; give a model of type llama, mistral, qwen2, qwen3"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported; the decoder needs silu"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads 3 does not divide num_attention_heads 4"),
         ({"head_dim": 33}, r"head_dim 33 is odd, and rotary positions turn pairs of columns; give a model whose head_dim"),

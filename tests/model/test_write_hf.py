@@ -31,7 +31,7 @@ def byte_level_tokenizer(folder):
 
 @pytest.mark.parametrize(
     ("family", "vocab"),
-    [("llama", 300), ("mistral", 304), ("qwen2", 320)],
+    [("llama", 300), ("mistral", 304), ("qwen2", 320), ("qwen3", 304)],
 )
 def test_transformers_loads_grouped_tied_decoders_with_a_tokenizer_json(tiny, tmp_path, family, vocab):
     import transformers

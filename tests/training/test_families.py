@@ -20,6 +20,7 @@ from fastllava.train.state import checkpoint
 DECODERS = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral with a window": {"model_type": "mistral", "sliding_window": 4096},
     "llama": {"model_type": "llama"},
@@ -75,7 +76,11 @@ def equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    "decoder", [pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.exhaustive, id=name.replace(" ", "-")) for name in DECODERS]
+    "decoder",
+    [
+        pytest.param(name, marks=[] if name in ("qwen2", "qwen3") else pytest.mark.exhaustive, id=name.replace(" ", "-"))
+        for name in DECODERS
+    ],
 )
 def test_results_and_checkpoints_are_exported_and_gone_on_from_bit_for_bit(settings, world, tmp_path, decoder):
     llm = write_decoder(world, tmp_path / "llm", **DECODERS[decoder])

@@ -14,7 +14,7 @@ from fastllava.model.weights.files import read_optional_json
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config).
+# What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config).
 _SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
 
@@ -51,12 +51,17 @@ FAMILIES: Mapping[str, Family] = {
         # Runs of the first versions of this project wrote this.
         also=("llava_qwen2",),
     ),
+    "qwen3": Family(
+        {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+        "llava_qwen3",
+        "LlavaQwen3ForCausalLM",
+    ),
 }
 _FAMILY_OF = {name: family for family, it in FAMILIES.items() for name in (family, it.llava, *it.also)}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> str:
-    """The decoder family, "llama", "mistral" or "qwen2", of a config.json's model_type (the original LLaVA's names included)."""
+    """The decoder family, such as "llama" or "qwen3", of a config.json's model_type (the original LLaVA's names included)."""
     model_type = str(config.get("model_type", "llama"))
     family = _FAMILY_OF.get(model_type)
     if family is None:
@@ -105,8 +110,9 @@ def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
         rms_norm_eps=_positive(given, "rms_norm_eps", where, float),
         rope_theta=theta,
         rope_scaling=scaling,
+        qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2" or bool(given.get("attention_bias")),
-        output_bias=family == "llama" and bool(given.get("attention_bias")),
+        output_bias=family in ("llama", "qwen3") and bool(given.get("attention_bias")),
         mlp_bias=bool(given.get("mlp_bias")),
         tied=bool(given.get("tie_word_embeddings")),
         window=window,
