@@ -43,8 +43,6 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: float | Llama3Rope | None
     """A number divides every frequency ("linear")."""
-    qk_norm: bool
-    """Each head's query and key is normed over its K columns before it is turned (Qwen3)."""
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -52,6 +50,8 @@ class LlamaConfig:
     """The head is the embedding."""
     window: int | None
     """Rows a row may look back, itself included; a longer sample is refused, as attention here is full."""
+    qk_norm: bool = False
+    """Each head's query and key is normed over its K columns before it is turned (Qwen3)."""
 
     def inverse_frequencies(self) -> Tensor:
         """fp32 [K / 2]: radians per position."""

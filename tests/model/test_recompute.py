@@ -88,7 +88,7 @@ class Products(TorchDispatchMode):
 def config_of(width: int, inner: int, layers: int, heads: int, keys: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=64, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=keys, head_dim=width // heads, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qk_norm=False, qkv_bias=False,
+        num_key_value_heads=keys, head_dim=width // heads, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False,
         output_bias=False, mlp_bias=False, tied=False, window=None,
     )  # fmt: skip
 
