@@ -7,6 +7,7 @@ everything is there.
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class _Part:
     dropped: Dropped
     read: int
     records_before_images: int
+    drawn: "array[int]"
+    """A drawn number for each of its records, by id and image, so that one record more or less changes the sample by one at most."""
 
 
 def build(mix: Mix, out: Path, working: Working) -> Built:
@@ -138,7 +141,7 @@ def _fill(mix: Mix, folder: Path, tokenizer: Tokenizer | None, manifest: dict[st
     records = Texts(scratch / "records")
     with (folder / DROPPED).open("w", encoding="utf-8") as dropped:
         parts = [_read(mix, keys, records, scratch, tokenizer, dropped, working) for keys in mix.sources]
-        taken = [_sampled(mix, part) for part in parts]
+        taken = [_sampled(part) for part in parts]
     order = np.concatenate(taken)
     if not len(order):
         raise UserError("sources: not one record is left; report what was dropped is in the lines above, so mend the files or the rules")
@@ -164,9 +167,10 @@ def _read(mix: Mix, keys: SourceKeys, records: Texts, scratch: Path, tokenizer: 
     own = scratch / keys.name
     own.mkdir()
     images = None if mix.images is None else mix.images / keys.images
-    run = Run(keys.name, _draw(mix, keys), own, dropped, working.advance, images, tokenizer)
+    draw = _draw(mix, keys)
+    run = Run(keys.name, draw, own, dropped, working.advance, images, tokenizer)
     look = _ImageLook(mix, keys)
-    begin, before_images = len(records), 0
+    begin, before_images, drawn = len(records), 0, array("Q")
     read = FORMATS[keys.format][1]
     try:
         for found in read(keys, run):
@@ -179,10 +183,11 @@ def _read(mix: Mix, keys: SourceKeys, records: Texts, scratch: Path, tokenizer: 
                 dropped.bad(problem.reason, f"record {name}", problem.detail)
                 continue
             records.add(_in_json(record))
+            drawn.append(draw.number("sample", record.get("id"), record.get("image")))
     finally:
         run.close()
         shutil.rmtree(own, ignore_errors=True)
-    part = _Part(keys, begin, len(records), dropped, run.read, before_images)
+    part = _Part(keys, begin, len(records), dropped, run.read, before_images, drawn)
     _check(mix, part, working)
     return part
 
@@ -228,13 +233,13 @@ def _draw(mix: Mix, keys: SourceKeys) -> Draw:
     return Draw(mix.seed if keys.seed is None else keys.seed, keys.name)
 
 
-def _sampled(mix: Mix, part: _Part) -> np.ndarray:
+def _sampled(part: _Part) -> np.ndarray:
     """The numbers of the records that are taken, ascending."""
     numbers = np.arange(part.begin, part.end)
     if part.keys.sample is None or part.keys.sample >= len(numbers):
         return numbers
     part.dropped.by_rule("sample", len(numbers) - part.keys.sample)
-    return np.sort(numbers[_draw(mix, part.keys).indexes(len(numbers), "sample")[: part.keys.sample]])
+    return np.sort(numbers[np.argsort(np.asarray(part.drawn), kind="stable")[: part.keys.sample]])
 
 
 class _ImageLook:

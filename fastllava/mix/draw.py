@@ -1,6 +1,6 @@
 """Every random choice of a mix: a hash of the seed, the source and what is chosen for.
 
-So a choice depends on nothing that was drawn before it. One record more or less leaves those of all others as they were.
+So a choice depends on nothing that was drawn before it.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ _BY_FOLDER = {"gqa": "GQA", "ocr_vqa": "OCR-VQA", "textvqa": "TextCaps", "vg": "
 
 PUBLISHED: Mapping[str, int] = {
     "LLaVA-Instruct": 157_712,
-    "ShareGPT": 40_688,
+    "ShareGPT (no image)": 40_688,
     "VQAv2 and OKVQA": 82_783 + 8_998,
     "GQA": 72_140,
     "OCR-VQA": 80_000,
@@ -52,7 +52,7 @@ def kind_of(record: Mapping[str, Any], prompts: Sequence[str]) -> str:
     """
     image = record.get("image")
     if not isinstance(image, str):
-        return "ShareGPT" if image is None else "several images"
+        return "ShareGPT (no image)" if image is None else "several images"
     folder = image.partition("/")[0] if "/" in image else "."
     if folder in _BY_FOLDER:
         return _BY_FOLDER[folder]

@@ -172,6 +172,10 @@ def test_a_sample_is_drawn_from_all_and_keeps_the_order(tmp_path, made):
     assert built.report["sources"]["s"]["dropped"] == {"sample": 150}
     other = made({"sources": [{**source, "seed": 9}]}, "other")[0]
     assert other != records
+    rows = json.loads(path.read_text())
+    write(path, [{"image": "more.png", "question": "What?", "answer": "x"}, *rows])
+    more = made({"sources": [source]}, "more")[0]
+    assert sum(record in records for record in more) >= 49, "a record more changes the sample by one at most"
 
 
 def test_a_file_that_changes_under_the_build_is_told(tmp_path, made, monkeypatch):

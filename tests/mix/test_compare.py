@@ -32,7 +32,7 @@ SHORT, LETTER = "Answer the question using a single word or phrase.", "Answer wi
         (record("gqa/images/1.jpg", "<image>\nWhat?"), "GQA"),
         (record("ocr_vqa/images/1.jpg", "<image>\nWhat?"), "OCR-VQA"),
         (record("textvqa/train_images/1.jpg", "<image>\nProvide a one-sentence caption for the provided image."), "TextCaps"),
-        (record(None, "What?"), "ShareGPT"),
+        (record(None, "What?"), "ShareGPT (no image)"),
         (record("00453/1.jpg", "Describe the image concisely.\n<image>"), "captions of stage 1"),
         (record("own/1.jpg", "<image>\nWhat?"), "own"),
         (record("1.jpg", "<image>\nWhat?"), "."),
