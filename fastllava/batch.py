@@ -3,7 +3,9 @@
 Shape letters: T packed rows (text tokens and images' tokens), S samples, I images, P rows per image, M supervised rows.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ class ImageSpec:
     """Per-channel mean of RGB in [0, 1]; also the colour that `pad` pads with."""
     std: tuple[float, float, float]
     """Per-channel standard deviation of RGB in [0, 1]."""
+    crops: bool = True
+    """Whether image policy `square` cuts the centre out of an image that is not square, as for CLIP; else it squeezes the whole in."""
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized."""
+
+    def written(self) -> dict[str, Any]:
+        """It as JSON. What is as for CLIP is left out where that was all there was, so that sets of records prepared then stay good."""
+        given = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in given.items() if (key, value) not in (("crops", True), ("resample", "bicubic"))}
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> "ImageSpec":
+        """The one that was `written`."""
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Original(Peer):
     @property
     def accounting(self) -> Accounting:
         """Every block of the tower, every token of the last layer, and everything of the decoder twice forward."""
-        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute="full", last_layer="all")
+        return dataclasses.replace(self.run.accounting, blocks=self.run.size.tower.num_hidden_layers, recompute="full", last_layer="all")
 
     def images(self, step: Step) -> int:
         """One for each sample, black ones included."""

@@ -67,7 +67,7 @@ class Transformers(Peer):
     def accounting(self) -> Accounting:
         """Every block of the tower, and every token of the last layer."""
         recompute = "full" if self.recompute else "none"
-        return dataclasses.replace(self.run.accounting, blocks=self.run.size.clip.num_hidden_layers, recompute=recompute, last_layer="all")
+        return dataclasses.replace(self.run.accounting, blocks=self.run.size.tower.num_hidden_layers, recompute=recompute, last_layer="all")
 
     def collate(self, samples: Sequence[Sample]) -> Tensors:
         """As a processor: the image's id once for every patch, padding on the right."""

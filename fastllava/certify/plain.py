@@ -91,6 +91,8 @@ class PlainLlava:
         self.projector = {name: nn.Parameter(weights[f"projector.{name}"]) for name, _ in ours.projector.named_parameters()}
         self._project = partial(kind_of(ours.projector.projector_type).reference, self.projector)
         self._patches = ours.tower.config.patches
+        # Of transformers' towers, CLIP's alone has a row before the patches.
+        self._first = 1 if self.tower.config.model_type == "clip_vision_model" else 0
         self.llm.requires_grad_(stage == "finetune")
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -112,14 +114,14 @@ class PlainLlava:
         return self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits, targets_BL
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """[I, P, D]: the tower's selected hidden state without the class token, projected."""
+        """[I, P, D]: the tower's selected hidden state without the class token, where there is one, projected."""
         if not len(pixels):
             # The projector stays in the graph, with a gradient of zero.
             return self._project(torch.zeros(1, self._patches, self.tower.config.hidden_size, dtype=self.dtype, device=self.device))[:0]
         with torch.no_grad():
             normalised = (pixels.to(self.device).float() / 255 - self.mean) / self.std
             states = self.tower(normalised.to(self.dtype), output_hidden_states=True).hidden_states
-        return self._project(states[self.layer][:, 1:])
+        return self._project(states[self.layer][:, self._first :])
 
     def _padded(self, batch: Padded) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, L, D], mask int64 [B, L], targets int64 [B, L]: padded on the right, cut at `max_tokens` tokens."""

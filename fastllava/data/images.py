@@ -32,7 +32,7 @@ from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord
 from fastllava.data.damage import check_structure
 from fastllava.data.lookalikes import missing
-from fastllava.data.pixels import clip_pixels
+from fastllava.data.pixels import tower_pixels
 from fastllava.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -130,7 +130,7 @@ def examine(path: Path, limits: DataConfig) -> Examined:
 def load_image(
     path: Path, policy: Literal["square", "pad"], spec: ImageSpec, limits: DataConfig, expected: ImageStamp | None = None
 ) -> NDArray[np.uint8]:
-    """RGB pixels uint8 [3, size, size] as the original's CLIP preprocessing makes them (`clip_pixels`).
+    """RGB pixels uint8 [3, size, size] as the original's preprocessing for this tower makes them (`tower_pixels`).
 
     `expected`: what the file was when the data was prepared; another one is refused, whatever its name, the same one with
     another time is not. Raises ImageError.
@@ -143,7 +143,7 @@ def load_image(
             rgb = _decode(image)
     except BadRecord as problem:
         raise ImageError(path, problem) from None
-    return clip_pixels(rgb, policy, spec)
+    return tower_pixels(rgb, policy, spec)
 
 
 def open_rgb(source: Path | bytes, limits: DataConfig) -> Image.Image:
@@ -164,7 +164,7 @@ def pixels_of(data: bytes, policy: Literal["square", "pad"], spec: ImageSpec, li
     """Pixels as `load_image` gives them, of the bytes of an image file that nobody has examined. Raises BadRecord when it is damaged."""
     with _opened(data, limits) as image:
         _check_whole(data, image)
-        return clip_pixels(_decode(image), policy, spec)
+        return tower_pixels(_decode(image), policy, spec)
 
 
 def same_content(path: Path, limits: DataConfig, expected: ImageStamp) -> ImageStamp:

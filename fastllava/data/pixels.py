@@ -1,4 +1,4 @@
-"""The original's pixels from a decoded picture: padded or not, resized, cut out; exactly, without a square of a long side."""
+"""A tower's pixels from a decoded picture: padded or not, resized, cut out; exactly, without a square of a long side."""
 
 from typing import Literal
 
@@ -8,30 +8,33 @@ from PIL import Image
 
 from fastllava.batch import ImageSpec
 
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _BAND_PIXELS = 2**24
 """Pixels of a padded square that are in memory at once: 4 bytes each in Pillow."""
 
 
-def clip_pixels(rgb: Image.Image, policy: Literal["square", "pad"], spec: ImageSpec) -> NDArray[np.uint8]:
-    """uint8 [3, size, size] of an RGB picture, as the original's CLIP preprocessing makes them before it scales and normalises.
+def tower_pixels(rgb: Image.Image, policy: Literal["square", "pad"], spec: ImageSpec) -> NDArray[np.uint8]:
+    """uint8 [3, size, size] of an RGB picture, as the original's preprocessing makes them before it scales and normalises.
 
-    square: the shorter side becomes `size` (bicubic), then the centre is cut out. pad: first padded to a square with
-    the mean colour, the odd pixel going right or below. Source: llava/train/train.py and CLIPImageProcessor of
-    transformers 4.37.2, on Pillow.
+    square: the shorter side becomes `size`, then the centre is cut out; of a spec that does not crop, both sides become `size`.
+    pad: first padded to a square with the mean colour, the odd pixel going right or below. Source: llava/train/train.py,
+    CLIPImageProcessor of transformers 4.37.2 and SiglipImageProcessor, on Pillow.
     """
-    size = spec.size
+    size, resample = spec.size, _RESAMPLE[spec.resample]
     width, height = rgb.size
     if policy == "pad" and width != height:
-        rgb = _padded(rgb, size, tuple(int(channel * 255) for channel in spec.mean))
+        rgb = _padded(rgb, size, tuple(int(channel * 255) for channel in spec.mean), resample)
+    elif not spec.crops:
+        rgb = rgb.resize((size, size), resample)
     else:
         longer = int(size * max(width, height) / min(width, height))
-        rgb = rgb.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
+        rgb = rgb.resize((size, longer) if width <= height else (longer, size), resample)
         left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
         rgb = rgb.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
-def _padded(rgb: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
+def _padded(rgb: Image.Image, size: int, colour: tuple[int, ...], resample: Image.Resampling) -> Image.Image:
     """The picture padded to a square, then resized, bit for bit.
 
     Pillow resizes along rows first and then along columns, with 8 bits in between. So rows may be resized before those that
@@ -49,5 +52,5 @@ def _padded(rgb: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image
             wide = Image.new("RGB", (side, end - begin), colour)
             wide.paste(band, (left, 0))
             band = wide
-        narrow.paste(band.resize((size, end - begin), Image.Resampling.BICUBIC), (0, top + begin))
-    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+        narrow.paste(band.resize((size, end - begin), resample), (0, top + begin))
+    return narrow.resize((size, size), resample)

@@ -15,7 +15,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[st
         "vocab_size": tokenizer.vocab_size,
         "template": data.template,
         "image_policy": data.image_policy,
-        "image_spec": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()},
+        "image_spec": spec.written(),
         "max_tokens": data.max_tokens,
         "image_checksums": listed,
         "limits": {key: getattr(data, key) for key in limits},

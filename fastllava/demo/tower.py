@@ -18,10 +18,9 @@ from fastllava.data.images import load_image
 from fastllava.demo.backbones import BackboneSizes, draw_weights, fit, write_json, write_model
 from fastllava.demo.dataset import DrawnSet
 from fastllava.demo.scenes import BACKGROUNDS, COLOURS, GRID, PLACES, SHAPES, Scene
-from fastllava.model.clip import ClipConfig, ClipVision
 from fastllava.model.llava import normalise
 from fastllava.model.ops import Ops
-from fastllava.model.weights.configs import CLIP_MEAN, CLIP_STD
+from fastllava.model.towers import ClipConfig, Tower
 
 SELECT_LAYER = -2
 BATCH = 32
@@ -51,9 +50,9 @@ def make_tower(folder: Path, drawn: DrawnSet, sizes: BackboneSizes, limits: Data
         image_size=sizes.image,
         patch_size=sizes.patch,
     )
-    spec = ImageSpec(config.image_size, config.patches, CLIP_MEAN, CLIP_STD)
+    spec = ImageSpec(config.image_size, config.patches, ClipConfig.MEAN, ClipConfig.STD)
     generator = torch.Generator().manual_seed(seed)
-    tower, readout = ClipVision(config, ops, SELECT_LAYER), nn.Linear(sizes.tower_width, sum(CLASSES))
+    tower, readout = Tower(config, ops, SELECT_LAYER), nn.Linear(sizes.tower_width, sum(CLASSES))
     draw_weights(tower, 0.02, generator)
     draw_weights(readout, 0.02, generator)
 
@@ -96,11 +95,11 @@ def patch_labels(scenes: list[Scene], side: int) -> Tensor:
 
 def normalised(pixels: Tensor) -> Tensor:
     """fp32 [I, 3, H, W] of uint8 pixels, as the model does it."""
-    return normalise(pixels, torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD))
+    return normalise(pixels, torch.tensor(ClipConfig.MEAN), torch.tensor(ClipConfig.STD))
 
 
 @torch.no_grad()
-def _score(tower: ClipVision, readout: nn.Linear, drawn: DrawnSet, spec: ImageSpec, limits: DataConfig) -> TowerScore:
+def _score(tower: Tower, readout: nn.Linear, drawn: DrawnSet, spec: ImageSpec, limits: DataConfig) -> TowerScore:
     scenes = drawn.held_out_scenes
     labels = patch_labels(list(scenes.values()), int(spec.patches**0.5))
     logits = readout(tower(normalised(load_pixels(drawn.images, list(scenes), spec, limits)))).split(CLASSES, -1)
@@ -118,8 +117,8 @@ def _preprocessor(size: int) -> dict[str, object]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
+        "image_mean": list(ClipConfig.MEAN),
+        "image_std": list(ClipConfig.STD),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},

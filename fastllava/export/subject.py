@@ -18,9 +18,9 @@ from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
-from fastllava.model.weights.configs import read_preprocessor
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
+from fastllava.model.weights.tower_configs import read_preprocessor
 from fastllava.model.weights.write import TEMPLATE_KEY
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage_of
 from fastllava.train.state.fingerprint import differences, fingerprint

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from fastllava.batch import ImageSpec
-from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
+from fastllava.model.towers import TowerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Architecture:
     """A decoder, a tower, and the projector between them."""
 
     llama: LlamaConfig
-    clip: ClipConfig
+    tower: TowerConfig
     select_layer: int
     """The tower's hidden state that feeds the projector, as transformers counts them; -2 for LLaVA-1.5."""
     projector_type: str

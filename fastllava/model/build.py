@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from fastllava.model.architecture import Architecture
-from fastllava.model.clip import ClipVision
 from fastllava.model.compiled import for_batches, for_layers
 from fastllava.model.execution import Execution
 from fastllava.model.layers import Product, linear, set_parameter
@@ -12,6 +11,7 @@ from fastllava.model.llama import Llama
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projectors import Projector, kind_of
+from fastllava.model.towers import Tower
 
 
 def build_llava(architecture: Architecture, execution: Execution, projector_source: str = "fresh") -> Llava:
@@ -23,7 +23,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     graph = for_layers(execution.compile, execution.backend)
     with torch.device("meta"):
         llm = Llama(architecture.llama, execution.ops, _product(execution), graph)
-        tower = ClipVision(architecture.clip, execution.ops, architecture.select_layer, graph)
+        tower = Tower(architecture.tower, execution.ops, architecture.select_layer, graph)
         projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)
     return Llava(llm, tower, projector, architecture, execution, projector_source, batches)
@@ -31,8 +31,8 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
 
 def build_projector(architecture: Architecture, ops: Ops) -> Projector:
     """Build the projector alone, on the current default device. Raises UserError when it does not fit tower and decoder."""
-    kind, clip = kind_of(architecture.projector_type), architecture.clip
-    return kind.build(architecture.projector_type, clip.hidden_size, architecture.llama.hidden_size, clip.patches, ops)
+    kind, tower = kind_of(architecture.projector_type), architecture.tower
+    return kind.build(architecture.projector_type, tower.hidden_size, architecture.llama.hidden_size, tower.patches, ops)
 
 
 def rebuilt(model: Llava, execution: Execution) -> Llava:

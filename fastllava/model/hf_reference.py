@@ -32,11 +32,13 @@ def decoder(ours: Llava, weight: Weight, dtype: torch.dtype, attention: str = "s
 
 
 def tower(ours: Llava, weight: Weight, dtype: torch.dtype) -> Any:
-    """The tower of `ours` as transformers computes it (CLIPVisionModel), with the same choice of weights as `decoder`."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    """The tower of `ours` as transformers computes it (CLIPVisionModel and its like), with the same choice of weights as `decoder`."""
+    from transformers import AutoConfig, CLIPVisionModel, SiglipVisionModel
 
-    config = CLIPVisionConfig(**tower_config(ours))
-    return filled(lambda: CLIPVisionModel._from_config(config, dtype=dtype, attn_implementation="sdpa"), weight, "clip")
+    described = dict(tower_config(ours))
+    kind = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}[described["model_type"]]
+    config = AutoConfig.for_model(described.pop("model_type"), **described)
+    return filled(lambda: kind._from_config(config, dtype=dtype, attn_implementation="sdpa"), weight, "tower")
 
 
 def filled(make: Callable[[], Any], weight: Weight, layout: str) -> Any:

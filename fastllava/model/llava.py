@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from fastllava.batch import Batch
 from fastllava.errors import UserError
 from fastllava.model.architecture import Architecture
-from fastllava.model.clip import ClipVision
 from fastllava.model.compiled import Graph, eager
 from fastllava.model.execution import Execution
 from fastllava.model.indices import check_on_host
 from fastllava.model.llama import Llama
 from fastllava.model.ops import modules_by_room
 from fastllava.model.projectors import Projector
+from fastllava.model.towers import Tower
 from fastllava_kernels.indices import inside, nan_unless_bounds, or_else
 from fastllava_kernels.room import SEPARATE
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """fp32 [I, 3, H, W] of uint8 pixels: `(pixels / 255 - mean) / std`; mean, std fp32 [3]. Bit for bit CLIPImageProcessor's."""
+    """fp32 [I, 3, H, W] of uint8 pixels: `(pixels / 255 - mean) / std`; mean, std fp32 [3]. Bit for bit transformers' slow processors'."""
     return (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
 
 
@@ -38,7 +38,7 @@ class Llava(nn.Module):
     def __init__(
         self,
         llm: Llama,
-        tower: ClipVision,
+        tower: Tower,
         projector: Projector,
         origin: Architecture,
         execution: Execution,

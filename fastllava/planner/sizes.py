@@ -8,10 +8,11 @@ from typing import Any
 
 from fastllava.batch import ImageSpec
 from fastllava.errors import UserError
-from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
+from fastllava.model.towers import TowerConfig
 from fastllava.model.weights import Origin
-from fastllava.model.weights.configs import clip_config, image_spec, llama_config
+from fastllava.model.weights.configs import llama_config
+from fastllava.model.weights.tower_configs import image_spec, tower_config
 from fastllava_kernels.llava15 import BATCHES, DECODERS, Decoder, MicroBatch
 
 PROJECTOR = "mlp2x_gelu"
@@ -64,19 +65,19 @@ class Size:
         return llama_config(self.text, "sizes")
 
     @property
-    def clip(self) -> ClipConfig:
+    def tower(self) -> TowerConfig:
         """The tower's configuration."""
-        return clip_config(self.vision, "sizes")
+        return tower_config(self.vision, "sizes")
 
     @property
     def spec(self) -> ImageSpec:
         """How the tower wants its images."""
-        return image_spec(self.clip, {}, "sizes")
+        return image_spec(self.tower, {}, "sizes")
 
     @property
     def origin(self) -> Origin:
         """What a folder with these config.json files would say."""
-        described = {"llama": self.llama, "clip": self.clip, "spec": self.spec, "text": self.text, "vision": self.vision}
+        described = {"llama": self.llama, "tower": self.tower, "spec": self.spec, "text": self.text, "vision": self.vision}
         chosen = {"select_layer": SELECT_LAYER, "projector_type": PROJECTOR, "layout": "llm"}
         absent = dict.fromkeys(("tower_folder", "mm_vision_tower", "image_token"))
         return Origin(**described, **chosen, **absent, generation={}, preprocessor={})  # pyright: ignore[reportArgumentType]

@@ -131,11 +131,11 @@ def llm_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
 
 def clip_tensors(config: Mapping[str, Any] = CLIP, seed: int = 1) -> dict[str, Tensor]:
     """Random tensors by transformers' names for a CLIP vision config.json."""
-    from fastllava.model.clip import ClipVision
-    from fastllava.model.weights.configs import clip_config
+    from fastllava.model.towers import Tower
+    from fastllava.model.weights.tower_configs import tower_config
 
     with torch.device("meta"):
-        module = ClipVision(clip_config(config, "test"), reference_ops(), -2)
+        module = Tower(tower_config(config, "test"), reference_ops(), -2)
     return random_like(module, seed)
 
 

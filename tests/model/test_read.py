@@ -330,7 +330,7 @@ def test_an_llm_config_that_is_not_supported_is_refused(tiny, tmp_path, config, 
 @pytest.mark.parametrize(
     ("config", "preprocessor", "pattern"),
     [
-        ({"model_type": "siglip_vision_model"}, {}, r"model_type 'siglip_vision_model' is no CLIP vision model"),
+        ({"model_type": "dinov2"}, {}, r"model_type 'dinov2' is no CLIP or SigLIP vision model; give one of type clip, siglip, "),
         ({"hidden_act": "relu"}, {}, r"hidden_act 'relu' in config\.json; a CLIP tower has quick_gelu or gelu"),
         ({"num_attention_heads": 3}, {}, r"num_attention_heads 3 does not divide hidden_size 16"),
         ({"num_channels": 1}, {}, r"num_channels 1 is not supported; images are RGB"),

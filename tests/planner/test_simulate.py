@@ -14,10 +14,10 @@ from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config, check_config
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava, build_projector
-from fastllava.model.clip import ClipConfig
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops, reference_ops
+from fastllava.model.towers import ClipConfig
 from fastllava.optim import FiniteGuard, build_optimizer, low_bit
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
 from fastllava.train import train_step
@@ -31,7 +31,7 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 CLIP = ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
 SPEC = ImageSpec(28, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TINY = Architecture(llama=LLAMA, clip=CLIP, select_layer=-2, projector_type="mlp2x_gelu", spec=SPEC)
+TINY = Architecture(llama=LLAMA, tower=CLIP, select_layer=-2, projector_type="mlp2x_gelu", spec=SPEC)
 SIZE = MicroBatch(rows=600, samples=6, images=3, supervised=60, longest=100)
 
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import ModelConfig, Recompute, Stage
 from fastllava.model.architecture import Architecture
-from fastllava.model.clip import ClipConfig
 from fastllava.model.execution import Execution
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
+from fastllava.model.towers import ClipConfig
 from fastllava.model.weights import load_llava
 from fastllava.train.metrics.flops import Accounting, Rows, Work, peak_flops
 
@@ -85,7 +85,7 @@ SEVEN_B_MODEL = Architecture(
         head_dim=128, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
         window=None,
     ),
-    clip=ClipConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
+    tower=ClipConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14),
     select_layer=-2,
     projector_type="mlp2x_gelu",
     spec=ImageSpec(336, 576, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),

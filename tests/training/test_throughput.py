@@ -6,8 +6,8 @@ import torch
 
 from fastllava.config import check_config
 from fastllava.data.plan import Plan, SampleLengths
-from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
+from fastllava.model.towers import ClipConfig
 from fastllava.train.metrics.flops import Accounting, Work
 from fastllava.train.metrics.throughput import Throughput, run_figures
 

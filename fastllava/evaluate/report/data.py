@@ -180,8 +180,7 @@ def _record(prepared: PreparedSet, index: int, config: Config, tokenizer: Tokeni
     row = prepared.row(index)
     picture = Picture(None)
     if row.image is not None:
-        given = prepared.manifest["image_spec"]
-        spec = ImageSpec(given["size"], given["patches"], tuple(given["mean"]), tuple(given["std"]))
+        spec = ImageSpec.read(prepared.manifest["image_spec"])
         try:
             picture = picture_of_pixels(read_sample(prepared, spec, config.data, index, 0.0).images[0])
         except BadImages as problem:

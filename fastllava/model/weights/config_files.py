@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastllava.batch import ImageSpec
 from fastllava.config import ModelConfig
 from fastllava.model.llama import Llama3Rope
 from fastllava.model.llava import Llava
 from fastllava.model.weights.configs import FAMILIES, family_of
 from fastllava.model.weights.read import Origin
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer
+from fastllava.model.weights.tower_configs import RESAMPLE
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of a LLaVA or of a loader, which say nothing about the decoder.
@@ -32,6 +34,8 @@ _TEXT = (
     "rms_norm_eps",
     "rope_theta",
 )
+_CLASSES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+"""transformers' class of a tower, by its model_type."""
 _NOT_VISION = ("architectures", "_name_or_path", "dtype", "torch_dtype", "transformers_version")
 
 
@@ -96,9 +100,9 @@ def config_files(
         "processor_config.json": {
             "processor_class": "LlavaProcessor",
             "image_token": "<image>",
-            "patch_size": model.origin.clip.patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
+            "patch_size": model.origin.tower.patch_size,
+            "num_additional_image_tokens": model.origin.tower.CLASS_ROWS,
+            "vision_feature_select_strategy": _selected(model.origin),
         },
     }
 
@@ -106,7 +110,10 @@ def config_files(
 def tower_config(model: Llava) -> dict[str, Any]:
     """config.json of the tower alone."""
     origin = model.origin
-    return {**origin.vision, **asdict(origin.clip), "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    tower = origin.tower
+    # The head that pools SigLIP's rows is not part of the model.
+    headless = {} if tower.CLASS_ROWS else {"vision_use_head": False}
+    return {**origin.vision, **asdict(tower), **headless, "architectures": [_CLASSES[tower.MODEL_TYPE]], "model_type": tower.MODEL_TYPE}
 
 
 def text_config(model: Llava) -> dict[str, Any]:
@@ -143,7 +150,7 @@ def _original_config(
         "architectures": [family.architecture],
         "model_type": family.llava,
         "mm_vision_tower": _tower_name(origin, source, home),
-        "mm_hidden_size": origin.clip.hidden_size,
+        "mm_hidden_size": origin.tower.hidden_size,
         "mm_vision_select_layer": origin.select_layer,
         "mm_vision_select_feature": "patch",
         "mm_projector_type": model.projector.projector_type,
@@ -184,11 +191,16 @@ def _hf_config(model: Llava, text: Mapping[str, Any], tokenizer: WrittenTokenize
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": origin.select_layer,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": _selected(origin),
         "tie_word_embeddings": text["tie_word_embeddings"],
         "text_config": {k: v for k, v in text.items() if k != "transformers_version"},
         "vision_config": vision,
     }
+
+
+def _selected(origin: Origin) -> str:
+    """transformers' word for what the projector sees: all rows but the first, or all."""
+    return "default" if origin.tower.CLASS_ROWS else "full"
 
 
 def _generation_config(origin: Origin, text: Mapping[str, Any], report: Callable[[str], object]) -> dict[str, Any]:
@@ -206,20 +218,38 @@ def _generation_config(origin: Origin, text: Mapping[str, Any], report: Callable
 
 
 def _preprocessor(model: Llava, image_policy: str) -> dict[str, Any]:
-    spec = model.spec
+    spec, pads = model.spec, image_policy == "pad"
+    square = {"height": spec.size, "width": spec.size}
+    if spec.crops:
+        resized = {"size": {"shortest_edge": spec.size}, "do_center_crop": True, "crop_size": square}
+    else:
+        resized = {"size": square, "do_center_crop": False}
+    # SigLIP's own pads nothing.
+    own = not spec.crops and not pads
     return {
-        "image_processor_type": "LlavaImageProcessor",
+        "image_processor_type": "SiglipImageProcessor" if own else "LlavaImageProcessor",
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
-        "do_pad": image_policy == "pad",
+        **({} if own else {"do_pad": pads}),
         "do_resize": True,
-        "size": {"shortest_edge": spec.size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": spec.size, "width": spec.size},
+        **resized,
+        "resample": RESAMPLE[spec.resample],
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(spec.mean),
         "image_std": list(spec.std),
     }
+
+
+def tower_preprocessor(spec: ImageSpec) -> dict[str, Any]:
+    """preprocessor_config.json beside a tower alone."""
+    if spec.crops:
+        resized = {"image_processor_type": "CLIPImageProcessor", "crop_size": spec.size, "size": {"shortest_edge": spec.size}}
+    else:
+        resized = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": spec.size, "width": spec.size},
+            "do_center_crop": False,
+        }
+    return {**resized, "resample": RESAMPLE[spec.resample], "image_mean": spec.mean, "image_std": spec.std}

@@ -1,18 +1,12 @@
-"""What a config.json says, in our terms: the decoder, the tower, how pixels are normalised. Refuses what is not supported."""
+"""What a config.json says, in our terms: the decoder. Refuses what is not supported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from fastllava.batch import ImageSpec
 from fastllava.errors import UserError
-from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import Llama3Rope, LlamaConfig
-from fastllava.model.weights.files import read_optional_json
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from fastllava.model.weights.fields import positive as _positive
 
 # What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config).
 _SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -151,60 +145,3 @@ def _rope(given: Mapping[str, Any], where: str) -> tuple[float, float | Llama3Ro
         original = _positive(parameters, "original_max_position_embeddings", f"{where}: rope scaling", int)
         return theta, Llama3Rope(number("factor"), number("low_freq_factor"), number("high_freq_factor"), original)
     raise UserError(f"{where}: rope scaling {kind!r} is not supported; a model with none, linear or llama3 is")
-
-
-def vision_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The vision part of a whole CLIP's config.json; any other config as it is."""
-    if config.get("model_type") != "clip":
-        return config
-    return {**(config.get("vision_config") or config.get("vision_config_dict") or {}), "model_type": "clip_vision_model"}
-
-
-def clip_config(config: Mapping[str, Any], where: str) -> ClipConfig:
-    """The tower that `config` describes: a clip_vision_model, or the vision part of a whole clip."""
-    config = vision_part(config)
-    if config.get("model_type") != "clip_vision_model":
-        kind = config.get("model_type")
-        raise UserError(f"{where}: model_type {kind!r} is no CLIP vision model; give one of type clip or clip_vision_model")
-    fields = ClipConfig.__dataclass_fields__
-    found = ClipConfig(**{name: config[name] for name in fields if config.get(name) is not None})
-    for name, field in fields.items():
-        if field.type is not str:
-            _positive({name: getattr(found, name)}, name, where, field.type)
-    if found.num_channels != 3:
-        raise UserError(f"{where}: num_channels {found.num_channels} is not supported; images are RGB")
-    if config.get("attention_dropout"):
-        raise UserError(f"{where}: attention_dropout {config['attention_dropout']} is not supported; write 0.0")
-    if found.hidden_size % found.num_attention_heads:
-        raise UserError(f"{where}: num_attention_heads {found.num_attention_heads} does not divide hidden_size {found.hidden_size}")
-    return found
-
-
-def read_preprocessor(folder: Path, key: str) -> dict[str, Any]:
-    """The image processor's fields in `folder`, from preprocessor_config.json or processor_config.json; empty when it has neither."""
-    fields = read_optional_json(folder / "preprocessor_config.json", key)
-    return fields or read_optional_json(folder / "processor_config.json", key).get("image_processor") or {}
-
-
-def image_spec(config: ClipConfig, preprocessor: Mapping[str, Any], where: str) -> ImageSpec:
-    """What the tower wants to see, with a token for each patch; mean and std are CLIP's published ones where the preprocessor is silent."""
-    crop = preprocessor.get("crop_size")
-    sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
-    if not sides <= {None, config.image_size}:
-        raise UserError(f"{where}: crop_size {crop} of the preprocessor is not the tower's image_size {config.image_size}; make them equal")
-    rescale = preprocessor.get("rescale_factor", 1 / 255)
-    if not isinstance(rescale, (int, float)) or abs(rescale - 1 / 255) > 1e-9 or preprocessor.get("do_normalize") is False:
-        raise UserError(f"{where}: the preprocessor does not scale pixels by 1/255 and normalise them; give CLIP's own")
-    mean = tuple(preprocessor.get("image_mean") or CLIP_MEAN)
-    std = tuple(preprocessor.get("image_std") or CLIP_STD)
-    if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"{where}: image_mean and image_std of the preprocessor need three numbers each")
-    return ImageSpec(config.image_size, config.patches, mean, std)
-
-
-def _positive(config: Mapping[str, Any], name: str, where: str, kind: type) -> Any:
-    value = config.get(name)
-    fits = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-    if not fits or value <= 0:  # pyright: ignore[reportOptionalOperand]
-        raise UserError(f"{where}: {name} is {value!r}; a positive {'number' if kind is float else 'whole number'} is needed")
-    return value

@@ -37,8 +37,8 @@ _HF_PROJECTORS = [
 """How names of projectors begin, ours and llava-hf's."""
 
 # transformers 4.52 and later put `model.` before llava-hf's parts and take it from the decoder, 5.3 to 5.8 leave it in both
-# places, 5.6 and later drop CLIP's `vision_model.`; files saved by any of them are about. Of a whole CLIP the text half is of
-# no use here. Whatever a trainer wrapped around a projector, base_model.model.model.mm_projector.0.weight is the same tensor.
+# places, 5.6 and later drop the tower's `vision_model.`; files saved by any of them are about. Of a whole CLIP or SigLIP the text half is
+# of no use here. Whatever a trainer wrapped around a projector, base_model.model.model.mm_projector.0.weight is the same tensor.
 _TABLES: Mapping[str, tuple[_Part, ...]] = {
     "llm": (
         _Part("llm.lm_head.", "lm_head.", r"lm_head\."),
@@ -60,15 +60,17 @@ _TABLES: Mapping[str, tuple[_Part, ...]] = {
         *(_Part(ours, theirs, rf"(model\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
         _Part("tower.vision_model.", "vision_tower.vision_model.", r"(model\.)?vision_tower\.(vision_model\.)?"),
     ),
-    "clip": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
+    "tower": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
     "projector": (
         *(_Part(ours, theirs, rf"(.*\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
         _Part("projector.", "model.mm_projector.", r"(.*\.)?mm_projector\."),
     ),
 }
-# Buffers that old files hold and that are computed, and the text half of a whole CLIP.
+# Buffers that old files hold and that are computed, and the text half of a whole CLIP or SigLIP, and the head that
+# pools the rows of a SigLIP into one.
 _IGNORED = re.compile(
-    r".*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*|(text|visual)_projection\.weight|logit_scale"
+    r".*\.rotary_emb\.inv_freq|(.*\.)?embeddings\.position_ids|text_model\..*|(text|visual)_projection\.weight"
+    r"|logit_(scale|bias)|(.*vision_tower\.)?(vision_model\.)?head\.(probe|attention\..*|layernorm\..*|mlp\..*)"
 )
 
 
@@ -87,7 +89,7 @@ def ignored(name: str) -> bool:
 
 
 def to_ours(name: str, layout: str) -> str | None:
-    """Our name of an on-disk name; None for one that this layout does not have. Layouts also: "clip", "projector"."""
+    """Our name of an on-disk name; None for one that this layout does not have. Layouts also: "tower", "projector"."""
     for part in _TABLES[layout]:
         match = re.match(part.read, name)
         if match:

@@ -18,9 +18,11 @@ from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.ops import reference_ops
 from fastllava.model.projectors import KINDS, kind_of
-from fastllava.model.weights.configs import clip_config, image_spec, image_token, llama_config, read_preprocessor, text_rows, vision_part
+from fastllava.model.towers import TowerConfig
+from fastllava.model.weights.configs import image_token, llama_config, text_rows
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
+from fastllava.model.weights.tower_configs import image_spec, read_preprocessor, tower_config, vision_part
 from fastllava_kernels.room import Sizes
 
 TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
@@ -55,7 +57,7 @@ class Origin(Architecture):
     @property
     def sizes(self) -> Sizes:
         """What decides which implementations of the ops can run it."""
-        widths = {"model.llm": self.llama.head_dim, "model.vision_tower": self.clip.hidden_size // self.clip.num_attention_heads}
+        widths = {"model.llm": self.llama.head_dim, "model.vision_tower": self.tower.hidden_size // self.tower.num_attention_heads}
         return Sizes(head_widths=widths)
 
 
@@ -70,8 +72,6 @@ def read_origin(config: ModelConfig) -> Origin:
     if layout == "hf":
         text = dict(given.get("text_config") or {})
         text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    if layout != "llm":
-        _check_recipe(config, given, layout, where)
     rows = text.get("vocab_size")
     if layout == "hf" and isinstance(rows, int):
         text["vocab_size"] = text_rows(given, rows)
@@ -82,7 +82,9 @@ def read_origin(config: ModelConfig) -> Origin:
         vision.setdefault("model_type", "clip_vision_model")
     else:
         vision, place = read_json(tower_folder / "config.json", "model.vision_tower"), f"model.vision_tower: {tower_folder}/config.json"
-    clip = clip_config(vision, place)
+    tower = tower_config(vision, place)
+    if layout != "llm":
+        _check_recipe(config, given, layout, where, tower)
     preprocessor = read_preprocessor(tower_folder, "model.vision_tower") if tower_folder else {}
     if not preprocessor and layout == "hf":
         preprocessor = read_preprocessor(folder, key)
@@ -93,7 +95,7 @@ def read_origin(config: ModelConfig) -> Origin:
     ]
     if isinstance(rows, int) and rows > llama.vocab_size:
         notes.append(f"{where}: rows {llama.vocab_size} to {rows - 1} of embedding and head are the image's and padding; they are left out")
-    spec = image_spec(clip, preprocessor, f"model.vision_tower: {tower_folder or folder}")
+    spec = image_spec(tower, preprocessor, f"model.vision_tower: {tower_folder or folder}")
     return Origin(
         layout=layout,
         text=without_code(text),
@@ -105,16 +107,16 @@ def read_origin(config: ModelConfig) -> Origin:
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
         llama=llama,
-        clip=clip,
+        tower=tower,
         projector_type=config.projector_type,
-        spec=replace(spec, patches=kind_of(config.projector_type).tokens(clip.patches)),
+        spec=replace(spec, patches=kind_of(config.projector_type).tokens(tower.patches)),
         rows=rows if isinstance(rows, int) else llama.vocab_size,
         notes=tuple(notes),
     )
 
 
 def read_image_spec(config: ModelConfig) -> ImageSpec:
-    """What the vision tower of `config` wants to see; CLIP's published mean and std where its folder has no preprocessor config."""
+    """What the vision tower of `config` wants to see; its kind's published mean and std where its folder has no preprocessor config."""
     return read_origin(config).spec
 
 
@@ -144,9 +146,9 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
             raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
     if "tower" not in parts:
         if origin.tower_folder is None:
-            raise UserError(f"model.vision_tower: is missing, and {config.llm} holds no weights of one; give the folder of its CLIP model")
+            raise UserError(f"model.vision_tower: is missing, and {config.llm} holds no weights of one; give the folder of its tower")
         files = TensorFiles(origin.tower_folder, "model.vision_tower")
-        _fill(model, {"tower"}, files, {name: to_ours(name, "clip") for name in files.names if not ignored(name)}, dtype)
+        _fill(model, {"tower"}, files, {name: to_ours(name, "tower") for name in files.names if not ignored(name)}, dtype)
     if path is not None:
         files = TensorFiles(path, "model.projector")
         _fill(model, {"projector"}, files, {name: to_ours(name, "projector") for name in files.names}, dtype)
@@ -179,14 +181,16 @@ def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) ->
         return None
     name = given.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
-        raise UserError(f"model.vision_tower: is missing, and {config.llm} names no vision tower; give the folder of a CLIP vision model")
+        raise UserError(
+            f"model.vision_tower: is missing, and {config.llm} names no vision tower; give the folder of a CLIP or SigLIP vision model"
+        )
     places = [Path(name), config.llm / "vision_tower", config.llm / name, config.llm.absolute().parent / Path(name).name]
     for place in places:
         if (place / "config.json").is_file():
             return place
     raise UserError(
         f"model.vision_tower: is missing, and the tower {name!r} of {config.llm} is in none of "
-        f"{', '.join(str(place) for place in places)}; give the folder of that CLIP model, or put it there{or_download(Path(name))}"
+        f"{', '.join(str(place) for place in places)}; give the folder of that tower, or put it there{or_download(Path(name))}"
     )
 
 
@@ -202,14 +206,15 @@ def _refuse_adapter(folder: Path) -> None:
     )
 
 
-def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str) -> None:
+def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str, tower: TowerConfig) -> None:
     """Refuse a whole LLaVA that was trained in a way this model does not compute, or with another setting than the config's."""
     if layout == "hf":
         layer, feature = given.get("vision_feature_layer", -2), given.get("vision_feature_select_strategy", "default")
-        kind = "mlp2x_gelu"
+        kind, patches = "mlp2x_gelu", ("default",) if tower.CLASS_ROWS else ("full",)
     else:
         layer, feature = given.get("mm_vision_select_layer", -2), given.get("mm_vision_select_feature", "patch")
-        kind = given.get("mm_projector_type", "linear")
+        # The successors of the original take no row away from a tower without a class row, whatever this says.
+        kind, patches = given.get("mm_projector_type", "linear"), ("patch",) if tower.CLASS_ROWS else ("patch", "cls_patch")
     if layer != config.select_layer:
         raise UserError(
             f"model.select_layer: {config.select_layer}, but {config.llm} was trained with {layer}; write model.select_layer={layer}"
@@ -219,7 +224,8 @@ def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout,
             f"model.projector_type: {config.projector_type!r}, but {config.llm} has {kind!r}; write model.projector_type={kind}"
         )
     unsupported = {
-        "the class row goes to its projector": feature not in ("default", "patch"),
+        "the class row goes to its projector": tower.CLASS_ROWS > 0 and feature not in patches,
+        f"its projector gets other rows than the {tower.NAME} tower's patches ({feature})": not tower.CLASS_ROWS and feature not in patches,
         "it has tokens around its images (mm_use_im_start_end or mm_use_im_patch_token)": any(
             given.get(name) for name in ("mm_use_im_start_end", "mm_use_im_patch_token")
         ),

@@ -19,7 +19,7 @@ from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.projectors import KINDS, Projector, kind_of
-from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, vocabulary_of
+from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, tower_preprocessor, vocabulary_of
 from fastllava.model.weights.files import dump_json
 from fastllava.model.weights.layouts import to_disk
 from fastllava.model.weights.read import TABLES
@@ -84,6 +84,8 @@ def write_checkpoint(
         raise UserError(f"--layout: hf holds {held} projectors only, this one is {projector_type}; write --layout llava")
     if layout == "llava" and not kind_of(projector_type).original:
         report(f"config.json: mm_projector_type {projector_type} is none that the original's code builds; fastllava reads it")
+    if layout == "llava" and not model.tower.config.CLASS_ROWS:
+        report(f"config.json: the original's code builds CLIP towers only, and this one is {model.tower.config.NAME}; fastllava reads it")
     values = model.state_dict() if state is None else state
     with _beside(folder, dtype.itemsize * sum(tensor.numel() for tensor in values.values())) as beside:
         tokenizer = _write_tokenizer(model, layout, beside, source, max_tokens, legacy, report)
@@ -151,9 +153,7 @@ def _write_tower(model: Llava, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     save_file({name: _on_cpu(tensor, dtype) for name, tensor in model.tower.state_dict().items()}, folder / "model.safetensors")
     dump_json(tower_config(model), folder / "config.json")
-    spec = model.spec
-    published = {"image_processor_type": "CLIPImageProcessor", "crop_size": spec.size, "size": {"shortest_edge": spec.size}}
-    dump_json({**published, "resample": 3, "image_mean": spec.mean, "image_std": spec.std}, folder / "preprocessor_config.json")
+    dump_json(tower_preprocessor(model.spec), folder / "preprocessor_config.json")
 
 
 def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -19,9 +19,9 @@ from fastllava.config import Config, Recompute, Rows, Stage
 from fastllava.data.balance import Cost
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_projector
-from fastllava.model.clip import ClipConfig
 from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import reference_ops
+from fastllava.model.towers import TowerConfig
 from fastllava.model.weights import read_origin
 
 REPEATED: Mapping[Recompute, Sequence[str]] = {
@@ -99,7 +99,7 @@ class Accounting:
     """Counts the operations of any step of one run."""
 
     llama: LlamaConfig
-    clip: ClipConfig
+    tower: TowerConfig
     blocks: int
     """Blocks of the tower that run: 23 of CLIP-L's 24 for select_layer -2."""
     projector: float
@@ -118,13 +118,13 @@ class Accounting:
         cls, architecture: Architecture, stage: Stage, recompute: Recompute = "none", last_layer: Rows = "supervised"
     ) -> "Accounting":
         """Accounts for a stage of training `architecture`."""
-        clip = architecture.clip
+        tower = architecture.tower
         with torch.device("meta"):
             projector = build_projector(architecture, reference_ops())
         return cls(
             llama=architecture.llama,
-            clip=clip,
-            blocks=architecture.select_layer % (clip.num_hidden_layers + 1),
+            tower=tower,
+            blocks=architecture.select_layer % (tower.num_hidden_layers + 1),
             projector=architecture.spec.patches * projector.operations(),
             stage=stage,
             recompute=recompute,
@@ -201,8 +201,8 @@ class Accounting:
 
     def _tower(self) -> float:
         """Forward of one image; the tower never trains."""
-        clip = self.clip
-        width, rows = clip.hidden_size, clip.patches + 1
-        embedding = 2.0 * clip.patches * width * clip.num_channels * clip.patch_size**2
-        block = 2.0 * rows * (4 * width**2 + 2 * width * clip.intermediate_size) + 4.0 * width * rows**2
+        tower = self.tower
+        width, rows = tower.hidden_size, tower.rows
+        embedding = 2.0 * tower.patches * width * tower.num_channels * tower.patch_size**2
+        block = 2.0 * rows * (4 * width**2 + 2 * width * tower.intermediate_size) + 4.0 * width * rows**2
         return embedding + self.blocks * block
