@@ -16,6 +16,9 @@ TESTS = (
     "tests/model/test_write_hf.py",
     "tests/model/test_oracle.py",
     "tests/training/test_families.py",
+    "tests/training/test_towers.py",
+    "tests/model/test_towers.py",
+    "tests/data/test_tower_pixels.py",
 )
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 MOVES = {"transformers", "tokenizers", "huggingface-hub", "fastllava"}
