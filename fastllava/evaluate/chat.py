@@ -136,7 +136,7 @@ def chat(
         raise UserError(f"--temperature: {temperature} is no temperature; write 0, or a number such as 0.2")
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if not interactive and (missing := [path for path in images if not path.is_file()]):
-        raise UserError(f"--image: there is no file {quoted(str(missing[0]))}; give the path of a picture")
+        raise UserError(f"--image: there is no file '{missing[0]}'; give the path of a picture")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     say = speaker(Console(stderr=True))

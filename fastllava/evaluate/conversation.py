@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastllava.batch import IMAGE_ID
-from fastllava.console.printable import printable, quoted
+from fastllava.console.printable import printable
 from fastllava.data.asking import Turn, ask, prompt_text
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
@@ -50,7 +50,7 @@ class Conversation:
     def show(self, path: Path | None) -> None:
         """Begin anew, about the picture at `path` or about none. Raises UserError, and leaves everything as it was."""
         if path is not None and not path.is_file():
-            raise UserError(f"there is no file {quoted(str(path))}; give the path of a picture")
+            raise UserError(f"there is no file '{path}'; give the path of a picture")
         try:
             self.pixels = load_picture(Question("", "", path, ""), self.trained)
         except BadQuestion as problem:
