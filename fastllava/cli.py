@@ -70,9 +70,11 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from fastllava.console.speaker import speaker
     from fastllava.distributed.processes import ALONE
     from fastllava.train.dataset import prepare_data
+    from fastllava.train.template import with_template
     from fastllava.train.watch.watchdog import Watchdog
 
-    say, checked = speaker(Console()), load_config(config, overrides or ())
+    say = speaker(Console())
+    checked = with_template(load_config(config, overrides or ()), say)
     with Watchdog(checked.train.watchdog_seconds, ALONE, checked.data.workers) as watch:
         _, _, prepared = prepare_data(checked, say, watch.board)
     say(f"{len(prepared):,} samples in {prepared.folder}")
@@ -124,6 +126,7 @@ def plan_command(
     from fastllava.planner.report import as_json, lines
     from fastllava.planner.sizes import write_configs
     from fastllava.train.dataset import prepare_data
+    from fastllava.train.template import with_template
 
     say, chosen = speaker(Console()), gpu_named(gpu)
     overrides = [word for word in configs if "=" in word]
@@ -136,6 +139,7 @@ def plan_command(
         for path in (word for word in configs if "=" not in word):
             config = load_config(Path(path), overrides)
             if drawn is None:
+                config = with_template(config, say)
                 _, _, lengths = prepare_data(config, say)
             else:
                 lengths = draw_like(config.stage, drawn, read_origin(config.model))

@@ -22,6 +22,7 @@ from fastllava.model.weights import load_llava
 from fastllava.train.dataset import prepare_data
 from fastllava.train.machine import check_run
 from fastllava.train.metrics.flops import Accounting
+from fastllava.train.template import with_template
 
 TRUTHS = {"fp32": torch.float32, "fp64": torch.float64}
 TEXT, JSON = "certificate.txt", "certificate.json"
@@ -46,6 +47,7 @@ def certify(
         raise UserError("certify: it runs in one process, and torchrun starts several; start it without torchrun")
     device, ops = check_run(config, ALONE)
     folder = _folder(config, out)
+    config = with_template(config, say)
     _, spec, prepared = prepare_data(config, say)
     held_out = held_out_of(len(prepared), config.eval.share, config.train.seed)
     plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost(), held_out=held_out)

@@ -134,7 +134,7 @@ class DataConfig(Section):
     records: FilePath = Field(description="LLaVA JSON: an array, or one record a line (.jsonl)")
     images: FilePath | None = Field(None, description="the folder that the records' image paths start from")
     image_policy: Literal["square", "pad"] = Field(description="square: centre crop; pad: pad to a square with the mean colour")
-    template: str = Field(description="conversation template, such as plain or v1")
+    template: str = Field(description="conversation template, such as plain or v1; auto: the one that belongs to the model")
     max_tokens: int = Field(2048, ge=2, description="a sample is cut here, counted after the image has become patches")
     shuffle: bool = Field(True, description="false: the order of the file")
     group_by_modality: bool = Field(

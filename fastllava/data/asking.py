@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from fastllava.data.conversation import IMAGE, Segment, encode_segments, literal_pattern
+from fastllava.data.conversation import IMAGE, Segment, encode_segments, literal_pattern, message
 from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
 
@@ -50,6 +50,8 @@ def asked(form: Template, turns: Sequence[Turn] | Turn) -> list[Segment]:
             parts.append(Segment(f"{form.system}###"))
         case "mpt":
             parts += [Segment("<|im_start|>", mark=True), Segment(f"system\n{form.system}"), Segment("<|im_end|>", mark=True)]
+        case "turns" if form.system:
+            parts += message(form, "system", [Segment(form.system)])
     for number, turn in enumerate(turns):
         parts += _turn(form, number, turn)
     return parts
@@ -77,6 +79,11 @@ def _turn(form: Template, number: int, turn: Turn) -> list[Segment]:
             system = f"<<SYS>>\n{form.system}\n<</SYS>>\n\n" if form.system and number == 0 else ""
             asking = [*begin, Segment(f"[INST] {system}"), *question, Segment(" [/INST]")]
             return asking if answer is None else [*asking, Segment(f" {answer} "), Segment("</s>", mark=True)]
+        case "turns":
+            asking = message(form, form.human, [*shown, Segment(turn.question.strip() if form.trims else turn.question)])
+            if answer is None:
+                return [*asking, *message(form, form.gpt, None, last=True)]
+            return [*asking, *message(form, form.gpt, [Segment(answer.strip() if form.trims else answer)])]
         case _:
             return [*question, Segment("\n" if shown or turn.question else ""), *([] if answer is None else [Segment(f"{answer}\n")])]
 

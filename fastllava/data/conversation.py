@@ -5,6 +5,7 @@ original finds them again by splitting and re-tokenizing the finished text (llav
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -73,6 +74,7 @@ def prompt(form: Template | str, question: str, has_image: bool, tokenizer: Toke
     Whatever the question spells is text.
     """
     form = template(form) if isinstance(form, str) else form
+    question = question.strip() if form.trims else question
     text = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip() if has_image else question
     opened = [*_opening(form), *_round(form, 0, _with_image(text, form) if has_image else [Segment(text)], None)]
     if form.style == "plain":
@@ -83,9 +85,11 @@ def prompt(form: Template | str, question: str, has_image: bool, tokenizer: Toke
 def segments(record: Record, form: Template, literals: frozenset[str] = frozenset()) -> list[Segment]:
     """The record written out in `form`. Raises BadRecord; `literals`: what no text may spell."""
     turns = record.turns
-    if form.style in ("v1", "llama_2", "mpt") and turns and turns[0][0] == "gpt":
+    if form.style in ("v1", "llama_2", "mpt", "turns") and turns and turns[0][0] == "gpt":
         # The original leaves out an answer that comes before the first question.
         turns = turns[1:]
+    if form.trims:
+        turns = [(role, text.strip()) for role, text in turns]
     first = len(record.turns) - len(turns)
     _check_turns(turns, form)
     _check_learned(record, turns, form)
@@ -107,7 +111,7 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
         return [*parts, Segment("### ", True)]
     for number in range(0, len(turns), 2):
         _check_separator(form, turns[number][1], turns[number + 1][1])
-        both = _round(form, number // 2, written[number][1], written[number + 1][1])
+        both = _round(form, number // 2, written[number][1], written[number + 1][1], number + 2 == len(turns))
         parts += _unlearned(both) if number + 1 + first in record.left_out else both
     return parts
 
@@ -116,16 +120,19 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
     """Ids of the segments in order, after <s> where the tokenizer begins texts with it.
 
     Text between two marks is tokenized as one, and after the image like the start of a text (`tokenizer_image_token`
-    of the original, llava/mm_utils.py). A mark that the tokenizer has no token for is text.
+    of the original, llava/mm_utils.py). A mark that the tokenizer has no token for is text. Where a control token takes the
+    blanks behind it along, as Phi-3's do, they become no token.
     """
     ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ranges: list[tuple[int, int]] = []
-    continues = False
+    continues = bare = False
     texts: list[str] = []
     supervised: list[bool] = []
 
     def flush() -> None:
-        if texts:
+        if bare:
+            _strip_front(texts)
+        if texts and (any(texts) or not bare):
             new, counts = tokenizer.encode_parts(texts, continues)
             begin = len(ids)
             ids.extend(new)
@@ -133,8 +140,8 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
                 if yes:
                     _extend(ranges, begin, begin + count)
                 begin += count
-            texts.clear()
-            supervised.clear()
+        texts.clear()
+        supervised.clear()
 
     for part in parts:
         token = None
@@ -146,6 +153,7 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
             if part.supervised:
                 _extend(ranges, len(ids) - 1, len(ids))
             continues = token != IMAGE_ID
+            bare = continues and part.text in tokenizer.swallowing
         elif supervised and supervised[-1] == part.supervised:
             texts[-1] += part.text
         else:
@@ -153,6 +161,14 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer) -> Encoded:
             supervised.append(part.supervised)
     flush()
     return Encoded(ids, ranges, len(ids))
+
+
+def _strip_front(texts: list[str]) -> None:
+    """Takes away the blanks that the joined texts begin with."""
+    for at, text in enumerate(texts):
+        texts[at] = text.lstrip()
+        if texts[at]:
+            return
 
 
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
@@ -169,11 +185,25 @@ def _opening(form: Template) -> list[Segment]:
             return [Segment(f"{form.system}\n\n")]
         case "mpt":
             return [Segment("<|im_start|>", mark=True), Segment(f"system\n{form.system}"), Segment("<|im_end|>", mark=True)]
+        case "turns" if form.system:
+            return message(form, "system", [Segment(form.system)])
     return []
 
 
-def _round(form: Template, number: int, question: list[Segment], answer: list[Segment] | None) -> list[Segment]:
-    """A question and its answer; `answer` None leaves it open."""
+def message(form: Template, role: str, text: list[Segment] | None, last: bool = False, learned: bool = False) -> list[Segment]:
+    """A message of style turns; `text` None leaves it open.
+
+    `last`: it is the conversation's last answer; `learned`: its end is supervised.
+    """
+    head = form.head.format(role=role) + (form.unthinking if last else "")
+    opened = [Segment(part, mark=part in form.marks) for part in re.split(f"({_any_of(form.marks)})", head) if part]
+    return (
+        opened if text is None else [*opened, *text, Segment(form.end, learned, mark=True), *([Segment(form.after)] if form.after else [])]
+    )
+
+
+def _round(form: Template, number: int, question: list[Segment], answer: list[Segment] | None, last: bool = True) -> list[Segment]:
+    """A question and its answer, the conversation's `last` or not; `answer` None leaves it open."""
     close: list[Segment] = []
     match form.style:
         case "v1":
@@ -191,6 +221,8 @@ def _round(form: Template, number: int, question: list[Segment], answer: list[Se
             start = Segment("<|im_start|>", mark=True)
             ask = [start, Segment(f"{form.human}\n"), *question, Segment("<|im_end|>", mark=True), start, Segment(f"{form.gpt}\n")]
             close = [Segment("<|im_end|>", True, mark=True)]
+        case "turns":
+            return [*message(form, form.human, question), *message(form, form.gpt, answer, last, learned=True)]
         case _:
             ask = [*_turn_v0(form, "human", question), Segment(f"### {form.gpt}:")]
     return ask if answer is None else [*ask, *answer, *close]
@@ -279,4 +311,8 @@ def _check_separator(form: Template, question: str, answer: str) -> None:
 @lru_cache
 def literal_pattern(literals: frozenset[str]) -> re.Pattern[str]:
     """Finds any of the literals; where there are none, nothing."""
-    return re.compile("|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True)) or r"(?!)")
+    return re.compile(_any_of(literals) or r"(?!)")
+
+
+def _any_of(literals: Iterable[str]) -> str:
+    return "|".join(re.escape(literal) for literal in sorted(literals, key=len, reverse=True))

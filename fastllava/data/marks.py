@@ -21,6 +21,11 @@ def check_marks(form: Template, tokenizer: Tokenizer) -> None:
     raise UserError(f"data.template: {wrong}; write one that fits ({fitting}), or {remedy}")
 
 
+def fits(form: Template, tokenizer: Tokenizer) -> bool:
+    """Whether each mark of `form` is one token."""
+    return not _missing(form, tokenizer)
+
+
 def mark_ids(form: Template, tokenizer: Tokenizer) -> dict[str, int]:
     """The marks of `form` and of the beginning of a text, with their ids."""
     ids = {"<s>": tokenizer.bos_id, **{mark: tokenizer.control(mark) for mark in form.marks}}

@@ -1,12 +1,14 @@
-"""The conversation templates of the original, by its names (llava/conversation.py, conv_templates)."""
+"""The conversation templates: the original's, by its names (llava/conversation.py, conv_templates), and those of newer language models."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastllava.errors import UserError
 
-Style = Literal["plain", "v0", "v1", "llama_2", "mpt"]
-"""How turns are written and masked: the original's preprocess_plain, preprocess, preprocess_v1, _llama_2, _mpt (llava/train/train.py)."""
+Style = Literal["plain", "v0", "v1", "llama_2", "mpt", "turns"]
+"""How turns are written and masked: the original's preprocess_plain, preprocess, preprocess_v1, _llama_2, _mpt (llava/train/train.py);
+turns: as the language model itself was taught, of an answer its text and the mark that ends it supervised."""
 
 _CURIOUS = (
     "A chat between a curious {one} and an artificial intelligence assistant. "
@@ -33,6 +35,7 @@ _LLAMA_2 = (
     "If you don't know the answer to a question, please don't share false information."
 )
 _MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_QWEN_2_5 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # FastChat's example for its first Vicuna, which knew no conversations otherwise; a prompt that is to be equal needs every word of it.
 _EXAMPLE = (
     "What are the key differences between renewable and non-renewable energy sources?",
@@ -58,7 +61,9 @@ _SEPARATORS: dict[Style, frozenset[str]] = {
     "v1": frozenset({"</s>"}),
     "llama_2": frozenset({"</s>"}),
     "mpt": frozenset({"<|im_end|>", "<|im_start|>"}),
+    "turns": frozenset(),
 }
+_MARK = re.compile(r"<[^<>\s]+>")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,18 @@ class Template:
     """Write the image as <Image> image </Image>; in training alone."""
     example: tuple[str, str] | None = None
     """A question and its answer that stand before what is asked; in training they do not."""
+    head: str = ""
+    """turns alone, as are those below: what opens a message of {role}."""
+    end: str = ""
+    """The mark that ends a message."""
+    after: str = ""
+    """What stands behind it."""
+    unthinking: str = ""
+    """What opens the last answer of a conversation, unsupervised: a thought without a word, of a model that thinks."""
+    trims: bool = False
+    """Messages are written without the blanks at their ends."""
+    takes_system: bool = True
+    """Whether a message may be the system's."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -89,11 +106,17 @@ class Template:
                 return ("</s>",)
             case "llama_2":
                 return (self.begin, "</s>") if self.begin else ("</s>",)
+            case "turns":
+                roles = [*(["system"] if self.system else []), self.human, self.gpt]
+                opened = "".join(self.head.format(role=role) for role in roles) + self.unthinking
+                return (*dict.fromkeys(_MARK.findall(opened)), self.end)
         return ()
 
     @property
     def separators(self) -> frozenset[str]:
         """What the original splits the conversation at, so that a text must not hold it."""
+        if self.style == "turns":
+            return frozenset(self.marks) - set(_MARK.findall(self.unthinking))
         return _SEPARATORS[self.style]
 
 
@@ -107,6 +130,10 @@ def _v1(name: str, system: str, mmtag: bool = False) -> Template:
 
 def _chatml(name: str, system: str) -> Template:
     return Template(name, "mpt", system, "user", "assistant")
+
+
+def _turns(name: str, head: str, end: str, after: str = "", gpt: str = "assistant", **more: Any) -> Template:
+    return Template(name, "turns", human="user", gpt=gpt, head=head, end=end, after=after, **more)
 
 
 TEMPLATES: dict[str, Template] = {
@@ -128,6 +155,13 @@ TEMPLATES: dict[str, Template] = {
         _chatml("mpt", _MPT),
         _chatml("chatml_direct", "Answer the questions."),
         _chatml("mistral_direct", "Answer the questions."),
+        # As the chat templates of these models write them (tokenizer_config.json of Qwen2.5-7B-Instruct, Qwen3-8B,
+        # Meta-Llama-3-8B-Instruct, Phi-3-mini-4k-instruct, gemma-7b-it); a system text where they bring one.
+        _turns("qwen_2_5", "<|im_start|>{role}\n", "<|im_end|>", "\n", system=_QWEN_2_5),
+        _turns("qwen_3", "<|im_start|>{role}\n", "<|im_end|>", "\n", unthinking="<think>\n\n</think>\n\n"),
+        _turns("llama_3", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", trims=True),
+        _turns("phi_3", "<|{role}|>\n", "<|end|>", "\n"),
+        _turns("gemma", "<start_of_turn>{role}\n", "<end_of_turn>", "\n", gpt="model", trims=True, takes_system=False),
     )
 }
 

@@ -39,6 +39,8 @@ class Tokenizer:
         special = encoder.specials() | {text for text, token in added.items() if token.special}
         self.literals = frozenset(special | (settings.special & self._controls.keys()))
         """How the control tokens are spelled; the original would take these in a user's text for control tokens."""
+        self.swallowing = frozenset(text for text, token in settings.added.items() if token.rstrip)
+        """Control tokens that take the blanks behind them along (rstrip of transformers)."""
         self._words = Words(added, encoder.specials())
         self._word_of = self._words.spelling()
         self._hidden = {self._controls[text] for text in self.literals}

@@ -56,8 +56,8 @@ class Trained:
         origin = self.model.origin
         given = origin.generation.get("eos_token_id", origin.text.get("eos_token_id"))
         found = [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_id]
-        if self.form.style == "mpt":
-            found.append(self.tokenizer.control("<|im_end|>"))
+        if self.form.style in ("mpt", "turns"):
+            found.append(self.tokenizer.control(self.form.marks[-1]))
         return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
 
     def with_template(self, name: str) -> "Trained":

@@ -48,6 +48,8 @@ def chat_template(form: Template) -> str | None:
     `{% endgeneration %}`; roles that training has not seen, or in another order, raise.
     """
     end = _text("<|im_end|>")
+    content = f"({_CONTENT} | trim)" if form.trims else _CONTENT
+    begin, after = None, ""
     match form.style:
         case "v1":
             opening = _put("given.system", _text(" "))
@@ -61,14 +63,26 @@ def chat_template(form: Template) -> str | None:
             answer = _put(_CONTENT, end)
         case "llama_2":
             opening = ""
-            begin = _when("loop.index0", _put("bos_token")) if form.begin else ""
+            again = _when("loop.index0", _put("bos_token")) if form.begin else ""
             system = _put(_text("<<SYS>>\n"), "given.system", _text("\n<</SYS>>\n\n"))
             system = _when("given.system and not loop.index0", system)
-            ask = begin + _put(_text("[INST] ")) + system + _put(_CONTENT, _text(" [/INST]"))
+            ask = again + _put(_text("[INST] ")) + system + _put(_CONTENT, _text(" [/INST]"))
             prompt = ""
             answer = _put(_text(" "), _CONTENT, _text(" "), "eos_token")
+        case "turns":
+            tail = _text(form.end + form.after)
+            system = _put(_text(form.head.format(role="system")), "given.system", tail)
+            if not form.takes_system:
+                system = "{{ raise_exception('training has seen no system message; take it out') }}"
+            opening = _when("given.system", system)
+            ask = _put(_text(form.head.format(role=form.human)), content, tail)
+            head = _text(form.head.format(role=form.gpt))
+            prompt = _put(head, _text(form.unthinking)) if form.unthinking else _put(head)
+            begin = _put(head) + (_when("loop.last", _put(_text(form.unthinking))) if form.unthinking else "")
+            answer, after = _put(content, _text(form.end)), _put(_text(form.after)) if form.after else ""
         case _:
             return None
+    begin = prompt if begin is None else begin
     mark = "<Image><image></Image>\n" if form.mmtag else "<image>\n"
     return (
         _MACRO.replace("MARK", _text(mark))
@@ -78,7 +92,7 @@ def chat_template(form: Template) -> str | None:
         + _CHECKS
         + _when("message['role'] == 'user'", ask)
         # Without dashes, as some tools look for these very words.
-        + _when("message['role'] == 'assistant'", prompt + "{% generation %}" + answer + "{% endgeneration %}")
+        + _when("message['role'] == 'assistant'", begin + "{% generation %}" + answer + "{% endgeneration %}" + after)
         + "{%- endfor -%}"
         + _when("add_generation_prompt", prompt)
     )

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +32,7 @@ from fastllava.train.saver import Saver
 from fastllava.train.setup import Context, Setup, find_data, find_start, make_ready, output_locked
 from fastllava.train.state import set_aside
 from fastllava.train.step import train_step
+from fastllava.train.template import with_template
 from fastllava.train.watch.standstill import Phase
 from fastllava.train.watch.watchdog import Watchdog
 
@@ -56,6 +57,8 @@ def run(config: Config, console: Console | None = None) -> RunResult:
         console = (console or Console()) if group.first else Console(quiet=True)
         context = Context(config, group, console, watch, began)
         with group.together():
+            config = with_template(config, context.say)
+            context = replace(context, config=config)
             device, ops = check_run(config, group)
         with output_locked(context):
             data = find_data(context)

@@ -19,7 +19,7 @@ from fastllava.export.chat_template import chat_template
 from fastllava.model.weights.tokenizer_files import find_tokenizer, write_hf
 
 EXPORTED = [name for name, form in TEMPLATES.items() if chat_template(form) is not None]
-MARKS = ["<|im_start|>", "<|im_end|>"]
+MARKS = sorted({mark for form in TEMPLATES.values() if form.style in ("mpt", "turns") for mark in form.marks})
 TEXT = ["USER: what is this? ASSISTANT: a red bus", "def f(x):\n    return x", "naïve café 東京"] * 3
 CONVERSATIONS = [
     [("human", "<image>\nWhat is this?"), ("gpt", "A red bus.")],
@@ -121,6 +121,10 @@ def test_a_system_message_replaces_the_templates_own(tokenizers_of, name):
     form, (_, theirs) = TEMPLATES[name], tokenizers_of
     question = {"role": "user", "content": "Who?"}
     render = lambda *messages: theirs.apply_chat_template(list(messages), chat_template=chat_template(form), tokenize=False)  # noqa: E731
+    if not form.takes_system:
+        with pytest.raises(Exception, match="training has seen no system message; take it out"):
+            render({"role": "system", "content": "It's short."}, question)
+        return
     text = render({"role": "system", "content": "It's short."}, question)
     assert text == render({"role": "system", "content": [{"type": "text", "text": "It's short."}]}, question)
     assert text.count("It's short.") == 1

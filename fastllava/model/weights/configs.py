@@ -22,6 +22,8 @@ class Family:
     """The model_type of a whole LLaVA of it in the original's layout, as the original and its successors spell it."""
     architecture: str
     """Its class there."""
+    templates: tuple[str, ...]
+    """The conversation templates of such models; `data.template: auto` takes the first that fits the tokenizer."""
     also: tuple[str, ...] = ()
     """Other names of it that files have."""
 
@@ -31,17 +33,20 @@ FAMILIES: Mapping[str, Family] = {
         {**_SHARED, "vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
         "llava_llama",
         "LlavaLlamaForCausalLM",
+        ("llama_3", "v1"),
         also=("llava",),
     ),
     "mistral": Family(
         {**_SHARED, "vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
         "llava_mistral",
         "LlavaMistralForCausalLM",
+        ("mistral_instruct",),
     ),
     "qwen2": Family(
         {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
         "llava_qwen",
         "LlavaQwenForCausalLM",
+        ("qwen_2_5",),
         # Runs of the first versions of this project wrote this.
         also=("llava_qwen2",),
     ),
@@ -49,6 +54,7 @@ FAMILIES: Mapping[str, Family] = {
         {**_SHARED, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
         "llava_qwen3",
         "LlavaQwen3ForCausalLM",
+        ("qwen_3",),
     ),
 }
 _FAMILY_OF = {name: family for family, it in FAMILIES.items() for name in (family, it.llava, *it.also)}
