@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,6 +109,18 @@ def described_all(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any
 def described(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as manifests hold them."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def ready_to_write(path: Path, key: str) -> None:
+    """Make the folder that the file `path` shall lie in, before there is work to lose. Raises UserError that names the option `key`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written ({error.strerror}); give another place, or access to this one") from None
 
 
 def write_json(path: Path, value: Any) -> None:

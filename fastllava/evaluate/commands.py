@@ -72,12 +72,14 @@ def score(
 ) -> None:
     """Score stored answers to a benchmark by its official rules."""
     from fastllava.console.speaker import speaker
-    from fastllava.disk import write_json
+    from fastllava.disk import ready_to_write, write_json
     from fastllava.evaluate.benchmarks import benchmark as named
     from fastllava.evaluate.score import as_json, judge_for, notes, score_file, table, upload_files
 
     chosen, console = named(benchmark), Console()
     say = speaker(console)
+    if json_file is not None:
+        ready_to_write(json_file, "--json")
     asked = judge_for(chosen, replies or (), judge, base_url, answers.with_name(f"{answers.name}.judge"), judge_runs, say)
     for path in () if upload is None else upload_files(chosen, data, answers, upload):
         say(f"wrote {path}")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastllava import __version__
 from fastllava.console.speaker import Say, speaker
-from fastllava.disk import read_json_object, write_json
+from fastllava.disk import read_json_object, ready_to_write, write_json
 from fastllava.distributed.processes import ALONE, Processes, processes
 from fastllava.errors import UserError
 from fastllava.evaluate.answers import Answers
@@ -217,8 +217,8 @@ def _picture(question: Question) -> Path | bytes | None:
 
 
 def _begin(out: Path, about: Mapping[str, Any]) -> None:
-    """Raises UserError when `out` holds the scores of another model."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Raises UserError when `out` cannot be written, or holds the scores of another model."""
+    ready_to_write(out / SCORES, "--out")
     for key, value in _held(out).items():
         if key != "benchmarks" and key in about and about[key] != value:
             raise UserError(f"--out: {out} holds scores with {key} {value!r}, and this is {about[key]!r}; give another folder")

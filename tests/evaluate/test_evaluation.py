@@ -117,6 +117,12 @@ def test_scores_json_that_is_no_json_is_named(data, tmp_path):
         run([Colours()], data, tmp_path / "out")
 
 
+def test_a_place_that_cannot_be_written_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .* cannot be written \(.*\); give another place"):
+        run([Colours()], data, tmp_path / "file")
+
+
 def test_what_is_missing_names_where_it_comes_from(tmp_path):
     with pytest.raises(Missing, match=r"colours: .* is not there; draw them"):
         Colours().questions(tmp_path)

@@ -55,6 +55,19 @@ def test_it_writes_what_a_server_takes(files, tmp_path):
     assert rows == [{"question_id": "1", "prediction": "A"}, {"question_id": "2", "prediction": "A"}]
 
 
+def test_the_folder_of_json_is_made(files, tmp_path):
+    data, answers = files
+    assert score("seed_bench", "--data", data, "--answers", answers, "--json", tmp_path / "a" / "b" / "score.json").exit_code == 0
+    assert (tmp_path / "a" / "b" / "score.json").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_scored(files, tmp_path):
+    _, answers = files
+    for place in (answers / "score.json", tmp_path):
+        with pytest.raises(UserError, match=r"--json: .* cannot be written \(.*\); give another place"):
+            score("seed_bench", "--data", tmp_path / "nowhere", "--answers", answers, "--json", place)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,6 +1,7 @@
 """What a run's folder holds, read for a report while the run may still go on: damaged lines are counted, and nothing is changed."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run whose output_dir is `folder`. Raises UserError when it holds none."""
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) and (folder.resolve().parent / RUN_CONFIG).is_file():
+        raise UserError(f"RUN: {folder} is one checkpoint of a run; give the run's folder {folder.resolve().parent}")
     names = (METRICS_FILE, RUN_CONFIG, SUMMARY_FILE)
     if not any((folder / name).is_file() for name in names):
         below = sorted(path.name for path in folder.iterdir() if (path / RUN_CONFIG).is_file()) if folder.is_dir() else []

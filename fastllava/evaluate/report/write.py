@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastllava.data.prepared_set import PreparedSet
+from fastllava.disk import ready_to_write
 from fastllava.errors import UserError
 from fastllava.evaluate.report import data, recipe, samples, training, world
 from fastllava.evaluate.report.page import Head, Section, write_page
@@ -16,12 +17,13 @@ STAGES = {"pretrain": "Stage 1, pretrain", "finetune": "Stage 2, finetune"}
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of the run in `folder`, into that folder or to the file `out`; its path. The run may still go on.
 
-    Raises UserError when the folder holds no run, OSError when the page cannot be written.
+    Raises UserError when the folder holds no run or the page cannot be written.
     """
     run = read_run(folder)
-    head, sections = page_of(run)
     if out is not None and out.is_dir():
         raise UserError(f"--out: {out} is a folder; give the name of a file, such as {out / REPORT}")
+    ready_to_write(out or folder / REPORT, "--out")
+    head, sections = page_of(run)
     return write_page(out or folder / REPORT, head, sections)
 
 

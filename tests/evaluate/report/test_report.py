@@ -240,3 +240,16 @@ def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(make_run
         write_report(tmp_path)
     with pytest.raises(UserError, match=r"--out: .* is a folder"):
         write_report(made.folder, tmp_path)
+    with pytest.raises(UserError, match=r"--out: .* cannot be written \(.*\); give another place"):
+        write_report(made.folder, made.folder / "metrics.jsonl" / "report.html")
+    assert write_report(made.folder, tmp_path / "new" / "report.html").is_file()
+
+
+def test_a_checkpoint_is_no_run(make_run: Callable[[], Made]) -> None:
+    made = make_run()
+    below = made.folder / "checkpoint-40"
+    below.mkdir(exist_ok=True)
+    (below / "run_config.json").write_bytes((made.folder / "run_config.json").read_bytes())
+    with pytest.raises(UserError, match=re.escape(f"give the run's folder {made.folder.resolve()}")):
+        write_report(below)
+    assert not (below / "report.html").exists()
