@@ -35,7 +35,7 @@ class Answers:
     def whole(self) -> Sequence[Answer]:
         """All rows. Raises UserError when the file has broken lines."""
         if self.broken:
-            others = f", and so are {len(self.broken) - 1:,} others" if len(self.broken) > 1 else ""
+            others = f" (nor are {len(self.broken) - 1:,} more)" if len(self.broken) > 1 else ""
             raise UserError(
                 f"--answers: line {self.broken[0]} of {self.path} is no answer{others}; "
                 "write a JSON object with question_id and text, or take the line out"
