@@ -207,7 +207,7 @@ def test_its_benchmark_is_one_that_users_score(tiny):
     assert result.with_options == found.figures["img_accuracy"] / 100
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_learns_to_answer(tmp_path: Path):
     result = demo(tmp_path / "out", console=quiet())
     assert result.accuracy.majority[OVERALL] <= 0.40

@@ -98,7 +98,7 @@ def test_triton_kernels_give_the_first_loss_and_gradient_norm(name, choice, gold
     assert row["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "mode"), [("finetune", "layer"), ("pretrain", "step")])
+@pytest.mark.parametrize(("name", "mode"), [("finetune", "layer"), pytest.param("pretrain", "step", marks=pytest.mark.exhaustive)])
 def test_compiled_by_inductor(name, mode, golden, tmp_path) -> None:
     train.run(check_config(config_of(name, golden, tmp_path / name, compile=mode)))
     check_equal(name, golden, tmp_path / name)
