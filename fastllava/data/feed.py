@@ -29,7 +29,8 @@ _DEATHS = 3
 """Workers that die at one sample before it is taken to be what kills them."""
 _DEATH_SECONDS = 2.0
 """A broken connection is seen before the end of the worker behind it is."""
-_CLOSE_SECONDS = 6.0
+_CLOSE_SECONDS = 1.0
+"""It takes milliseconds, or for ever."""
 _BEGIN_SECONDS = 15.0
 """For a worker to begin, which takes milliseconds; three times that is less than the watchdog waits."""
 _LOOK_SECONDS = 0.005
