@@ -59,7 +59,7 @@ def read_questions(path: Path, images: Path | None) -> list[Question]:
             raise UserError(
                 f"{where} has no {' and no '.join(missing) or 'text that is a string'}; write question_id, image and text in every line"
             )
-        if not isinstance(row["question_id"], int | str):
+        if type(row["question_id"]) not in (int, str):
             raise UserError(f"{where}: question_id is {type(row['question_id']).__name__}; write a number or a string")
         image = row.get("image")
         if image is not None and not isinstance(image, str):

@@ -58,7 +58,7 @@ def read_answers(path: Path) -> Answers:
         try:
             row = json.loads(line)
             prompt, text = row.get("prompt", ""), row["text"]
-            if not isinstance(prompt, str) or not isinstance(text, str) or not isinstance(row["question_id"], int | str):
+            if not isinstance(prompt, str) or not isinstance(text, str) or type(row["question_id"]) not in (int, str):
                 raise TypeError
             (str(row["question_id"]) + prompt + text).encode()  # half a surrogate pair can be read, but written nowhere
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

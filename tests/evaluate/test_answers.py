@@ -20,14 +20,15 @@ def test_lines_that_are_no_answer(tmp_path: Path) -> None:
         '{"question_id": 2}',
         '{"question_id": [], "text": "a"}',
         '{"question_id": 3, "text": 4}',
+        '{"question_id": true, "text": "a"}',
     ]
     lines += ['{"question_id": 5, "text": "\\ud800"}', "[" * 5000, '{"question_id": "6", "text": "b", "prompt": "p", "round_id": 1}']
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     found = read_answers(path)
-    assert [(row.line, row.id, row.prompt, row.text) for row in found.rows] == [(0, 1, "", "a"), (7, "6", "p", "b")]
+    assert [(row.line, row.id, row.prompt, row.text) for row in found.rows] == [(0, 1, "", "a"), (8, "6", "p", "b")]
     assert found.rows[1].fields["round_id"] == 1
-    assert found.broken == [3, 4, 5, 6, 7, 8]
-    with pytest.raises(UserError, match=r"line 3 of .* is no answer \(nor are 5 more\)"):
+    assert found.broken == [3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(UserError, match=r"line 3 of .* is no answer \(nor are 6 more\)"):
         found.whole()
 
 
