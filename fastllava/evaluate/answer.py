@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fastllava.console.speaker import speaker
 from fastllava.data.asking import Turn, ask
+from fastllava.disk import ready_to_write
 from fastllava.distributed.processes import ALONE, Processes, processes
 from fastllava.errors import UserError
 from fastllava.evaluate.answers_file import AnswersFile, held_answers_file, identify
@@ -128,6 +129,7 @@ def answer_file(
     if not asked:
         raise UserError(f"--questions: {questions} holds no question; write one JSON object of question_id, image and text a line")
     with processes() as group:
+        group.on_first(lambda: ready_to_write(out, "--out"))
         say = speaker(console if group.first else Console(quiet=True))
         trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
         return answer_questions(

@@ -114,6 +114,7 @@ def evaluate_checkpoint(
     if not data.is_dir():
         raise UserError(f"--data: {data} is no folder; give the one that is laid out as the original's playground/data/eval")
     with processes() as group:
+        group.on_first(lambda: ready_to_write(out / SCORES, "--out"))
         say = speaker(console if group.first else Console(quiet=True))
         trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
         about = {"checkpoint": str(checkpoint.resolve()), "model": trained.identity, "template": trained.form.name, "engine": engine}

@@ -408,6 +408,12 @@ def test_mistakes_of_the_command_line_are_one_line(tiny_llava, trained, tmp_path
         answer_file(tiny_llava, tmp_path / "q.jsonl", tmp_path / "nowhere", tmp_path / "a.jsonl", **given, console=console)
     with pytest.raises(UserError, match=r"^--questions: .* holds no question"):
         answer_file(tiny_llava, tmp_path / "q.jsonl", None, tmp_path / "a.jsonl", **given, console=console)
+    (tmp_path / "q.jsonl").write_text('{"question_id": true, "text": "What?"}')
+    with pytest.raises(UserError, match=r"question_id is bool; write a number or a string$"):
+        answer_file(tiny_llava, tmp_path / "q.jsonl", None, tmp_path / "a.jsonl", **given, console=console)
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "What?"}')
+    with pytest.raises(UserError, match=r"^--out: .* cannot be written \(Is a directory\)"):
+        answer_file(tmp_path / "read after out", tmp_path / "q.jsonl", None, tmp_path, **given, console=console)
     with pytest.raises(UserError, match=r"^--engine: no engine 'sglang'; write one of transformers, vllm$"):
         make_engine("sglang", trained, 8)
     with pytest.raises(UserError, match=r"^--batch-size: 0 is no number"):
