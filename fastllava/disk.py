@@ -1,6 +1,7 @@
 """What is written is on the disk before anything relies on it, and what is read is looked at with care."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastllava.errors import UserError
 
@@ -121,6 +122,19 @@ def ready_to_write(path: Path, key: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be written ({error.strerror}); give another place, or access to this one") from None
+
+
+def held_alone(file: IO[Any]) -> bool:
+    """Whether `file`, open for writing, is now this process's until it is closed or the process ends: False where another one has it.
+
+    Processes of other machines with the same file system count too, where that keeps locks.
+    """
+    try:
+        # lockf, not flock: child processes would inherit the latter, and hold it for seconds after this process was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,6 @@ beside it. Questions that were left out are gaps; when one of them can be answer
 this one until its turn comes again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from fastllava.disk import held_alone
 from fastllava.errors import UserError
 from fastllava.evaluate.questions import Question
 
@@ -155,11 +155,8 @@ def held_answers_file(path: Path, questions: Sequence[Question], ids: Sequence[s
     except OSError as error:
         raise UserError(f"--out: {path} cannot be written ({error.strerror}); give a file that can") from None
     with file:
-        try:
-            # lockf, not flock: child processes would inherit the latter.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"--out: another run is writing to {path}; wait for it or give another file") from None
+        if not held_alone(file):
+            raise UserError(f"--out: another run is writing to {path}; wait for it or give another file")
         yield AnswersFile(path, file, questions, ids)
 
 

@@ -1,6 +1,5 @@
 """What a judge replied, kept by request: a run that goes on after a stop pays for nothing twice."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastllava.disk import held_alone
 from fastllava.errors import UserError
 from fastllava.evaluate.judge import Reply, Request
 
@@ -45,12 +45,9 @@ class ReplyCache:
             self._file = path.open("a+b")
         except OSError as error:
             raise UserError(f"the judge's replies cannot be kept in {path} ({error.strerror}); give a folder that can be written") from None
-        try:
-            # Freed by the system when the process ends, however it does.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not held_alone(self._file):
             self._file.close()
-            raise UserError(f"another process writes the judge's replies to {path}; wait for it") from None
+            raise UserError(f"another process writes the judge's replies to {path}; wait for it")
         self._replies = self._read()
 
     def __len__(self) -> int:

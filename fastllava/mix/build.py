@@ -9,6 +9,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,7 @@ import fastllava
 from fastllava.console.printable import quoted
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.disk import described as described_file
-from fastllava.disk import sync, write_json, writing
+from fastllava.disk import held_alone, sync, write_json, writing
 from fastllava.errors import UserError
 from fastllava.mix.config import Mix
 from fastllava.mix.conversation import BadRow, Conversation, record_of
@@ -81,23 +82,36 @@ def build(mix: Mix, out: Path, working: Working) -> Built:
         if (before := _found(out, manifest)) is not None:
             working.say(f"{out} holds this mix already: the same config and the same files")
             return before
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with writing(out.parent):
-                partial.mkdir(parents=True)
-                report = _fill(mix, partial, tokenizer, manifest, working)
-                if changed := [path for path, stamp in stamps(mix).items() if stamp != before_reading[path]]:
-                    raise UserError(f"{changed[0]}: changed while it was read; start again when it is complete")
-                if out.is_dir():
-                    out.rmdir()
-                partial.rename(out)
-                sync(out.parent)
-        except BaseException:
-            # A full disk above all: what is of no use frees the space.
+        with _alone(out):
+            partial = out.with_name(f".{out.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            try:
+                with writing(out.parent):
+                    partial.mkdir()
+                    report = _fill(mix, partial, tokenizer, manifest, working)
+                    if changed := [path for path, stamp in stamps(mix).items() if stamp != before_reading[path]]:
+                        raise UserError(f"{changed[0]}: changed while it was read; start again when it is complete")
+                    if out.is_dir():
+                        out.rmdir()
+                    partial.rename(out)
+                    sync(out.parent)
+            except BaseException:
+                # A full disk above all: what is of no use frees the space.
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     return Built(out, report)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold `out` for this process. Raises UserError when another one builds there, OSError."""
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.with_name(f".{out.name}.lock").open("w")
+    with file:
+        if not held_alone(file):
+            raise UserError(f"--out: another process builds a mix in {out}; wait for it or choose another folder")
+        yield
 
 
 def mix_as_json(mix: Mix) -> dict[str, Any]:

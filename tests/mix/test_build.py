@@ -192,6 +192,19 @@ def test_a_file_that_changes_under_the_build_is_told(tmp_path, made, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
+def test_two_builds_do_not_share_a_folder(tmp_path, made):
+    path = write(tmp_path / "rows.json", [{"image": "a.png", "question": "What?", "answer": "x"}])
+    given = {"missing_images": "keep", "sources": [{"name": "s", "format": "vqa", "files": {"rows": str(path)}}]}
+    held = "import sys; from pathlib import Path; from fastllava.disk import held_alone\n"
+    held += f"file = Path({str(tmp_path / '.out.lock')!r}).open('w'); print(held_alone(file), flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        with pytest.raises(UserError, match=r"^--out: another process builds a mix in .*; wait for it or choose another folder$"):
+            made(given)
+        other.stdin.close()
+    made(given)
+
+
 def test_a_full_disk_is_called_one_in_sqlite_s_words_too(tmp_path, made, monkeypatch):
     kept = shelf.Table.__init__
 
@@ -204,7 +217,7 @@ def test_a_full_disk_is_called_one_in_sqlite_s_words_too(tmp_path, made, monkeyp
     files = {name: str(write(tmp_path / f"{name}.json", {name: rows})) for name in ("questions", "annotations")}
     with pytest.raises(OSError, match=r"No space left on device.* free in"):
         made({"sources": [{"name": "s", "format": "okvqa", "files": files}]})
-    assert not list(tmp_path.glob(".out*"))
+    assert not list(tmp_path.glob(".*partial"))
 
 
 MEASURE = """

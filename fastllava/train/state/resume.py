@@ -13,7 +13,7 @@ from typing import Any
 
 from fastllava.config import Config, as_written, same_training
 from fastllava.console.masking import masked_values
-from fastllava.disk import read_json_object
+from fastllava.disk import held_alone, read_json_object
 from fastllava.errors import UserError
 from fastllava.train.metrics.log import METRICS_FILE, read_metrics
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage
@@ -59,11 +59,8 @@ def locked(output_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"output_dir: {output_dir} cannot be written ({error.strerror}); give a folder that can") from None
     with file:
-        try:
-            # lockf, not flock: data workers would inherit the latter and hold it for seconds after this process was killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"output_dir: another run is writing to {output_dir}; wait for it or give another folder") from None
+        if not held_alone(file):
+            raise UserError(f"output_dir: another run is writing to {output_dir}; wait for it or give another folder")
         yield
 
 
