@@ -71,7 +71,7 @@ def ablate(request: Request, size: str, stage: Stage, wanted: Sequence[tuple[str
         trial = Trial()
         base.taken.clear()
         try:
-            other = request.run(size, stage, run.size.llama.num_hidden_layers, [*words, f"{key}={value}"])
+            other = request.run(size, stage, run.size.llm.num_hidden_layers, [*words, f"{key}={value}"])
             attempt(trial, device, _compare, base, trial, other, device, request.seconds)
         except UserError as error:
             trial.fail(CANNOT + first_line(error))

@@ -77,7 +77,7 @@ def plan_run(stage: Stage, size: Size, settings: Mapping[str, Any], overrides: S
     Raises UserError on keys and values that are none.
     """
     config = config_of(stage, settings, overrides)
-    samples = draw(stage, DRAWN, size.spec, size.llama.vocab_size, config.train.seed)
+    samples = draw(stage, DRAWN, size.spec, size.llm.vocab_size, config.train.seed)
     accounting = Accounting.of_model(size.origin, stage, config.train.recompute, config.train.last_layer)
     plan = Plan(samples, config.data, config.train, accounting.cost())
     if per_step is not None:
@@ -137,7 +137,7 @@ class Fastllava:
         check_compiler(mode, device)
         check_low_bit(run.config.optim, world=1)
         check_fp8(run.config, device, world=1)
-        check_fp8_widths(run.config, run.size.llama)
+        check_fp8_widths(run.config, run.size.llm)
         self.run, self.device = run, device
         ops = choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off")
         self.model = build(run.size, Execution.of(run.config, ops), device, seed)

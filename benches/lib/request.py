@@ -61,7 +61,7 @@ class Request:
         if not self.fit:
             yield self.layers
             return
-        most = layers_that_fit(lambda depth: self.run(size, stage, depth), size_named(size).llama.num_hidden_layers, self.device, extra)
+        most = layers_that_fit(lambda depth: self.run(size, stage, depth), size_named(size).llm.num_hidden_layers, self.device, extra)
         depth = min(most, self.layers or most)
         yield depth
         while depth > 1:

@@ -46,7 +46,7 @@ def setting(run: Run, size: str) -> Row:
     return {
         "stage": run.config.stage,
         "size": size,
-        "layers": run.size.llama.num_hidden_layers,
+        "layers": run.size.llm.num_hidden_layers,
         "dtype": run.config.train.precision,
         "samples_per_step": run.plan.train.global_batch,
     }

@@ -11,7 +11,7 @@ from fastllava.model.towers import TowerConfig
 class Architecture:
     """A decoder, a tower, and the projector between them."""
 
-    llama: LlamaConfig
+    llm: LlamaConfig
     tower: TowerConfig
     select_layer: int
     """The tower's hidden state that feeds the projector, as transformers counts them; -2 for LLaVA-1.5."""

@@ -22,7 +22,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     """
     graph = for_layers(execution.compile, execution.backend)
     with torch.device("meta"):
-        llm = Llama(architecture.llama, execution.ops, _product(execution), graph)
+        llm = Llama(architecture.llm, execution.ops, _product(execution), graph)
         tower = Tower(architecture.tower, execution.ops, architecture.select_layer, graph)
         projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)
@@ -32,7 +32,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
 def build_projector(architecture: Architecture, ops: Ops) -> Projector:
     """Build the projector alone, on the current default device. Raises UserError when it does not fit tower and decoder."""
     kind, tower = kind_of(architecture.projector_type), architecture.tower
-    return kind.build(architecture.projector_type, tower.hidden_size, architecture.llama.hidden_size, tower.patches, ops)
+    return kind.build(architecture.projector_type, tower.hidden_size, architecture.llm.hidden_size, tower.patches, ops)
 
 
 def rebuilt(model: Llava, execution: Execution) -> Llava:

@@ -107,7 +107,7 @@ class Samples:
 
 def draw_like(stage: Stage, count: int, origin: Origin) -> Samples:
     """`count` samples, 0 for as many as the stage's set has, for a model as its folders describe it."""
-    return draw(stage, count or SET_SIZE[stage], origin.spec, origin.llama.vocab_size)
+    return draw(stage, count or SET_SIZE[stage], origin.spec, origin.llm.vocab_size)
 
 
 def draw(stage: Stage, count: int, spec: ImageSpec, vocabulary: int, seed: int = 0) -> Samples:

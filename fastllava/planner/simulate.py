@@ -91,7 +91,7 @@ def simulate(config: Config, architecture: Architecture, ops: Ops, micro_batch: 
 
 
 def _deep(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int) -> StepCost:
-    layers = architecture.llama.num_hidden_layers
+    layers = architecture.llm.num_hidden_layers
     depths = _SHALLOW if layers > max(_SHALLOW) else (layers, layers)
     costs = {depth: _simulate(config, architecture, ops, micro_batch, accumulates, world, depth) for depth in sorted(set(depths))}
     few, more = (costs[depth] for depth in depths)
@@ -136,8 +136,8 @@ def _simulate(
     config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int
 ) -> StepCost:
     dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
-    llama = dataclasses.replace(architecture.llama, num_hidden_layers=layers)
-    model = bare_model(config, dataclasses.replace(architecture, llama=llama), ops)
+    llama = dataclasses.replace(architecture.llm, num_hidden_layers=layers)
+    model = bare_model(config, dataclasses.replace(architecture, llm=llama), ops)
     sharding = Sharding(Processes(world=world), config.parallel)
     mesh = mesh_of(sharding, device)
     with FakeTensorMode(allow_non_fake_inputs=True), Tally(sharded=world > 1) as tally:

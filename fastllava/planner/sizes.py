@@ -60,7 +60,7 @@ class Size:
     vision: Mapping[str, Any]
 
     @property
-    def llama(self) -> LlamaConfig:
+    def llm(self) -> LlamaConfig:
         """The decoder's configuration."""
         return llama_config(self.text, "sizes")
 
@@ -77,7 +77,7 @@ class Size:
     @property
     def origin(self) -> Origin:
         """What a folder with these config.json files would say."""
-        described = {"llama": self.llama, "tower": self.tower, "spec": self.spec, "text": self.text, "vision": self.vision}
+        described = {"llm": self.llm, "tower": self.tower, "spec": self.spec, "text": self.text, "vision": self.vision}
         chosen = {"select_layer": SELECT_LAYER, "projector_type": PROJECTOR, "layout": "llm"}
         absent = dict.fromkeys(("tower_folder", "mm_vision_tower", "image_token"))
         return Origin(**described, **chosen, **absent, generation={}, preprocessor={})  # pyright: ignore[reportArgumentType]

@@ -39,14 +39,14 @@ def prepare_data(config: Config, say: Say, board: Board | None = None, keep: str
     check_marks(form, tokenizer)
     # A whole LLaVA has no use for the rows of its image and pad token: no text and no template becomes those.
     used = max(tokenizer.text_size, *(index + 1 for index in mark_ids(form, tokenizer).values()), 0)
-    if tokenizer.vocab_size > max(origin.rows, origin.llama.vocab_size) or used > origin.llama.vocab_size:
+    if tokenizer.vocab_size > max(origin.rows, origin.llm.vocab_size) or used > origin.llm.vocab_size:
         last = quoted(tokenizer.piece(tokenizer.vocab_size - 1), 40)
         raise UserError(
             f"model.tokenizer: {path} has {tokenizer.vocab_size} tokens (the last is {last}), but model.llm has embeddings for "
-            f"{origin.llama.vocab_size}; give the tokenizer that belongs to model.llm"
+            f"{origin.llm.vocab_size}; give the tokenizer that belongs to model.llm"
         )
-    if origin.llama.window is not None and config.data.max_tokens > origin.llama.window:
-        window = origin.llama.window
+    if origin.llm.window is not None and config.data.max_tokens > origin.llm.window:
+        window = origin.llm.window
         raise UserError(f"data.max_tokens: {config.data.max_tokens} is more than model.llm's attention window; write at most {window}")
     return tokenizer, origin.spec, prepare(config.data, tokenizer, origin.spec, say, board, keep)
 

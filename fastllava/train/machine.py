@@ -27,7 +27,7 @@ def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     check_replicas(config.parallel, group.world)
     check_low_bit(config.optim, group.world)
     check_fp8(config, device, group.world)
-    check_fp8_widths(config, origin.llama)
+    check_fp8_widths(config, origin.llm)
     check_start(config)
     return device, ops
 

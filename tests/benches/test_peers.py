@@ -332,4 +332,4 @@ def test_fewer_layers_are_said_in_the_row() -> None:
     size = SIZES["7b"].with_layers(4)
     run = ours.plan_run("finetune", size, {"precision": "bf16"}, per_step=16)
     assert rows_of.setting(run, "7b")["layers"] == 4
-    assert dataclasses.asdict(size.llama) == dataclasses.asdict(SIZES["7b"].llama) | {"num_hidden_layers": 4}
+    assert dataclasses.asdict(size.llm) == dataclasses.asdict(SIZES["7b"].llm) | {"num_hidden_layers": 4}

@@ -165,7 +165,7 @@ def test_it_is_the_decoders_layers_alone(tiny):
 
 def test_widths_that_do_not_fit_are_named_before_weights_are_read(tiny):
     config = config_of(tiny, "rowwise")
-    llm = read_origin(config.model).llama
+    llm = read_origin(config.model).llm
     check_fp8_widths(config, llm)
     with pytest.raises(UserError, match=r"train.fp8: 'rowwise' needs multiples of 16, and intermediate_size of model.llm is 40"):
         check_fp8_widths(config, dataclasses.replace(llm, intermediate_size=40))

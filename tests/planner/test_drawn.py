@@ -77,7 +77,7 @@ def test_captions_are_short() -> None:
 def test_the_size_for_a_cpu_is_what_the_comparison_needs() -> None:
     """About 150 million parameters with a vocabulary of 32,000, and a tower of few FLOPs that gives as many patches as CLIP-L."""
     size = SIZES["150m"]
-    llama, clip = size.llama, size.tower
+    llama, clip = size.llm, size.tower
     layer = 4 * llama.hidden_size**2 + 3 * llama.hidden_size * llama.intermediate_size
     parameters = llama.num_hidden_layers * layer + 2 * llama.vocab_size * llama.hidden_size
     assert parameters == pytest.approx(150e6, rel=0.05)

@@ -31,7 +31,7 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 CLIP = ClipConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
 SPEC = ImageSpec(28, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-TINY = Architecture(llama=LLAMA, tower=CLIP, select_layer=-2, projector_type="mlp2x_gelu", spec=SPEC)
+TINY = Architecture(llm=LLAMA, tower=CLIP, select_layer=-2, projector_type="mlp2x_gelu", spec=SPEC)
 SIZE = MicroBatch(rows=600, samples=6, images=3, supervised=60, longest=100)
 
 
@@ -67,7 +67,7 @@ def real_batch() -> Batch:
 def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
     """The most bytes at once in a step of two micro-batches."""
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = build_llava(dataclasses.replace(TINY, llama=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
+    model = build_llava(dataclasses.replace(TINY, llm=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     trained = prepare_stage(model, config)
@@ -104,7 +104,7 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_bit, "_PIECE", 16384)
     config, ops = config_of("finetune", "bf16", "full", state="8bit", master="bf16"), cpu_ops(torch.bfloat16)
     shallow = dataclasses.replace(LLAMA, num_hidden_layers=2)
-    predicted = simulate(config, dataclasses.replace(TINY, llama=shallow), ops, SIZE, accumulates=True)
+    predicted = simulate(config, dataclasses.replace(TINY, llm=shallow), ops, SIZE, accumulates=True)
     assert predicted.peak == pytest.approx(measured(config, ops, shallow), rel=0.05)
     parameters = predicted.memory["gradients"] / 4
     assert predicted.memory["master weights"] == 2 * parameters
@@ -140,7 +140,7 @@ def test_eight_processes_hold_an_eighth_each() -> None:
 
 def test_the_first_of_a_size_costs_what_it_does_again() -> None:
     """DTensor works out an op of new sizes once, on whole tensors: that must not look like memory."""
-    origin = dataclasses.replace(TINY, llama=dataclasses.replace(LLAMA, hidden_size=88, head_dim=22, intermediate_size=888))
+    origin = dataclasses.replace(TINY, llm=dataclasses.replace(LLAMA, hidden_size=88, head_dim=22, intermediate_size=888))
     first, again = (
         simulate(config_of("finetune", "bf16", "none"), origin, gpu_ops({}), SIZE, accumulates=False, world=8).memory for _ in range(2)
     )

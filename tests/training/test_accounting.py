@@ -80,7 +80,7 @@ def test_within_one_percent_of_pytorch_s_counter(
 
 
 SEVEN_B_MODEL = Architecture(
-    llama=LlamaConfig(
+    llm=LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
         head_dim=128, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
         window=None,

@@ -57,7 +57,7 @@ class Origin(Architecture):
     @property
     def sizes(self) -> Sizes:
         """What decides which implementations of the ops can run it."""
-        widths = {"model.llm": self.llama.head_dim, "model.vision_tower": self.tower.hidden_size // self.tower.num_attention_heads}
+        widths = {"model.llm": self.llm.head_dim, "model.vision_tower": self.tower.hidden_size // self.tower.num_attention_heads}
         return Sizes(head_widths=widths)
 
 
@@ -106,7 +106,7 @@ def read_origin(config: ModelConfig) -> Origin:
         mm_vision_tower=given.get("mm_vision_tower"),
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
-        llama=llama,
+        llm=llama,
         tower=tower,
         projector_type=config.projector_type,
         spec=replace(spec, patches=kind_of(config.projector_type).tokens(tower.patches)),
@@ -130,7 +130,7 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
     origin, dtype = read_origin(config), execution.dtype
     files = TensorFiles(config.llm, "model.llm")
     found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
-    heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llama.tied else []
+    heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llm.tied else []
     for name in heads:
         del found[name]
     parts = {"llm"} | {str(ours).split(".")[0] for ours in found.values()} & {"tower", "projector"}
@@ -142,7 +142,7 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
     model = build_llava(origin, execution, "fresh" if source is None else str(source))
     _fill(model, parts, files, found, dtype)
     for name in heads:
-        if not torch.equal(files.one(name)[: origin.llama.vocab_size].to(dtype), model.llm.head_weight):
+        if not torch.equal(files.one(name)[: origin.llm.vocab_size].to(dtype), model.llm.head_weight):
             raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
     if "tower" not in parts:
         if origin.tower_folder is None:

@@ -98,7 +98,7 @@ class Flops:
 class Accounting:
     """Counts the operations of any step of one run."""
 
-    llama: LlamaConfig
+    llm: LlamaConfig
     tower: TowerConfig
     blocks: int
     """Blocks of the tower that run: 23 of CLIP-L's 24 for select_layer -2."""
@@ -122,7 +122,7 @@ class Accounting:
         with torch.device("meta"):
             projector = build_projector(architecture, reference_ops())
         return cls(
-            llama=architecture.llama,
+            llm=architecture.llm,
             tower=tower,
             blocks=architecture.select_layer % (tower.num_hidden_layers + 1),
             projector=architecture.spec.patches * projector.operations(),
@@ -151,7 +151,7 @@ class Accounting:
             projector=work.images * self.projector,
             decoder=passes * self._layers(work, counted, self._products()),
             attention=3 * work.pairs * self._attention(),
-            head=passes * counted * 2.0 * self.llama.hidden_size * self.llama.vocab_size,
+            head=passes * counted * 2.0 * self.llm.hidden_size * self.llm.vocab_size,
         )
 
     def forward_flops(self, work: Work) -> float:
@@ -183,9 +183,9 @@ class Accounting:
 
     def _products(self) -> dict[str, float]:
         """Forward of one row through each product of a layer."""
-        llama = self.llama
-        width, inner = llama.hidden_size, llama.intermediate_size
-        queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
+        llm = self.llm
+        width, inner = llm.hidden_size, llm.intermediate_size
+        queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
         outputs = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": inner, "up": inner, "down": inner}
         return {name: 2.0 * width * size for name, size in outputs.items()}
 
@@ -193,11 +193,11 @@ class Accounting:
         """These products of every layer, where the last one has `last_rows` of all that is no key or value."""
         keys_values = products.get("k", 0.0) + products.get("v", 0.0)
         whole = sum(products.values())
-        return work.rows * (self.llama.num_hidden_layers - 1) * whole + work.rows * keys_values + last_rows * (whole - keys_values)
+        return work.rows * (self.llm.num_hidden_layers - 1) * whole + work.rows * keys_values + last_rows * (whole - keys_values)
 
     def _attention(self) -> float:
         """Forward of one pair through all layers: a score and a share of the values, over every head's width."""
-        return 4.0 * self.llama.num_hidden_layers * self.llama.num_attention_heads * self.llama.head_dim
+        return 4.0 * self.llm.num_hidden_layers * self.llm.num_attention_heads * self.llm.head_dim
 
     def _tower(self) -> float:
         """Forward of one image; the tower never trains."""
