@@ -2,15 +2,25 @@
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from parallel_runs import start
 from PIL import Image
 from rich.console import Console
-from transformers import AutoProcessor, LlavaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from fastllava.batch import IMAGE_ID
 from fastllava.certify.run import certify
@@ -31,12 +41,31 @@ from fastllava.train.metrics.log import read_metrics
 SIDE, PATCH, PATCHES = 38, 12, 9
 """No multiple of each other, as SigLIP's 384 and 14."""
 NEW = 6
+STEPS = 40
+DECODERS = {"qwen3": {"model_type": "qwen3", "head_dim": 16}, "qwen2": {"model_type": "qwen2"}}
+"""Qwen3's heads are wider here than hidden_size / num_attention_heads."""
 
 
 @pytest.fixture(scope="module")
-def parts(world, tmp_path_factory) -> dict[str, str]:
-    """A Qwen2.5 and a SigLIP of random weights, as `model.llm` and `model.vision_tower`."""
-    root = tmp_path_factory.mktemp("parts")
+def made(world, tmp_path_factory):
+    """`made(family)`: a decoder of that family and a SigLIP, as `model.llm` and `model.vision_tower`, made once."""
+    known = {}
+
+    def parts(family):
+        if family not in known:
+            known[family] = make_parts(world, tmp_path_factory.mktemp(family), **DECODERS[family])
+        return known[family]
+
+    return parts
+
+
+@pytest.fixture(scope="module")
+def parts(made):
+    return made("qwen3")
+
+
+def make_parts(world, root, **given) -> dict[str, str]:
+    """Folders of a decoder and a SigLIP of random weights."""
     torch.manual_seed(1)
     (root / "llm").mkdir()
     # It leaves text as it is, so that it can be written as a tokenizer.json.
@@ -47,8 +76,13 @@ def parts(world, tmp_path_factory) -> dict[str, str]:
     (root / "llm" / "tokenizer_config.json").write_text(json.dumps({"legacy": False, "tokenizer_class": "LlamaTokenizer"}))
     vocab = sentencepiece.SentencePieceProcessor(model_file=str(root / "llm" / "tokenizer.model")).vocab_size()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    qwen = Qwen2Config(vocab_size=vocab, num_hidden_layers=2, num_key_value_heads=2, tie_word_embeddings=False, **sizes)
-    Qwen2ForCausalLM(qwen).save_pretrained(root / "llm")
+    options = {"vocab_size": vocab, "num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": False, **sizes, **given}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    for name, parameter in model.named_parameters():
+        # As they begin, they are ones and do nothing.
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(root / "llm")
     tower = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=3, image_size=SIDE, patch_size=PATCH, **sizes))
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -86,37 +120,11 @@ def answer(model, ids, pixels):
     return found
 
 
-@pytest.mark.parametrize("policy", ["square", "pad"])
-def test_from_captions_to_answers_that_are_transformers(trained, tmp_path, policy):
-    data = {"image_policy": policy}
-    first = trained("pretrain", "one", data=data)
-    prepared = PreparedSet.open(Path(json.loads((first.output_dir / "run_summary.json").read_text())["prepared"]))
-    assert prepared.manifest["image_spec"]["patches"] == PATCHES
-    assert prepared.manifest["image_spec"]["crops"] is False
-    second = trained("finetune", "two", model={"projector": str(first.output_dir / "mm_projector.safetensors")}, data=data)
-    assert losses(second)[-1] < losses(second)[0]
-
-    # Killed after its second step, it goes on as if nothing had been.
-    before = (second.output_dir / "model.safetensors").read_bytes()
-    (second.output_dir / "run_summary.json").unlink()
-    shutil.rmtree(second.output_dir / "checkpoint-4")
-    again = trained("finetune", "two", model={"projector": str(first.output_dir / "mm_projector.safetensors")}, data=data)
-    assert (again.output_dir / "model.safetensors").read_bytes() == before
-
-    said = []
-    export(second.output_dir, "llava", tmp_path / "a-llava", said.append)
-    assert any("the original's code builds CLIP towers only, and this one is SigLIP" in line for line in said)
-    export(second.output_dir, "hf", tmp_path / "hf", said.append)
-    assert any("loads it with no missing and no unexpected key" in line for line in said)
-    assert any("answers through generate" in line for line in said)
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert written["vision_feature_select_strategy"] == "full"
-    assert written["vision_config"]["model_type"] == "siglip_vision_model"
-    assert written["image_seq_length"] == PATCHES
-
-    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    processor = AutoProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
-    ours = load_llava(ModelConfig(llm=tmp_path / "hf"), Execution(reference_ops(), torch.float32), 0)
+def check_answers(hf, policy):
+    """Whether the whole LLaVA that was exported to the folder `hf` answers as transformers does with it, token for token."""
+    theirs = LlavaForConditionalGeneration.from_pretrained(hf).eval()
+    processor = AutoProcessor.from_pretrained(hf, use_fast=False)
+    ours = load_llava(ModelConfig(llm=hf), Execution(reference_ops(), torch.float32), 0)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 71, 3)).astype(np.uint8))
     pixels = tower_pixels(picture, policy, ours.spec)
     inputs = processor(text="USER: <image>\nWhich colour? ASSISTANT:", images=picture, return_tensors="pt")
@@ -134,12 +142,75 @@ def test_from_captions_to_answers_that_are_transformers(trained, tmp_path, polic
     assert theirs.generation_config.eos_token_id not in found
     assert found == expected.tolist()
 
+
+@pytest.mark.parametrize(("family", "policy"), [("qwen3", "pad"), ("qwen2", "square")])
+def test_from_captions_to_answers_that_are_transformers(trained, made, tmp_path, family, policy):
+    data, parts = {"image_policy": policy}, made(family)
+    first = trained("pretrain", "one", model=parts, data=data)
+    prepared = PreparedSet.open(Path(json.loads((first.output_dir / "run_summary.json").read_text())["prepared"]))
+    assert prepared.manifest["image_spec"]["patches"] == PATCHES
+    assert prepared.manifest["image_spec"]["crops"] is False
+    second = trained("finetune", "two", model={**parts, "projector": str(first.output_dir / "mm_projector.safetensors")}, data=data)
+    assert losses(second)[-1] < losses(second)[0]
+
+    # Killed after its second step, it goes on as if nothing had been.
+    before = (second.output_dir / "model.safetensors").read_bytes()
+    (second.output_dir / "run_summary.json").unlink()
+    shutil.rmtree(second.output_dir / "checkpoint-4")
+    again = trained("finetune", "two", model={**parts, "projector": str(first.output_dir / "mm_projector.safetensors")}, data=data)
+    assert (again.output_dir / "model.safetensors").read_bytes() == before
+
+    said = []
+    export(second.output_dir, "llava", tmp_path / "a-llava", said.append)
+    assert any("the original's code builds CLIP towers only, and this one is SigLIP" in line for line in said)
+    export(second.output_dir, "hf", tmp_path / "hf", said.append)
+    assert any("loads it with no missing and no unexpected key" in line for line in said)
+    assert any("answers through generate" in line for line in said)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["vision_feature_select_strategy"] == "full"
+    assert written["vision_config"]["model_type"] == "siglip_vision_model"
+    assert written["image_seq_length"] == PATCHES
+
+    check_answers(tmp_path / "hf", policy)
+
     # What was exported trains on, from either layout, with the same loss.
     starts = [second.output_dir, tmp_path / "a-llava", tmp_path / "hf"]
     model = {"projector": None, "vision_tower": None}
     started = {losses(trained("finetune", f"on-{i}", model={**model, "llm": str(start)}, data=data, train={"max_steps": 1}))[0]
                for i, start in enumerate(starts)}  # fmt: skip
     assert len(started) == 1
+
+
+@pytest.mark.exhaustive
+def test_killed_in_both_stages_it_ends_with_the_same_bits_and_answers(settings, parts, tmp_path):
+    def values(stage, folder, projector):
+        train = {"max_steps": STEPS, "checkpoint_steps": 3, "seed": 3}
+        model, data = {**parts, "projector": projector}, {"image_policy": "pad", "workers": 1}
+        return settings(stage, output_dir=str(tmp_path / folder / stage), model=model, data=data, train=train, optim={"warmup_ratio": 0.0})
+
+    ends = {}
+    for folder in ("killed", "unbroken"):
+        projector = "fresh"
+        for stage in ("pretrain", "finetune"):
+            given, out = values(stage, folder, projector), tmp_path / folder / stage
+            for taken in (4, 11) if folder == "killed" else ():
+                process = start(given, tmp_path / "said")
+                while len(read_metrics(out)) <= taken:
+                    assert process.is_alive(), (tmp_path / "said").read_text()
+                    time.sleep(0.002)
+                process.kill()
+                process.join()
+                assert process.exitcode == -signal.SIGKILL, "it was still training"
+            run(check_config(given), Console(quiet=True))
+            rows = [{key: row[key] for key in ("step", "loss", "grad_norm", "tokens")} for row in read_metrics(out)]
+            assert len(rows) == STEPS
+            (weights,) = out.glob("mm_projector.safetensors" if stage == "pretrain" else "model.safetensors")
+            ends[folder, stage] = (rows, weights.read_bytes())
+            projector = str(out / "mm_projector.safetensors")
+    for stage in ("pretrain", "finetune"):
+        assert ends["killed", stage] == ends["unbroken", stage]
+    export(tmp_path / "killed" / "finetune", "hf", tmp_path / "hf", lambda line: None)
+    check_answers(tmp_path / "hf", "pad")
 
 
 def test_its_certificate_holds(settings, parts):
