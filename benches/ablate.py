@@ -18,6 +18,7 @@ from benches.lib.world import world
 from fastllava.config import Config, Stage, value_of
 from fastllava.config.toggles import kernel_toggles, levers, train_toggles
 from fastllava.errors import UserError
+from fastllava.train.deterministic import allow_deterministic
 
 ALONE = "train.micro_batch_tokens=1"
 """Every sample a micro-batch of its own: no packing, and no padding."""
@@ -41,6 +42,7 @@ def bench(request: Request, sheet: Sheet, toggles: Sequence[str] = ()) -> list[R
     Raises UserError on unknown names and keys.
     """
     request.check()
+    allow_deterministic()
     known = sorted({key for key, _ in choices(request.device)} | {lever.key for lever in levers()})
     for key in toggles:
         if key not in known:

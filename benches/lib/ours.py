@@ -27,6 +27,7 @@ from fastllava.optim.low_bit import check_low_bit
 from fastllava.planner.drawn import CAP, Samples, draw
 from fastllava.planner.sizes import Size
 from fastllava.train import train_step
+from fastllava.train.deterministic import is_asked_for, set_deterministic
 from fastllava.train.machine import check_fp8, check_fp8_widths, set_tf32
 from fastllava.train.metrics.flops import Accounting, Flops, Work
 from fastllava.train.metrics.log import DeviceScalars
@@ -139,7 +140,8 @@ class Fastllava:
         check_fp8(run.config, device, world=1)
         check_fp8_widths(run.config, run.size.llm)
         self.run, self.device = run, device
-        ops = choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off")
+        set_deterministic(run.config)
+        ops = choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off", repeats=is_asked_for(run.config))
         self.model = build(run.size, Execution.of(run.config, ops), device, seed)
         self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)
         self.optimizer = build_optimizer(self.trained.items(), run.config.optim, run.config.train.seed)
@@ -155,6 +157,7 @@ class Fastllava:
     def step(self, batches: Sequence[Batch], judged: bool = True) -> DeviceScalars:
         """One optimizer step: its loss and the norm of its gradient, which the trainer takes anyway, then what else it reads."""
         set_tf32(self.run.config)
+        set_deterministic(self.run.config)
         return train_step(self.model, self.optimizer, self.guard, batches, self.device, self.run.config.optim.max_grad_norm)
 
     def hardware_flops(self, step: Step) -> Flops:

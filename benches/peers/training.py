@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benches.lib.ours import Fastllava, Run, tensor_bytes
 from fastllava.data.loader import Sample
 from fastllava.data.plan import Step
+from fastllava.train.deterministic import set_deterministic
 from fastllava.train.machine import set_tf32
 from fastllava.train.metrics.flops import Accounting, Flops, Work
 from fastllava.train.metrics.log import DeviceScalars
@@ -87,6 +88,7 @@ class Peer(ABC):
 
     def _step(self, batches: Sequence[Tensors], judged: bool) -> DeviceScalars:
         set_tf32(self.run.config)
+        set_deterministic(self.run.config)
         loss = norm = torch.zeros((), device=self.device)
         supervised = sum(batch["supervised"] for batch in batches)
         for batch in batches:

@@ -88,6 +88,12 @@ def _as_count_or_path(value: Any) -> int | Path | None:
     return value
 
 
+def _as_truth_or_word(value: Any) -> Any:
+    if isinstance(value, bool | str):
+        return value
+    raise ValueError(f"{in_yaml(value)} is none of auto, true and false")
+
+
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SAME_TRAINING = "same training"
@@ -95,6 +101,7 @@ SAME_TRAINING = "same training"
 LEVER = "lever"
 """Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
 Compile = Literal["off", "layer", "step"]
+Deterministic = Literal["auto", True, False]
 Fp8 = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
@@ -211,6 +218,12 @@ class TrainConfig(Section):
     )
     tf32: Annotated[bool, SAME_TRAINING] = Field(
         False, description="true: matrix products in fp32 may take TF32, which keeps 10 bits of each factor; those in bf16 are as they are"
+    )
+    deterministic: Annotated[Deterministic, BeforeValidator(_as_truth_or_word), SAME_TRAINING] = Field(
+        "auto",
+        description="true: every op adds in one order, so that a run that is killed and resumed is bit for bit the unbroken one; auto and "
+        "false: a GPU adds in any order where that is faster, which is in attention's backward, and a resumed run equals the unbroken one "
+        "up to rounding; on a CPU it is bit for bit in any case",
     )
     fp8: Annotated[Fp8, LEVER] = Field(
         "off",

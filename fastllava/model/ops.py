@@ -37,15 +37,23 @@ class Ops:
 
 
 def choose_ops(
-    kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None
+    kernels: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    sizes: Sizes | None = None,
+    repeats: bool = False,
 ) -> Ops:
     """The implementations that `kernels` (room -> name or "auto"; a room left out is "auto") gives on this device and dtype.
 
-    `compiled`: they become part of graphs of torch.compile; `sizes`: of the model (`Origin.sizes`), which "auto" then heeds.
+    `compiled`: they become part of graphs of torch.compile; `sizes`: of the model (`Origin.sizes`), which "auto" then heeds;
+    `repeats`: only those that give the same bits for the same input.
     Raises UserError when one that was asked for by name cannot run here.
     """
     try:
-        return Ops({name: choose(room, kernels.get(name, "auto"), device, dtype, compiled, sizes) for name, room in rooms().items()})
+        return Ops(
+            {name: choose(room, kernels.get(name, "auto"), device, dtype, compiled, sizes, repeats) for name, room in rooms().items()}
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 

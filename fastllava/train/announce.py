@@ -12,6 +12,7 @@ from fastllava.distributed.sharding import Sharding, sharding_in_words
 from fastllava.model.llava import Llava
 from fastllava.model.projectors import kind_of
 from fastllava.optim import lr_factor
+from fastllava.train.deterministic import deterministic_in_words
 from fastllava.train.metrics.flops import peak_of
 from fastllava_kernels import rooms
 from fastllava_kernels.room import SEPARATE
@@ -60,6 +61,7 @@ def announce(
     if lr_factor(plan.n_steps - 1, plan.n_steps, optim) == 0.0 and plan.n_steps == 1:
         say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")
     say(f"compile: {train.compile}; tf32: {'on' if train.tf32 else 'off'}; kernels: {_kernels_in_words(model)}")
+    say(deterministic_in_words(config, device, plan.world))
     if plan.world > 1:
         say(sharding_in_words(model, sharding))
 

@@ -12,6 +12,7 @@ from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import read_origin
 from fastllava.optim.low_bit import check_low_bit
+from fastllava.train.deterministic import check_repeats, is_asked_for, set_deterministic
 from fastllava.train.metrics.backends import check_backends
 from fastllava.train.stages import check_start
 
@@ -20,8 +21,10 @@ def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     """The device and the kernels, once all is there that can be looked for before data and weights are read."""
     device, mode = choose_device(config, group.local_rank), config.train.compile
     dtype, origin = COMPUTE_DTYPE[config.train.precision], read_origin(config.model)
-    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=origin.sizes)
+    ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=origin.sizes, repeats=is_asked_for(config))
     set_tf32(config)
+    set_deterministic(config)
+    check_repeats(config, device, ops, origin.llm.head_dim)
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)

@@ -46,17 +46,24 @@ def fits_any(sizes: Sizes) -> str | None:
     return None
 
 
+def ordered(device: torch.device) -> str | None:
+    """The `unordered` of an implementation that adds in one order wherever PyTorch asks for deterministic algorithms: None everywhere."""
+    return None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
 
     `function` has the signature of the room's reference. `unsupported(device, dtype)` is the reason why it cannot run
-    there, in words for the user, or None; `unfit(sizes)` the reason why it cannot run that model.
+    there, in words for the user, or None; `unfit(sizes)` the reason why it cannot run that model; `unordered(device)` the
+    reason why it gives other bits the next time, although `torch.use_deterministic_algorithms` is on.
     """
 
     function: Callable[..., Any]
     unsupported: Callable[[torch.device, torch.dtype], str | None] = runs_anywhere
     unfit: Callable[[Sizes], str | None] = fits_any
+    unordered: Callable[[torch.device], str | None] = ordered
     untraceable: str | None = None
     """Why torch.compile cannot take it into one graph, in words for the user; None when it can."""
     interpretable: bool = False
@@ -151,29 +158,50 @@ def rooms() -> Mapping[str, Room]:
     return dict(sorted(found.items()))
 
 
-def choose(room: Room, wanted: str, device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None) -> str:
+def choose(
+    room: Room,
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    sizes: Sizes | None = None,
+    repeats: bool = False,
+) -> str:
     """The name of the implementation that runs: `wanted`, or for "auto" the first that can; "separate" where the room has parts.
 
-    `compiled`: it becomes part of a graph of torch.compile; `sizes`: those of the model that it is to run. Raises ValueError in
-    words for the user when `wanted` is no implementation or cannot run: there is no silent fallback.
+    `compiled`: it becomes part of a graph of torch.compile; `sizes`: those of the model that it is to run; `repeats`: it must give
+    the same bits for the same input. Raises ValueError in words for the user when `wanted` is no implementation or cannot run:
+    there is no silent fallback.
     """
     names = list(room.implementations)
     if wanted == "auto":
-        able = (n for n in names if why_not(room, n, device, dtype, compiled, sizes) is None)
+        able = (n for n in names if why_not(room, n, device, dtype, compiled, sizes, repeats) is None)
         return next(n for n in able if device.type in room.implementations[n].auto_on)
     if wanted == SEPARATE and room.parts:
         return wanted
     if wanted not in room.implementations:
         raise ValueError(f"kernels.{room.name}: no implementation '{wanted}'; write one of {', '.join(room.values)}")
-    reason = why_not(room, wanted, device, dtype, compiled, sizes)
+    reason = why_not(room, wanted, device, dtype, compiled, sizes, repeats)
     if reason is not None:
         raise ValueError(f"kernels.{room.name}: '{wanted}' cannot run here ({reason}); write kernels.{room.name}=auto")
     return wanted
 
 
 def why_not(
-    room: Room, name: str, device: torch.device, dtype: torch.dtype, compiled: bool = False, sizes: Sizes | None = None
+    room: Room,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    sizes: Sizes | None = None,
+    repeats: bool = False,
 ) -> str | None:
-    """Why implementation `name` cannot run on `device` in `dtype`, within a graph, or a model of these sizes; or None."""
+    """Why implementation `name` cannot run on `device` in `dtype`, in a graph, a model of these sizes, or to the same bits; or None."""
     one = room.implementations[name]
-    return one.unsupported(device, dtype) or (one.untraceable if compiled else None) or (one.unfit(sizes) if sizes else None)
+    reasons = (
+        lambda: one.unsupported(device, dtype),
+        lambda: one.untraceable if compiled else None,
+        lambda: one.unfit(sizes) if sizes else None,
+        lambda: one.unordered(device) if repeats else None,
+    )
+    return next((reason for ask in reasons if (reason := ask()) is not None), None)

@@ -4,7 +4,13 @@ Without a GPU the ops over FlashAttention run eager.py; what they hand to a libr
 replaced by one that computes from those very arguments.
 """
 
+import importlib
+import itertools
 import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +25,9 @@ from truths.attention import attention_inputs
 from fastllava_kernels import choose, rooms
 from fastllava_kernels.attention import availability, eager, flash, xformers_op
 from fastllava_kernels.attention.flash import Packed
+from fastllava_kernels.attention.repeats import repeats
 from fastllava_kernels.attention.varlen_op import Varlen
-from fastllava_kernels.room import REFERENCE
+from fastllava_kernels.room import REFERENCE, Sizes
 
 ROOM = rooms()["attention"]
 CASES = truth_of("attention").CASES
@@ -128,9 +135,105 @@ def test_flash_attention_on_a_cpu_is_refused_with_the_reason(name: str) -> None:
 
 
 @pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    availability._installed.cache_clear()
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """What was found of packages that tests stand in for."""
+    for found in (availability._trouble, availability._flash_4_orders_on_9, availability._xformers_runs_pytorchs):
+        getattr(found, "cache_clear", lambda: None)()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str, orders: bool = True) -> None:
+    """Stand-ins for packages of FlashAttention; `orders`: version 4's backward for compute capability 9.x has an order to ask for."""
+    forget()
+    if "fa3" in names:
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+        monkeypatch.setattr(availability, "_flash_3_has_backward", lambda: True)
+    if "fa4" in names:
+        names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface", "flash_attn.cute.flash_bwd_sm90")
+        modules = {name: ModuleType(name) for name in names}
+
+        class Ordered:
+            def __init__(self, dtype: Any, deterministic: bool = False) -> None: ...
+
+        class Unordered:
+            def __init__(self, dtype: Any) -> None: ...
+
+        vars(modules["flash_attn.cute.flash_bwd_sm90"])["FlashAttentionBackwardSm90"] = Ordered if orders else Unordered
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize(
+    ("packages", "chosen"),
+    [((), "varlen"), (("fa3",), "fa3"), (("fa4",), "fa4"), (("fa3", "fa4"), "fa3")],
+    ids=["none", "fa3", "fa4", "both"],
+)
+@pytest.mark.parametrize("repeats", [False, True], ids=["any order", "one order"])
+def test_the_newest_flash_attention_that_is_installed(
+    packages: tuple[str, ...], chosen: str, repeats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, *packages)
+    for compiled in (False, True):
+        assert choose(ROOM, "auto", GPU, torch.bfloat16, compiled, repeats=repeats) == chosen
+        assert choose(ROOM, "auto", GPU, torch.float32, compiled, repeats=repeats) == ("sdpa" if compiled else REFERENCE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, repeats=repeats) == "varlen"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, repeats=repeats) == ("fa4" if "fa4" in packages else "varlen")
+
+
+@pytest.mark.usefixtures("h100")
+def test_wide_heads_pass_flash_attention_4_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "fa4")
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, sizes=Sizes({"the decoder": 128, "the tower": 72})) == "fa4"
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, sizes=Sizes({"the decoder": 256})) == "varlen"
+
+
+@pytest.mark.usefixtures("h100")
+def test_one_order_of_additions_is_refused_by_what_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    installed(monkeypatch, "fa4", orders=False)
+    assert choose(ROOM, "auto", GPU, torch.bfloat16) == "fa4"
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, repeats=True) == "varlen"
+    assert choose(ROOM, "fa4", GPU, torch.bfloat16) == "fa4"
+    with pytest.raises(ValueError, match=r"'fa4' cannot run here \(the installed FlashAttention 4 has no backward with one order"):
+        choose(ROOM, "fa4", GPU, torch.bfloat16, repeats=True)
+    # A GPU for which it has had an order from the start.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert choose(ROOM, "auto", GPU, torch.bfloat16, repeats=True) == "fa4"
+    monkeypatch.setattr(availability, "_xformers_has_flash", lambda: True)
+    for pytorchs in (True, False):
+        monkeypatch.setattr(fmha.flash, "_USE_PT_FLASH_ATTN", pytorchs)
+        availability._xformers_runs_pytorchs.cache_clear()
+        if pytorchs:
+            assert choose(ROOM, "xformers", GPU, torch.bfloat16, repeats=True) == "xformers"
+        else:
+            with pytest.raises(ValueError, match="xformers never asks FlashAttention's packages for one order of additions"):
+                choose(ROOM, "xformers", GPU, torch.bfloat16, repeats=True)
+
+
+@pytest.mark.usefixtures("h100")
+def test_a_package_that_cannot_be_loaded_is_named_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text("raise OSError('undefined symbol: made for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose(ROOM, "auto", GPU, torch.bfloat16) == "varlen"
+    with pytest.raises(ValueError, match=r"FlashAttention 3 cannot be loaded \(undefined symbol: made for another torch\): build it"):
+        choose(ROOM, "fa3", GPU, torch.bfloat16)
+    (tmp_path / "flash_attn_interface.py").write_text("import no_such_library")
+    availability._trouble.cache_clear()
+    with pytest.raises(ValueError, match=r"FlashAttention 3 cannot be loaded \(No module named 'no_such_library'\)"):
+        choose(ROOM, "fa3", GPU, torch.bfloat16)
+    (tmp_path / "flash_attn_interface.py").write_text("")
+    availability._trouble.cache_clear()
+    with pytest.raises(ValueError, match="the installed FlashAttention 3 was built without backward"):
+        choose(ROOM, "fa3", GPU, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("h100")
@@ -142,11 +245,13 @@ def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(ROOM, "auto", GPU, torch.float32, compiled=True) == "sdpa"
     with pytest.raises(ValueError, match="FlashAttention computes in bf16 or fp16, not float32"):
         choose(ROOM, "varlen", GPU, torch.float32)
-    monkeypatch.setattr(availability, "_installed", lambda package: False)
-    for name, remedy in (("fa3", "pip install flash-attn-3"), ("fa4", "pip install flash-attn-4"), ("xformers", "pip install xformers")):
+    monkeypatch.setattr(availability, "_trouble", lambda module: "is not installed")
+    remedies = {"fa3": "build it in the folder hopper of", "fa4": "pip install flash-attn-4", "xformers": "pip install xformers"}
+    for name, remedy in remedies.items():
         with pytest.raises(ValueError, match=re.escape(f"is not installed: {remedy}")):
             choose(ROOM, name, GPU, torch.bfloat16)
-    monkeypatch.setattr(availability, "_installed", lambda package: True)
+    monkeypatch.setattr(availability, "_trouble", lambda module: None)
+    monkeypatch.setattr(availability, "_flash_3_has_backward", lambda: True)
     assert choose(ROOM, "fa3", GPU, torch.bfloat16) == "fa3"
     monkeypatch.setattr(availability, "_xformers_has_flash", lambda: False)
     with pytest.raises(ValueError, match="the installed xformers has no FlashAttention for this PyTorch"):
@@ -191,7 +296,7 @@ def as_if_on_gpu(monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) ->
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, return_aux: Any, window_size: Any,
         enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
-        given["forward"] = (max_q, max_k, torch.are_deterministic_algorithms_enabled())
+        given["forward"] = (max_q, max_k)
         assert torch.equal(cu_q, cu_k)
         assert return_aux.lse
         assert enable_gqa == (q.shape[1] != k.shape[1])
@@ -199,7 +304,7 @@ def as_if_on_gpu(monkeypatch: pytest.MonkeyPatch, switched: list[str | None]) ->
 
     def backward(*args: Any) -> Any:
         grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, causal, rng_state, scale, window = args
-        given["backward"] = (max_q, max_k, scale, window, torch.are_deterministic_algorithms_enabled())
+        given["backward"] = (max_q, max_k, scale, window)
         assert torch.equal(cu_q, cu_k)
         assert causal == (window == [-1, 0])
         assert rng_state.dtype is torch.uint64
@@ -226,17 +331,13 @@ def test_varlen_attn_is_given_what_it_wants(
     q, k, v, cu_seqlens, max_seqlen, causal = case(name)
     expected = outputs_and_gradients(function(REFERENCE), (q, k, v, cu_seqlens, max_seqlen, causal))
     q, k, v = q.detach(), k.detach(), v.detach()
-    with flash.same_bits_twice():
-        packed = Packed(q, k, v, cu_seqlens, max_seqlen, causal)
-        out, lse = library.forward(packed)
-        assert switched[-1] == switch
-        flash.activate("another")
-        grads = library.backward(draw(*out.shape, seed=99).float(), packed, out, lse)
+    packed = Packed(q, k, v, cu_seqlens, max_seqlen, causal)
+    out, lse = library.forward(packed)
     assert switched[-1] == switch
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert as_if_on_gpu["forward"][:2] == as_if_on_gpu["backward"][:2] == (max_seqlen, max_seqlen)
-    assert as_if_on_gpu["forward"][-1]
-    assert as_if_on_gpu["backward"][-1]
+    flash.activate("another")
+    grads = library.backward(draw(*out.shape, seed=99).float(), packed, out, lse)
+    assert switched[-1] == switch
+    assert as_if_on_gpu["forward"] == as_if_on_gpu["backward"][:2] == (max_seqlen, max_seqlen)
     for one, other in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -255,17 +356,47 @@ def test_grouped_heads_on_pytorch_2_11(as_if_on_gpu: dict[str, Any], monkeypatch
     torch.testing.assert_close(out, function(REFERENCE)(q, k, v, cu_seqlens, max_seqlen, causal))
 
 
-def test_determinism_is_given_back_as_it_was() -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+@pytest.mark.parametrize("version", ["3", "4"])
+@pytest.mark.parametrize("wanted", [False, True], ids=["any order", "one order"])
+def test_pytorch_hands_its_switch_on_to_the_package(version: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own code between its op and the package's, on a CPU: which order of additions the package's backward is asked for."""
+    module = importlib.import_module(f"torch.nn.attention._fa{version}")
+    asked: list[bool] = []
+
+    def backward_of_3(*args: Any) -> None:
+        asked.append(args[-2])
+
+    def backward_of_4(*args: Any, deterministic: bool, **_: Any) -> Any:
+        asked.append(deterministic)
+        return args[:3]
+
+    monkeypatch.setattr(module, f"_fa{version}_backward_support_error", lambda *_: None)
+    monkeypatch.setattr(torch._C, "_get_sm_carveout_experimental", lambda: None)
+    if version == "3":
+        monkeypatch.setattr(module, "_FA3_CUDA_BWD", backward_of_3)
+    else:
+        monkeypatch.setattr(module, "_FA4_MODULE_PATH", "a path")
+        monkeypatch.setattr(module, "_fa4_import_module", lambda path: SimpleNamespace(_flash_attn_bwd=backward_of_4))
+    x, lse, bounds = torch.zeros(2, 1, 8), torch.zeros(1, 2), torch.tensor([0, 2], dtype=torch.int32)
+    backward = getattr(module, f"_fa{version}_flash_attention_backward_impl")
+    torch.use_deterministic_algorithms(wanted)
     try:
-        with flash.same_bits_twice():
-            assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-        assert torch.utils.deterministic.fill_uninitialized_memory == fill  # pyright: ignore[reportAttributeAccessIssue]
+        backward(x, x, x, x, x, lse, bounds, bounds, 2, 2, 0.0, True, bounds, bounds)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert asked == [wanted]
+
+
+def test_what_repeats_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("fastllava_kernels.attention.repeats"), "_LENGTHS", (5, 1, 9))
+
+    def wandering(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        noise = next(steps)
+        return q * (1 + noise) + 0 * (k.sum() + v.sum())
+
+    steps = itertools.cycle([0.0, 0.0, 0.0, 2.0**-20])
+    assert repeats(function("varlen"), CPU, torch.float32, 8)
+    assert not repeats(wandering, CPU, torch.float32, 8)
 
 
 @pytest.mark.parametrize("name", ["ragged", "ragged, not causal", "grouped"])
@@ -327,6 +458,8 @@ def test_same_bits_twice_on_a_gpu_and_samples_may_change_places(name: str) -> No
     """Eight samples of up to 700 rows: several blocks each, which FlashAttention's backward may add in any order."""
     if ROOM.implementations[name].unsupported(GPU, torch.bfloat16) is not None:
         pytest.skip(f"{name} does not run here")
+    if ROOM.implementations[name].unordered(GPU) is not None:
+        pytest.skip(f"{name} has no order of additions here")
     lengths = [700, 1, 333, 64, 128, 500, 17, 257]
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(sum(lengths), heads, 64, generator=generator).bfloat16().cuda() for heads in (8, 2, 2, 8))
@@ -340,7 +473,12 @@ def test_same_bits_twice_on_a_gpu_and_samples_may_change_places(name: str) -> No
         tensors = [out, *torch.autograd.grad(out, parts[:3], parts[3].detach())]
         return [[x.split(moved)[order.index(i)].detach() for i in range(len(order))] for x in tensors]
 
-    once, again, turned = run(list(range(8))), run(list(range(8))), run(list(range(7, -1, -1)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again, turned = run(list(range(8))), run(list(range(8))), run(list(range(7, -1, -1)))
+        assert repeats(function(name), GPU, torch.bfloat16, 128)
+    finally:
+        torch.use_deterministic_algorithms(False)
     for one, same, other in zip(once, again, turned, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, same, strict=True))
         assert all(torch.allclose(x, y, rtol=2e-2, atol=2e-2) for x, y in zip(one, other, strict=True))

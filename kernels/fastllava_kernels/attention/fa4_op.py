@@ -2,8 +2,8 @@
 
 from fastllava_kernels.room import Implementation
 
-from .availability import needs_flash_4, needs_width_of_flash
+from .availability import needs_flash_4, needs_width_of_flash_4, unordered_flash_4
 from .flash import define
 from .varlen_op import Varlen
 
-IMPLEMENTATION = Implementation(define("fa4", Varlen("FA4")), needs_flash_4, needs_width_of_flash)
+IMPLEMENTATION = Implementation(define("fa4", Varlen("FA4")), needs_flash_4, needs_width_of_flash_4, unordered_flash_4)

@@ -1,11 +1,13 @@
-"""What the implementations over FlashAttention share: the ops, PyTorch's switch between its versions, and the same bits twice.
+"""What the implementations over FlashAttention share: the ops, and PyTorch's switch between its versions.
 
 Dao et al. 2022 to 2024, arXiv 2205.14135, 2307.08691, 2407.08608. Nothing of size n x n is held and no length is read on
 the host; kept are the inputs, the output and the log of each row's sum of exponentials. Without a GPU the ops run eager.py.
+
+Backward adds the gradients of queries in any order, unless `torch.use_deterministic_algorithms` is on: PyTorch hands that on
+to versions 2, 3 and 4 as their argument `deterministic`, which costs time.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,20 +60,6 @@ def activate(wanted: str | None) -> None:
         activate_flash_attention_impl(wanted)
 
 
-@contextmanager
-def same_bits_twice() -> Iterator[None]:
-    """Ask PyTorch for deterministic algorithms, without which FlashAttention's backward adds in any order."""
-    settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = fill
-
-
 def define(name: str, library: Library) -> Attention:
     """Return the function of implementation `name`: ops fastllava::attention_<name> and ..._backward over `library`."""
 
@@ -89,7 +77,7 @@ def define(name: str, library: Library) -> Attention:
         q_THK, k_TGK, v_TGK = q_THK.contiguous(), k_TGK.contiguous(), v_TGK.contiguous()
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.forward(q_THK, k_TGK, v_TGK, cu_seqlens, causal)
-        with on_device_of(q_THK), same_bits_twice():
+        with on_device_of(q_THK):
             return library.forward(Packed(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal))
 
     @forward.register_fake
@@ -112,7 +100,7 @@ def define(name: str, library: Library) -> Attention:
         grad_THK, q_THK, k_TGK, v_TGK = (x.contiguous() for x in (grad_THK, q_THK, k_TGK, v_TGK))
         if not kernels_take(q_THK) or q_THK.shape[0] == 0:
             return eager.backward(grad_THK, q_THK, k_TGK, v_TGK, cu_seqlens, causal)
-        with on_device_of(q_THK), same_bits_twice():
+        with on_device_of(q_THK):
             given = Packed(q_THK, k_TGK, v_TGK, _within(cu_seqlens, q_THK), max_seqlen, causal)
             return library.backward(grad_THK, given, out_THK, lse_HT)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastllava_kernels.room import Implementation
 
-from .availability import needs_width_of_flash, needs_xformers
+from .availability import needs_width_of_flash, needs_xformers, unordered_xformers
 from .flash import Packed, activate, define
 
 
@@ -36,7 +36,7 @@ class Xformers:
         q_THK, k_TGK, v_TGK, *_ = given
         each = q_THK.shape[1] // k_TGK.shape[1]
         k_THK, v_THK = (x.repeat_interleave(each, dim=1) if each > 1 else x for x in (k_TGK, v_TGK))
-        # The operator itself: the functions above it refuse to run it in a fixed order, which it can.
+        # The operator itself: the functions above it refuse deterministic algorithms, which it has where it runs PyTorch's own kernels.
         grads = operators()[1].apply(
             fmha.Context(out=out_THK.unsqueeze(0), lse=lse_HT.unsqueeze(0)),
             fmha.Inputs(query=q_THK.unsqueeze(0), key=k_THK.unsqueeze(0), value=v_THK.unsqueeze(0), attn_bias=mask_of(given)),
@@ -64,4 +64,4 @@ def operators() -> Any:
     return newest.FwOp, newest.BwOp
 
 
-IMPLEMENTATION = Implementation(define("xformers", Xformers()), needs_xformers, needs_width_of_flash)
+IMPLEMENTATION = Implementation(define("xformers", Xformers()), needs_xformers, needs_width_of_flash, unordered_xformers)
