@@ -51,7 +51,10 @@ def _loss_row(
     ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Compute one row of a chunk. gradient_ptr may be logits_ptr. A target that is none of the vocabulary makes the row NaN."""
+    """Compute one row of a chunk. gradient_ptr may be logits_ptr. A target that is none of the vocabulary makes the row NaN.
+
+    No mask leaves the target out: it would take apart the vectors in which a row is moved.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
@@ -63,9 +66,9 @@ def _loss_row(
     target_logit = tl.load(logits_ptr + y).to(tl.float32)
     columns = tl.arange(0, BLOCK_V)
     if ONE_BLOCK:
-        z = tl.load(logits_ptr + columns, mask=(columns < vocabulary) & (columns != y), other=-float("inf")).to(tl.float32)
-        largest = tl.maximum(tl.max(z, axis=0), target_logit)
-        others = tl.exp2((z - largest) * LOG2E)
+        z = tl.load(logits_ptr + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+        largest = tl.max(z, axis=0)
+        others = tl.where(columns == y, 0.0, tl.exp2((z - largest) * LOG2E))
         total = tl.sum(others, axis=0)
     else:
         # Each lane keeps a maximum and a sum of its own: one reduction at the end instead of one a block.
@@ -73,7 +76,8 @@ def _loss_row(
         lane_total = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, vocabulary, BLOCK_V):
             column = start + columns
-            z = tl.load(logits_ptr + column, mask=(column < vocabulary) & (column != y), other=-float("inf")).to(tl.float32)
+            z = tl.load(logits_ptr + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
+            z = tl.where(column == y, -float("inf"), z)
             larger = tl.maximum(lane_largest, z)
             lane_total = lane_total * tl.exp2((lane_largest - larger) * LOG2E) + tl.exp2((z - larger) * LOG2E)
             lane_largest = larger
@@ -87,17 +91,17 @@ def _loss_row(
         kept = exact.to(gradient_ptr.dtype.element_ty)
         tl.store(residual_ptr + row, exact - kept.to(tl.float32))
         if ONE_BLOCK:
-            others_mask = (columns < vocabulary) & (columns != y)
-            tl.store(gradient_ptr + columns, (others * norm).to(gradient_ptr.dtype.element_ty), mask=others_mask)
+            tl.store(gradient_ptr + columns, (others * norm).to(gradient_ptr.dtype.element_ty), mask=columns < vocabulary)
+            # Over what one of the block's threads has just written there; a select would take registers that are not left.
+            tl.debug_barrier()
+            tl.store(gradient_ptr + y, kept)
         else:
             for start in range(0, vocabulary, BLOCK_V):
                 column = start + columns
-                others_mask = (column < vocabulary) & (column != y)
-                z = tl.load(logits_ptr + column, mask=others_mask, other=-float("inf")).to(tl.float32)
+                z = tl.load(logits_ptr + column, mask=column < vocabulary, other=-float("inf")).to(tl.float32)
                 others = tl.exp2((z - largest) * LOG2E)
-                tl.store(gradient_ptr + column, (others * norm).to(gradient_ptr.dtype.element_ty), mask=others_mask)
-        # In its own place, which the stores above leave out.
-        tl.store(gradient_ptr + y, kept)
+                gradient = tl.where(column == y, kept, (others * norm).to(gradient_ptr.dtype.element_ty))
+                tl.store(gradient_ptr + column, gradient, mask=column < vocabulary)
 
 
 @triton.jit(do_not_specialize=["rows_out"])
@@ -259,7 +263,7 @@ KERNELS = tuning.by_name(
             signature=_LOSS_ROW_SIGNATURE,
             constants={"WANTS_GRADIENT": True, "ONE_BLOCK": True, "BLOCK_V": LARGEST_ROW},
             candidates={
-                **{gpu: [{"num_warps": w, "num_stages": 1} for w in (16, 32)] for gpu in GPUS},
+                **{gpu: [{"num_warps": w, "num_stages": 1} for w in (32, 16)] for gpu in GPUS},
                 "interpreter": [{"num_warps": 1, "num_stages": 1}],
             },
             rows="supervised",
@@ -271,7 +275,7 @@ KERNELS = tuning.by_name(
             signature=_LOSS_ROW_SIGNATURE,
             constants={"WANTS_GRADIENT": True, "ONE_BLOCK": False},
             candidates={
-                **{gpu: [{"BLOCK_V": v, "num_warps": w, "num_stages": 2} for v, w in ((8192, 16), (4096, 8), (4096, 16))] for gpu in GPUS},
+                **{gpu: [{"BLOCK_V": v, "num_warps": w, "num_stages": 1} for v, w in ((4096, 16), (2048, 8), (8192, 32))] for gpu in GPUS},
                 "interpreter": [{"BLOCK_V": 1024, "num_warps": 1, "num_stages": 1}],
             },
             rows="supervised",
