@@ -1,10 +1,7 @@
-"""The tables of configurations, and the gate that compiles them ahead of time."""
+"""The tables of configurations."""
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +9,7 @@ import torch
 import triton
 
 from fastllava_kernels import rooms
-from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels._tuning import aot, tune, tuning
-from fastllava_kernels._tuning.aot import Resources
 
 RUNNING = aot.triton_minor()
 
@@ -110,78 +105,3 @@ def test_a_written_table_keeps_what_other_versions_say_and_nothing_that_the_code
     (tmp_path / "sm_90.json").write_text("{}")
     tune.write("sm_90", {name: {"any": first}})
     assert json.loads((tmp_path / "sm_90.json").read_text()) == {}
-
-
-FITS = Resources(registers=128, shared=1000, spilled=0, tensor_core=4, async_copy=4)
-
-
-@pytest.mark.parametrize(
-    ("change", "arch", "warps", "problem"),
-    [
-        ({}, "sm_80", 8, None),
-        ({"spilled": 8}, "sm_90", 8, "spills"),
-        ({"shared": 164 * 1024}, "sm_80", 8, "shared memory"),
-        ({"shared": 164 * 1024}, "sm_90", 8, None),
-        ({"shared": 228 * 1024}, "sm_90", 8, "shared memory"),
-        ({"registers": 168}, "sm_90", 16, "registers"),
-        ({"tensor_core": 0}, "sm_90", 8, "tensor-core"),
-        ({"async_copy": 0}, "sm_80", 8, "asynchronous copy"),
-    ],
-)
-def test_what_the_gate_refuses(change: dict[str, int], arch: str, warps: int, problem: str | None) -> None:
-    found = Resources(**{**FITS.__dict__, **change}).problems(arch, warps, matmul=True)
-    assert [problem in words for words in found] == ([True] if problem else [])
-
-
-def without_interpreter(code: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-
-
-def test_the_gate_sees_spills_in_machine_code() -> None:
-    """A row of 32,768 logits in four warps does not fit 255 registers a thread; in 16 it does."""
-    code = """
-from fastllava_kernels._tuning import aot, tuning
-kernel = tuning.kernels()["masked_linear_cross_entropy.row"]
-for warps in (4, 16):
-    found = aot.compile_kernel(kernel, {"num_warps": warps, "num_stages": 1}, "sm_90")
-    print(found.spilled, found.registers, found.problems("sm_90", warps, False))
-"""
-    ran = without_interpreter(code)
-    assert ran.returncode == 0, ran.stderr
-    spilling, fitting = ran.stdout.splitlines()
-    assert int(spilling.split()[0]) > 0
-    assert "spills" in spilling
-    assert fitting.startswith("0 ")
-    assert fitting.endswith("[]")
-
-
-def test_a_description_that_lost_a_parameter_is_refused() -> None:
-    code = """
-import dataclasses
-from fastllava_kernels._tuning import aot, tuning
-kernel = tuning.kernels()["masked_linear_cross_entropy.row"]
-aot.compile_kernel(dataclasses.replace(kernel, constants={}), {"num_warps": 16, "num_stages": 1}, "sm_90")
-"""
-    assert "BLOCK_V, ONE_BLOCK, WANTS_GRADIENT is in its parameters or in its description, not in both" in without_interpreter(code).stderr
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter has nothing to compile")
-def test_the_interpreter_has_nothing_to_compile() -> None:
-    with pytest.raises(RuntimeError, match="unset it"):
-        aot.compile_kernel(next(iter(tuning.kernels().values())), {"num_warps": 1}, "sm_90")
-
-
-def test_the_committed_table_holds_every_entry(repo: Path) -> None:
-    """`make check` compiles them and compares the numbers; this only sees that none was left out."""
-    committed = (repo / "kernels" / "aot.md").read_text(encoding="utf-8")
-    lines = [line for line in committed.splitlines() if line.startswith("| ") and " sm_" in line]
-    assert len(lines) == len(aot.entries())
-    for entry in aot.entries():
-        assert any(line.startswith(f"| {entry.kernel} | {entry.arch} | {entry.tuned} | {entry.bucket} |") for line in lines)
-
-
-def test_another_triton_is_held_to_the_limits_only() -> None:
-    now = "By `...`, Triton 9.9, bf16; nothing"
-    assert aot._differences("By `...`, Triton 0.1, bf16; nothing\nold", now) == []
-    assert aot._differences(f"Triton {RUNNING}, bf16\nold", f"Triton {RUNNING}, bf16\nnew") == ["- old", "+ new"]

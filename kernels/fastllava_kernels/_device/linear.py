@@ -332,5 +332,6 @@ def _described(name: str, variant: str) -> tuning.Kernel:
         candidates=_CANDIDATES,
         rows="patches",
         divisible=frozenset({"N", "K", "x_stride", "d_out_stride"}) & frozenset(signature),
+        unaligned={"EVEN_K": False} if is_linear else {"EVEN_N": False, "EVEN_K": False},
         matmul=True,
     )

@@ -58,6 +58,8 @@ class Kernel:
     """Upper bounds of rows to tune apart; above the last one and without any, "any"."""
     divisible: frozenset[str] = field(default_factory=frozenset)
     """Integers that are multiples of 16 in training, such as strides; pointers always are."""
+    unaligned: Mapping[str, Any] = field(default_factory=dict)
+    """Those of `constants` that are other ones for sizes that 16 does not divide."""
     matmul: bool = False
     """Whether it has a tl.dot fed from memory, so that the gate wants tensor-core and asynchronous-copy instructions."""
 
