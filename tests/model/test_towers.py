@@ -140,6 +140,7 @@ def test_a_spec_is_read_as_it_was_written_and_that_of_clip_reads_as_ever():
     ("config", "pattern"),
     [
         ({"model_type": "siglip2_vision_model"}, r"is a SigLIP2 of any aspect \(NaFlex\).* give a SigLIP2 of a fixed size"),
+        ({"model_type": "siglip_vision_model", "num_patches": 256}, r"num_patches 256 without an image_size is a SigLIP2 of any aspect"),
         ({"model_type": "siglip2"}, r"is a SigLIP2 of any aspect"),
         ({"model_type": "siglip_vision_model", "image_size": [224, 224]}, r"image_size is \[224, 224\]; a positive whole number"),
         ({"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 14}, r"patch_size 14 is larger than image_size 8"),

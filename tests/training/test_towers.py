@@ -1,6 +1,7 @@
 """Another family with a SigLIP tower, from captions over a resumed run to exports that answer as transformers does."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
+    LlavaConfig,
     LlavaForConditionalGeneration,
+    Siglip2Config,
+    Siglip2VisionConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -238,3 +242,26 @@ def test_a_checkpoint_whose_projector_saw_other_rows_is_refused(trained, tmp_pat
         UserError, match=r"its projector gets other rows than the SigLIP tower's patches \(default\), which is not supported"
     ):
         read_origin(ModelConfig(llm=tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("config", [Siglip2VisionConfig(), Siglip2Config(), SiglipVisionConfig()], ids=lambda config: config.model_type)
+def test_naflex_is_refused_before_weights_or_records_are_read(settings, parts, tmp_path, config):
+    # There are neither weights nor records, so that whoever reads them says something else.
+    config.save_pretrained(tmp_path / "tower")
+    values = settings("pretrain", model={**parts, "vision_tower": str(tmp_path / "tower")}, data={"records": str(tmp_path / "none.json")})
+    with pytest.raises(UserError) as refused:
+        run(check_config(values), Console(quiet=True))
+    naflex = (
+        rf"^model\.vision_tower: {tmp_path}/tower/config\.json: model_type '{config.model_type}' is a SigLIP2 of any aspect \(NaFlex\).*"
+        r"; that is not supported: give a SigLIP2 of a fixed size, such as google/siglip2-so400m-patch14-384, whose model_type is siglip$"
+    )
+    assert bool(re.fullmatch(naflex, str(refused.value))) == config.model_type.startswith("siglip2"), refused.value
+
+
+def test_naflex_in_a_whole_llava_is_refused_too(parts, tmp_path):
+    given = LlavaConfig(vision_config=Siglip2VisionConfig(), text_config=AutoConfig.from_pretrained(parts["llm"]))
+    given.save_pretrained(tmp_path / "llava")
+    with pytest.raises(
+        UserError, match=rf"^model\.llm: {tmp_path}/llava/config\.json: model_type 'siglip2_vision_model' is a .*\(NaFlex\)"
+    ):
+        read_origin(ModelConfig(llm=tmp_path / "llava"))

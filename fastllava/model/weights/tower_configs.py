@@ -29,10 +29,14 @@ def tower_config(config: Mapping[str, Any], where: str) -> TowerConfig:
     config = vision_part(config)
     model_type = config.get("model_type")
     kind = TOWERS.get(str(model_type))
-    if str(model_type).startswith("siglip2"):
+    naflex = f"model_type {model_type!r}" if str(model_type).startswith("siglip2") else None
+    if naflex is None and config.get("num_patches") and config.get("image_size") is None:
+        # Where the size is fixed there is an image_size.
+        naflex = f"num_patches {config['num_patches']} without an image_size"
+    if naflex:
         raise UserError(
-            f"{where}: model_type {model_type!r} is a SigLIP2 of any aspect (NaFlex), whose images differ in their number of patches; "
-            "that is not supported: give a SigLIP2 of a fixed size, such as siglip2-so400m-patch14-384, whose model_type is siglip"
+            f"{where}: {naflex} is a SigLIP2 of any aspect (NaFlex), whose images differ in their number of patches; that is not supported: "
+            "give a SigLIP2 of a fixed size, such as google/siglip2-so400m-patch14-384, whose model_type is siglip"
         )
     if kind is None:
         raise UserError(
