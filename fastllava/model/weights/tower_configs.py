@@ -35,8 +35,8 @@ def tower_config(config: Mapping[str, Any], where: str) -> TowerConfig:
         naflex = f"num_patches {config['num_patches']} without an image_size"
     if naflex:
         raise UserError(
-            f"{where}: {naflex} is a SigLIP2 of any aspect (NaFlex), whose images differ in their number of patches; that is not supported: "
-            "give a SigLIP2 of a fixed size, such as google/siglip2-so400m-patch14-384, whose model_type is siglip"
+            f"{where}: {naflex} is a SigLIP2 of any aspect (NaFlex), whose images differ in their number of patches; that is not "
+            "supported: give a SigLIP2 of a fixed size, such as google/siglip2-so400m-patch14-384, whose model_type is siglip"
         )
     if kind is None:
         raise UserError(
