@@ -7,7 +7,7 @@ OUT ?= demo
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install dev test exhaustive check format schema clean
+.PHONY: help demo install dev test exhaustive check format schema kit clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +49,10 @@ schema: install  ## write the schemas in configs/ and docs/keys.md anew
 	$(BIN)/python -m fastllava.config.schema configs/schema.json
 	$(BIN)/python -m fastllava.mix.schema configs/mix-schema.json
 	$(BIN)/python -m fastllava.config.reference docs/keys.md
+
+# For Python 3.12 on x86-64. pip of .venv downloads them; nothing is installed.
+kit: | .venv/bin/pip  ## gather into wheels/ what a GPU machine without a network lacks, PyTorch aside
+	$(BIN)/python -P benches/kit.py --out wheels
 
 clean:  ## remove .venv, caches and ./demo
 	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -17,6 +17,12 @@ if "benches" not in sys.modules:
     sys.modules["benches"] = importlib.util.module_from_spec(spec)
 
 if __name__ == "__main__":
+    from benches import kit
+
+    # Before anything else is imported: on a machine that was just rented it may not be there.
+    if sys.argv[1:2] == ["gpu"] and not {"--help", "-h"} & set(sys.argv) and (lacking := kit.complaint()) is not None:
+        print(f"error: bench gpu: {lacking}", file=sys.stderr)
+        sys.exit(2)
     from benches.cli import main
 
     main()

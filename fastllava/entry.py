@@ -1,6 +1,7 @@
 """The program `fastllava`, which imports nothing before it is ready to be interrupted."""
 
 import signal
+import sys
 
 
 def main() -> None:
@@ -8,7 +9,13 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from fastllava import cli
+    try:
+        from fastllava import cli
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0].startswith("fastllava"):
+            raise
+        mend = "install fastllava with what it needs: pip install -e . in its checkout, or from the wheels that make kit gathers"
+        sys.exit(f"error: this Python ({sys.executable}) lacks the package {error.name}; {mend}")
 
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, before)

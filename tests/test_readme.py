@@ -47,6 +47,7 @@ ELSEWHERE = {
     "make dev": "has been done where this runs; tests/test_house.py tries what make does",
     ".venv/bin/pre-commit install": "changes the clone's git hooks",
     "make install": "has been done where this runs; tests/test_house.py tries what make does",
+    "python -m pip install --no-index --find-links wheels -e '.[test]'": "is for another machine; tests/benches/test_kit.py",
     "source .venv/bin/activate": "sets variables of the reader's shell",
 }
 ELSEWHERE_BEGINNING = {

@@ -14,7 +14,17 @@ from fastllava.errors import UserError
 from fastllava.train.metrics.summary import commit, versions_of
 
 REPO = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "liger-kernel", "xformers", "transformers", "cut-cross-entropy", "quack-kernels", "flash-attn-3")
+PACKAGES = (
+    "torch",
+    "triton",
+    "liger-kernel",
+    "xformers",
+    "transformers",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn-3",
+    "flash-attn-4",
+)
 SOURCES = ("fastllava/**/*.py", "kernels/**/*.py", "kernels/**/tables/*.json", "benches/**/*.py")
 
 
