@@ -68,6 +68,14 @@ def golden() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def larger() -> Path:
+    """What original tools gave on inputs that do not come with the project."""
+    if not LARGER.is_dir():
+        pytest.skip(f"no {LARGER} beside the checkout")
+    return LARGER
+
+
 _EXTRA = [pytest.param("larger", marks=pytest.mark.exhaustive)] if LARGER.is_dir() else []
 
 

@@ -136,8 +136,8 @@ def _judged(
 
 def kind_of(name: str) -> tuple[str, str]:
     """What a parameter is, whatever its layer, and its layer's number, perhaps ""."""
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    kind = re.sub(r"^llm\.(model\.)?(layers\.\d+\.)?", "", name).removesuffix(".weight")
+    layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
+    kind = re.sub(r"^llm\.((model|transformer)\.)?((layers|blocks)\.\d+\.)?", "", name).removesuffix(".weight")
     return kind, layer[1] if layer else ""
 
 

@@ -82,7 +82,7 @@ INSTEAD: Mapping[str, str] = {
     "lazy_preprocess": "leave it out: records are prepared once, and images are decoded when they are needed",
     "is_multimodal": "leave it out: records with and without an image may be mixed",
     "cache_dir": "leave it out: models are folders, and data.prepared_dir says where prepared sets are kept",
-    "mpt_attn_impl": "leave it out: model.llm is a model of Llama's family",
+    "mpt_attn_impl": "leave it out: kernels.attention chooses",
     **_each("lora double_quant quant_type bits load_in_4bit load_in_8bit", _WHOLE_MODEL),
     # transformers
     **_each("per_device_train_batch_size gradient_accumulation_steps", _BATCH),

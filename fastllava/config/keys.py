@@ -114,7 +114,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """What is trained."""
 
-    llm: FilePath = Field(description="folder of a Llama-family model, or of a whole LLaVA checkpoint (original or Hugging Face layout)")
+    llm: FilePath = Field(description="folder of a language model, or of a whole LLaVA checkpoint (original or Hugging Face layout)")
     vision_tower: FilePath | None = Field(None, description="folder of a CLIP or SigLIP; may be left out when model.llm holds one")
     projector: Literal["fresh"] | FilePath | None = Field(
         None, description="mm_projector.safetensors or .bin to begin with; 'fresh' draws a new one, which stage pretrain does anyway"

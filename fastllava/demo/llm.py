@@ -69,7 +69,7 @@ def _losses(llm: Llama, tokenizer: Tokenizer, texts: Sequence[str], ops: Ops) ->
             ids = np.array([1, *tokenizer.encode(text), 2], np.int32)
             samples.append(Sample(ids, np.array([[1, len(ids)]], np.int32), [], 1.0))
         batch = pack(samples, _NO_IMAGES, MAX_TOKENS)
-        embedded = F.embedding(batch.token_ids, llm.model.embed_tokens.weight)
+        embedded = F.embedding(batch.token_ids, llm.embedding_weight)
         hidden = llm(embedded, batch.position_ids, batch.cu_seqlens, batch.max_seqlen)
         weights = batch.weights / len(batch.weights)
         yield ops.masked_linear_cross_entropy(hidden, llm.head_weight, batch.supervised_rows, batch.targets, weights)

@@ -72,7 +72,7 @@ def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMe
     if sharding.processes.world == 1:
         return
     mesh, whole = mesh or mesh_of(sharding, device), _whole(model, config, device)
-    layers = [layer for layer in model.llm.model.layers if not whole.issuperset(layer.parameters())]
+    layers = [layer for layer in model.llm.layers if not whole.issuperset(layer.parameters())]
     if layers and model.execution.compile == "step":
         raise UserError("train.compile: 'step' makes one graph, and sharded layers are gathered one by one; write train.compile=layer")
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastllava.batch import ImageSpec
-from fastllava.model.llama import LlamaConfig
+from fastllava.model.decoders import DecoderConfig
 from fastllava.model.towers import TowerConfig
 
 
@@ -11,7 +11,7 @@ from fastllava.model.towers import TowerConfig
 class Architecture:
     """A decoder, a tower, and the projector between them."""
 
-    llm: LlamaConfig
+    llm: DecoderConfig
     tower: TowerConfig
     select_layer: int
     """The tower's hidden state that feeds the projector, as transformers counts them; -2 for LLaVA-1.5."""

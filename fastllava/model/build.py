@@ -5,9 +5,9 @@ from torch import nn
 
 from fastllava.model.architecture import Architecture
 from fastllava.model.compiled import for_batches, for_layers
+from fastllava.model.decoders import build_decoder
 from fastllava.model.execution import Execution
 from fastllava.model.layers import Product, linear, set_parameter
-from fastllava.model.llama import Llama
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.projectors import Projector, kind_of
@@ -22,7 +22,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     """
     graph = for_layers(execution.compile, execution.backend)
     with torch.device("meta"):
-        llm = Llama(architecture.llm, execution.ops, _product(execution), graph)
+        llm = build_decoder(architecture.llm, execution.ops, _product(execution), graph)
         tower = Tower(architecture.tower, execution.ops, architecture.select_layer, graph)
         projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)

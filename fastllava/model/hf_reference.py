@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
+from fastllava.model.mpt import MptConfig
 from fastllava.model.weights.config_files import text_config, tower_config
 from fastllava.model.weights.layouts import to_ours
 
@@ -18,13 +19,16 @@ Weight = Callable[[str], Tensor]
 def decoder(ours: Llava, weight: Weight, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The causal language model of `ours` as transformers computes it (LlamaForCausalLM and its like).
 
-    `attention` is transformers' word for the implementation, PyTorch's by default. Its parameters are whatever `weight` gives for our
-    names, so in that dtype and on that device.
+    `attention` is transformers' word for the implementation, PyTorch's by default; of an MPT there is one. Its parameters are whatever
+    `weight` gives for our names, so in that dtype and on that device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     text = dict(text_config(ours))
     config = AutoConfig.for_model(text.pop("model_type"), **text)
+    if isinstance(ours.llm.config, MptConfig):
+        # It has one implementation, and biases for a sample of this many rows.
+        attention, config.max_seq_len = "eager", ours.llm.config.window
     module = filled(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention), weight, "llm")
     if ours.llm.config.tied:
         module.lm_head.weight = module.get_input_embeddings().weight

@@ -78,11 +78,14 @@ class AddRMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Room layer_norm with its weight and bias [width]."""
+    """Room layer_norm with its weight and bias [width]; without a bias the room gets zeros."""
 
-    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+    def __init__(self, width: int, eps: float, ops: Ops, bias: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps, self.ops = _empty(width), _empty(width), eps, ops.only("layer_norm")
+        self.weight, self.bias = _empty(width), _empty(width) if bias else None
+        self.eps, self.ops = eps, ops.only("layer_norm")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias.to(x.dtype)
+        return self.ops.layer_norm(x, weight, bias, self.eps)

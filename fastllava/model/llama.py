@@ -15,7 +15,7 @@ from fastllava.config import Recompute
 from fastllava.model.compiled import Graph, eager
 from fastllava.model.layers import AddRMSNorm, Embedding, Linear, Product, RMSNorm, linear
 from fastllava.model.ops import Ops
-from fastllava.model.recompute import recomputed
+from fastllava.model.recompute import compute_layer, run_layers
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class LlamaConfig:
     """Rows a row may look back, itself included; a longer sample is refused, as attention here is full."""
     qk_norm: bool = False
     """Each head's query and key is normed over its K columns before it is turned (Qwen3)."""
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of a head that attention gets."""
+        return self.head_dim
+
+    def products(self) -> dict[str, int]:
+        """Weights of each product of a layer, in their order."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        sizes = {"q": queries, "k": keys, "v": keys, "o": queries, **dict.fromkeys(("gate", "up", "down"), self.intermediate_size)}
+        return {name: self.hidden_size * size for name, size in sizes.items()}
 
     def inverse_frequencies(self) -> Tensor:
         """fp32 [K / 2]: radians per position."""
@@ -157,12 +168,9 @@ class DecoderLayer(nn.Module):
         normed, summed = self.post_attention_layernorm(attended, residual)
         return summed + self.mlp(normed)
 
-
-def compute_layer(layer: DecoderLayer, x_TD: Tensor, packing: Packing, wanted: Tensor | None, recompute: Recompute) -> Tensor:
-    """Compute `layer`. What is computed again is within a graph of this, and within the time that shards are gathered for."""
-    if recompute == "none":
-        return layer.transform(x_TD, packing, wanted)
-    return recomputed(layer.transform, recompute, x_TD, packing, wanted)
+    def kept_products(self, recompute: Recompute, wanted: Tensor | None) -> int:
+        """How many of the products of `transform` are kept for backward: q, k, v, o; with "norms" gate and up too."""
+        return 6 if recompute == "norms" else 4
 
 
 class Decoder(nn.Module):
@@ -182,6 +190,9 @@ class Llama(nn.Module):
     `product` computes the linear layers of its blocks; `graph` is what becomes of the function that computes a block.
     """
 
+    HOME = "model"
+    """What all parameters but the head's lie in."""
+
     def __init__(self, config: LlamaConfig, ops: Ops, product: Product = linear, graph: Graph = eager) -> None:
         super().__init__()
         self.config = config
@@ -191,9 +202,19 @@ class Llama(nn.Module):
         self._frequencies = config.inverse_frequencies()
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """[V, D], in the dtype it is kept in."""
+        return self.model.embed_tokens.weight
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D], in the dtype it is kept in."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, in their order."""
+        return self.model.layers
 
     def place_constants(self, device: torch.device) -> None:
         """Move what is no parameter to `device`: before a graph is compiled, as it would hold the move."""
@@ -218,8 +239,4 @@ class Llama(nn.Module):
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
-        recompute = recompute if torch.is_grad_enabled() else "none"
-        for index, layer in enumerate(self.model.layers, start=1):
-            last = index == len(self.model.layers)
-            x_TD = layer(x_TD, packing, wanted if last else None, recompute)
-        return self.model.norm(x_TD)
+        return self.model.norm(run_layers(self.layers, x_TD, packing, recompute, wanted))

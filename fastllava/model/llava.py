@@ -14,9 +14,9 @@ from fastllava.batch import Batch
 from fastllava.errors import UserError
 from fastllava.model.architecture import Architecture
 from fastllava.model.compiled import Graph, eager
+from fastllava.model.decoders import Decoder
 from fastllava.model.execution import Execution
 from fastllava.model.indices import check_on_host
-from fastllava.model.llama import Llama
 from fastllava.model.ops import modules_by_room
 from fastllava.model.projectors import Projector
 from fastllava.model.towers import Tower
@@ -37,7 +37,7 @@ class Llava(nn.Module):
 
     def __init__(
         self,
-        llm: Llama,
+        llm: Decoder,
         tower: Tower,
         projector: Projector,
         origin: Architecture,
@@ -126,7 +126,7 @@ class Llava(nn.Module):
     def _spliced(self, batch: Batch) -> Tensor:
         """[T, D]: images' tokens and embedded text, each in its row."""
         features_IPC = self.features(batch.pixels)
-        text_and_rows = self.llm.model.embed_tokens.weight, batch.token_ids, batch.text_rows, batch.patch_rows
+        text_and_rows = self.llm.embedding_weight, batch.token_ids, batch.text_rows, batch.patch_rows
         if self.fused:
             return self.ops.projector_splice(features_IPC.flatten(0, 1), self.projector.chain(), *text_and_rows)
         return self.ops.splice(self.projector(features_IPC), *text_and_rows)

@@ -11,7 +11,7 @@ D width, Q = query heads x head width, G = key/value heads x head width, F width
     full       x: D                                                                        8.2 kB   all but down_proj (315)
 
 So at 16,384 rows 7B keeps 64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and `norms`
-gives it nothing back but 1 / rms.
+gives it nothing back but 1 / rms. Of an MPT "gate, up" is up, q, k and v are one product, and have ALiBi's columns besides.
 
 Why these: a byte of a product's result saves n operations, for an input of width n. That is D for all products but down_proj,
 whose result no backward reads. At one price what counts is size: gate and up are the two largest and near the matrix units' peak, so
@@ -27,22 +27,43 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
 
 from fastllava.config import Recompute
 
-# q, k, v, o; and gate, up. What comes later in a layer is down_proj's.
-_KEPT_PRODUCTS: dict[Recompute, int] = {"norms": 6, "selective": 4}
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::_scaled_mm"}
 _ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
 
 
-def recomputed(function: Callable[..., Any], recompute: Recompute, *args: Any) -> Any:
-    """`function(*args)` of a decoder layer, of whose results backward finds those that `recompute` keeps; not for "none"."""
+def run_layers(layers: nn.ModuleList, x_TD: Tensor, packing: Any, recompute: Recompute, wanted: Tensor | None) -> Tensor:
+    """Run decoder layers one after another: [T, D]; with `wanted`, int64 [M], [M, D] of these rows, which are all that the last computes.
+
+    Without gradients there is nothing to `recompute`.
+    """
+    recompute = recompute if torch.is_grad_enabled() else "none"
+    for index, layer in enumerate(layers, start=1):
+        x_TD = layer(x_TD, packing, wanted if index == len(layers) else None, recompute)
+    return x_TD
+
+
+def compute_layer(layer: Any, x_TD: Tensor, packing: Any, wanted: Tensor | None, recompute: Recompute) -> Tensor:
+    """Compute a decoder layer. What is computed again is within a graph of this, and within the time that shards are gathered for."""
+    if recompute == "none":
+        return layer.transform(x_TD, packing, wanted)
+    return recomputed(layer.transform, recompute, layer.kept_products(recompute, wanted), x_TD, packing, wanted)
+
+
+def recomputed(function: Callable[..., Any], recompute: Recompute, products: int, *args: Any) -> Any:
+    """`function(*args)` of a decoder layer, of whose results backward finds those that `recompute` keeps; not for "none".
+
+    `products`: how many of the matrix products it keeps, the first ones; none with "full".
+    """
     # No random numbers are drawn in a layer, so their state need not be kept.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if recompute != "full":
-        settings["context_fn"] = partial(_contexts, _KEPT_PRODUCTS[recompute])
+        settings["context_fn"] = partial(_contexts, products)
     return checkpoint(function, *args, **settings)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastllava.batch import ImageSpec
 from fastllava.errors import UserError
-from fastllava.model.llama import LlamaConfig
+from fastllava.model.decoders import DecoderConfig
 from fastllava.model.towers import TowerConfig
 from fastllava.model.weights import Origin
-from fastllava.model.weights.configs import llama_config
+from fastllava.model.weights.configs import decoder_config
 from fastllava.model.weights.tower_configs import image_spec, tower_config
 from fastllava_kernels.llava15 import BATCHES, DECODERS, Decoder, MicroBatch
 
@@ -60,9 +60,9 @@ class Size:
     vision: Mapping[str, Any]
 
     @property
-    def llm(self) -> LlamaConfig:
+    def llm(self) -> DecoderConfig:
         """The decoder's configuration."""
-        return llama_config(self.text, "sizes")
+        return decoder_config(self.text, "sizes")
 
     @property
     def tower(self) -> TowerConfig:

@@ -7,8 +7,8 @@ from fastllava.distributed.processes import Processes
 from fastllava.distributed.sharding import check_replicas
 from fastllava.errors import UserError
 from fastllava.model.compiled import check_compiler
+from fastllava.model.decoders import DecoderConfig
 from fastllava.model.execution import COMPUTE_DTYPE
-from fastllava.model.llama import LlamaConfig
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import read_origin
 from fastllava.optim.low_bit import check_low_bit
@@ -69,7 +69,7 @@ def check_fp8(config: Config, device: torch.device, world: int) -> None:
         raise UserError(f"train.fp8: '{recipe}' needs torchao, which cannot be loaded ({error}); {mend}") from None
 
 
-def check_fp8_widths(config: Config, llm: LlamaConfig) -> None:
+def check_fp8_widths(config: Config, llm: DecoderConfig) -> None:
     """Raises UserError when `train.fp8` asks for products whose widths are no multiples of 16, before any weight is read."""
     recipe = config.train.fp8
     if recipe == "off":

@@ -16,6 +16,7 @@ DECODERS = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama_biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mpt": {"model_type": "mpt", "attn_config": {"clip_qkv": 0.5}},
     "mistral": {"model_type": "mistral", "sliding_window": None},
 }
 

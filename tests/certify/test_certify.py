@@ -43,6 +43,7 @@ CASES = [
     ("finetune", "llama_biased"),
     ("finetune", "mistral"),
     ("finetune", "qwen3"),
+    ("finetune", "mpt"),
 ]
 
 

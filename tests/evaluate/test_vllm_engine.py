@@ -133,6 +133,12 @@ def test_without_vllm_one_line_says_how_to_get_it(trained, monkeypatch):
         make_engine("vllm", trained, 8)
 
 
+def test_a_model_that_its_layout_cannot_hold_is_refused(vllm, trained):
+    other = SimpleNamespace(projector=SimpleNamespace(projector_type="linear"))
+    with pytest.raises(UserError, match=r"^--engine: vllm reads .*, this one is linear; write --engine transformers$"):
+        make_engine("vllm", replace(trained, model=other), 2)
+
+
 def test_torchrun_is_not_for_it(vllm, trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"^--engine: vllm takes all GPUs of a machine by itself; start one process, without torchrun$"):

@@ -58,12 +58,3 @@ def run(tmp_path: Path) -> Iterator[Run]:
         started = Run("s", Draw(0, "s"), tmp_path, Dropped("s", file), lambda _: None, None, None)
         yield started
         started.close()
-
-
-@pytest.fixture
-def larger(repo: Path) -> Path:
-    """What the original tools gave on inputs that do not come with the project."""
-    folder = repo.parent / "shared" / "golden"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder} beside the checkout")
-    return folder

@@ -120,12 +120,12 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def llm_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors by transformers' names for a Llama-family config.json."""
-    from fastllava.model.llama import Llama
-    from fastllava.model.weights.configs import llama_config
+    """Random tensors by transformers' names for a config.json of any family."""
+    from fastllava.model.decoders import build_decoder
+    from fastllava.model.weights.configs import decoder_config
 
     with torch.device("meta"):
-        module = Llama(llama_config(config, "test"), reference_ops())
+        module = build_decoder(decoder_config(config, "test"), reference_ops())
     return random_like(module, seed)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastllava.config import ModelConfig, check_config
+from fastllava.errors import UserError
 from fastllava.export import export
 from fastllava.model.execution import Execution
 from fastllava.model.ops import reference_ops
@@ -21,6 +22,7 @@ DECODERS = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mpt": {"model_type": "mpt", "tie_word_embeddings": True, "attn_config": {"clip_qkv": 0.5}},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral with a window": {"model_type": "mistral", "sliding_window": 4096},
     "llama": {"model_type": "llama"},
@@ -78,7 +80,7 @@ def equal(found, expected):
 @pytest.mark.parametrize(
     "decoder",
     [
-        pytest.param(name, marks=[] if name in ("qwen2", "qwen3") else pytest.mark.exhaustive, id=name.replace(" ", "-"))
+        pytest.param(name, marks=[] if name in ("qwen2", "qwen3", "mpt") else pytest.mark.exhaustive, id=name.replace(" ", "-"))
         for name in DECODERS
     ],
 )
@@ -94,7 +96,10 @@ def test_results_and_checkpoints_are_exported_and_gone_on_from_bit_for_bit(setti
     _, before = checkpoint.read_model(done / "checkpoint-1")
     assert not equal(trained, before)
     starts = [done]
-    for layout in ("llava", "hf"):
+    if decoder == "mpt":
+        with pytest.raises(UserError, match=r"^--layout: hf holds no MPT, .*; write --layout llava$"):
+            export(done, "hf", tmp_path / "hf", lambda line: None)
+    for layout in ("llava",) if decoder == "mpt" else ("llava", "hf"):
         export(done / "checkpoint-1", layout, tmp_path / f"{layout}-1", lambda line: None)
         assert equal(weights_of(world, tmp_path / f"{layout}-1"), before)
         export(done, layout, tmp_path / layout, lambda line: None)

@@ -17,7 +17,7 @@ from fastllava.train import run
 from fastllava.train.metrics.log import read_metrics
 from fastllava.train.template import with_template
 
-FAMILY = {"qwen_3": "qwen3", "qwen_2_5": "qwen2", "llama_3": "llama"}
+FAMILY = {"qwen_3": "qwen3", "qwen_2_5": "qwen2", "llama_3": "llama", "mpt": "mpt"}
 
 
 def write_llm(world, folder, model_type, marks, eos):
@@ -43,7 +43,7 @@ def config_of(settings, llm, **given):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_template_of_the_model_is_taken_and_said(settings, world, tmp_path, name):
-    llm = write_llm(world, tmp_path / "llm", FAMILY[name], TEMPLATES[name].marks, TEMPLATES[name].end)
+    llm = write_llm(world, tmp_path / "llm", FAMILY[name], TEMPLATES[name].marks, TEMPLATES[name].marks[-1])
     config, said = config_of(settings, llm, data={"template": "auto"}), []
     assert with_template(config, said.append).data.template == name
     assert len(said) == 1

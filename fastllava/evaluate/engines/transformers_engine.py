@@ -29,7 +29,7 @@ class TransformersEngine:
         self.window = 16 * batch_size
         model = trained.model
         self.decoder: Any = hf_reference.decoder(model, dict(model.named_parameters()).__getitem__, model.dtype).eval()
-        self._embed: Tensor = model.llm.model.embed_tokens.weight
+        self._embed: Tensor = model.llm.embedding_weight
 
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """See `Engine.generate`. When a batch is too large for the GPU's memory, batches are half as large from there on."""

@@ -22,6 +22,7 @@ from fastllava.evaluate.engines import Prompt, rows_of
 from fastllava.export import export
 from fastllava.model.weights.files import read_json
 from fastllava.model.weights.layouts import layout_of
+from fastllava.model.weights.write import not_in_hf
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -77,9 +78,14 @@ class VllmEngine:
 
 
 def hf_folder(trained: Trained, report: Callable[[str], object]) -> Path:
-    """The checkpoint's folder where it is in llava-hf's layout; else an export, kept in the cache under the weights' hash."""
+    """The checkpoint's folder where it is in llava-hf's layout; else an export, kept in the cache under the weights' hash.
+
+    Raises UserError where that layout cannot hold the model.
+    """
     if (trained.folder / "config.json").is_file() and layout_of(read_json(trained.folder / "config.json", "CHECKPOINT")) == "hf":
         return trained.folder
+    if (reason := not_in_hf(trained.model)) is not None:
+        raise UserError(f"--engine: vllm reads Hugging Face's layout, which {reason}; write --engine transformers")
     folder = cache_root() / "exports" / trained.identity[:16]
     if not (folder / "config.json").is_file():
         report(f"vLLM reads llava-hf's layout: writing it to {folder}, once")

@@ -12,6 +12,7 @@ from fastllava.batch import ImageSpec
 from fastllava.config import ModelConfig
 from fastllava.model.llama import Llama3Rope
 from fastllava.model.llava import Llava
+from fastllava.model.mpt import MptConfig
 from fastllava.model.weights.configs import FAMILIES, family_of
 from fastllava.model.weights.read import Origin
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer
@@ -83,6 +84,9 @@ def config_files(
 ) -> dict[str, Mapping[str, Any]]:
     """JSON by file name. `home` is the folder that the checkpoint will lie in."""
     text = text_config(model) | {"vocab_size": vocabulary.rows}
+    if isinstance(model.llm.config, MptConfig):
+        # transformers makes biases for as many rows; a training may have had more.
+        text["max_seq_len"] = max(int(text.get("max_seq_len") or 2048), max_tokens)
     name = str(dtype).removeprefix("torch.")
     generation = _generation_config(model.origin, text, report)
     if layout == "llava":
@@ -120,6 +124,9 @@ def text_config(model: Llava) -> dict[str, Any]:
     """The decoder's config.json: what it came with, and every field that decides the computation spelled out."""
     llama, given = model.llm.config, model.origin.text
     text = {k: v for k, v in given.items() if k not in _NOT_TEXT and not k.startswith(_NOT_TEXT_PREFIXES)}
+    said = {"model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
+    if isinstance(llama, MptConfig):
+        return {**llama.fields(text), **said}
     text |= {name: getattr(llama, name) for name in _TEXT}
     if "head_dim" in text or llama.head_dim != llama.hidden_size // llama.num_attention_heads:
         text["head_dim"] = llama.head_dim
@@ -129,7 +136,7 @@ def text_config(model: Llava) -> dict[str, Any]:
         text["rope_scaling"] = {"rope_type": "llama3", **asdict(llama.rope_scaling)}
     elif llama.rope_scaling is not None:
         text["rope_scaling"] = {"type": "linear", "factor": llama.rope_scaling}
-    return {**text, "model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
+    return {**text, **said}
 
 
 def projector_config(model: Llava, dtype: torch.dtype, source: ModelConfig, image_policy: str, max_tokens: int) -> dict[str, Any]:

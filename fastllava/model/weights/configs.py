@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastllava.errors import UserError
+from fastllava.model.decoders import DecoderConfig
+from fastllava.model.fields import positive as _positive
 from fastllava.model.llama import Llama3Rope, LlamaConfig
-from fastllava.model.weights.fields import positive as _positive
+from fastllava.model.mpt import MptConfig
 
 # What transformers fills in where a config.json is silent (its LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config).
 _SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -56,6 +58,8 @@ FAMILIES: Mapping[str, Family] = {
         "LlavaQwen3ForCausalLM",
         ("qwen_3",),
     ),
+    # Its defaults are in MptConfig.
+    "mpt": Family({}, "llava_mpt", "LlavaMptForCausalLM", ("mpt",)),
 }
 _FAMILY_OF = {name: family for family, it in FAMILIES.items() for name in (family, it.llava, *it.also)}
 
@@ -71,8 +75,13 @@ def family_of(config: Mapping[str, Any], where: str) -> str:
     return family
 
 
+def decoder_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
+    """The decoder of any family that `config` describes. `where` begins every error."""
+    return MptConfig.read(config, where) if family_of(config, where) == "mpt" else llama_config(config, where)
+
+
 def llama_config(config: Mapping[str, Any], where: str) -> LlamaConfig:
-    """The decoder that `config` describes. `where` begins every error."""
+    """The decoder with Llama's layers that `config` describes. `where` begins every error."""
     family = family_of(config, where)
     given = {**FAMILIES[family].defaults, **{name: value for name, value in config.items() if value is not None}}
     whole = lambda name: _positive(given, name, where, int)  # noqa: E731

@@ -6,6 +6,8 @@
 | head | llm.lm_head.weight | lm_head.weight | language_model.lm_head.weight |
 | projector | projector... | model.mm_projector... | multi_modal_projector.linear_{1,2}..., of mlp2x_gelu alone |
 | tower | tower.vision_model... | model.vision_tower.vision_tower.vision_model... | vision_tower.vision_model... |
+
+In an MPT `transformer` stands for `model`: llm.transformer.blocks..., in layout "llava" transformer.mm_projector...; it has no layout "hf".
 """
 
 import re
@@ -42,17 +44,17 @@ _HF_PROJECTORS = [
 _TABLES: Mapping[str, tuple[_Part, ...]] = {
     "llm": (
         _Part("llm.lm_head.", "lm_head.", r"lm_head\."),
-        _Part("llm.", "", r"(?=model\.)"),
+        _Part("llm.", "", r"(?=(model|transformer)\.)"),
     ),
     "llava": (
         _Part("llm.lm_head.", "lm_head.", r"lm_head\."),
-        _Part("projector.", "model.mm_projector.", r"model\.mm_projector\."),
+        _Part("projector.", "{home}.mm_projector.", r"(model|transformer)\.mm_projector\."),
         _Part(
             "tower.vision_model.",
-            "model.vision_tower.vision_tower.vision_model.",
-            r"model\.vision_tower\.vision_tower\.(vision_model\.)?",
+            "{home}.vision_tower.vision_tower.vision_model.",
+            r"(model|transformer)\.vision_tower\.vision_tower\.(vision_model\.)?",
         ),
-        _Part("llm.model.", "model.", r"model\."),
+        _Part("llm.", "", r"(?=(model|transformer)\.)"),
     ),
     "hf": (
         _Part("llm.lm_head.", "language_model.lm_head.", r"(model\.)?(language_model\.)?lm_head\."),
@@ -63,7 +65,7 @@ _TABLES: Mapping[str, tuple[_Part, ...]] = {
     "tower": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
     "projector": (
         *(_Part(ours, theirs, rf"(.*\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
-        _Part("projector.", "model.mm_projector.", r"(.*\.)?mm_projector\."),
+        _Part("projector.", "{home}.mm_projector.", r"(.*\.)?mm_projector\."),
     ),
 }
 # Buffers that old files hold and that are computed, and the text half of a whole CLIP or SigLIP, and the head that
@@ -97,9 +99,12 @@ def to_ours(name: str, layout: str) -> str | None:
     return None
 
 
-def to_disk(name: str, layout: str) -> str:
-    """The on-disk name of our name; every one of ours has one in both layouts that are written."""
+def to_disk(name: str, layout: str, home: str = "model") -> str:
+    """The on-disk name of our name; every one of ours has one in both layouts that are written, an MPT's in "llava" alone.
+
+    `home`: what the decoder's parameters lie in (`HOME`), beside which the original puts tower and projector.
+    """
     for part in _TABLES[layout]:
         if name.startswith(part.ours):
-            return part.written + name.removeprefix(part.ours)
+            return part.written.format(home=home) + name.removeprefix(part.ours)
     raise KeyError(f"{name} has no name in layout {layout}")

@@ -16,16 +16,17 @@ from fastllava.model.build import build_llava, build_projector
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
+from fastllava.model.mpt import MptConfig
 from fastllava.model.ops import reference_ops
 from fastllava.model.projectors import KINDS, kind_of
 from fastllava.model.towers import TowerConfig
-from fastllava.model.weights.configs import image_token, llama_config, text_rows
+from fastllava.model.weights.configs import decoder_config, image_token, text_rows
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
 from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
 from fastllava.model.weights.tower_configs import image_spec, read_preprocessor, tower_config, vision_part
 from fastllava_kernels.room import Sizes
 
-TABLES = ("llm.model.embed_tokens.weight", "llm.lm_head.weight")
+TABLES = ("llm.model.embed_tokens.weight", "llm.transformer.wte.weight", "llm.lm_head.weight")
 """The tensors with a row for each token."""
 
 
@@ -57,7 +58,7 @@ class Origin(Architecture):
     @property
     def sizes(self) -> Sizes:
         """What decides which implementations of the ops can run it."""
-        widths = {"model.llm": self.llm.head_dim, "model.vision_tower": self.tower.hidden_size // self.tower.num_attention_heads}
+        widths = {"model.llm": self.llm.attention_width, "model.vision_tower": self.tower.hidden_size // self.tower.num_attention_heads}
         return Sizes(head_widths=widths)
 
 
@@ -75,7 +76,9 @@ def read_origin(config: ModelConfig) -> Origin:
     rows = text.get("vocab_size")
     if layout == "hf" and isinstance(rows, int):
         text["vocab_size"] = text_rows(given, rows)
-    llama = llama_config(text, where)
+    llm = decoder_config(text, where)
+    if layout == "hf" and isinstance(llm, MptConfig):
+        raise UserError(f"{where}: text_config is an MPT's, which Hugging Face's layout does not hold; give it in the original's layout")
     tower_folder = find_tower(config, given, layout)
     if tower_folder is None:
         vision, place = dict(given["vision_config"]), where
@@ -93,8 +96,8 @@ def read_origin(config: ModelConfig) -> Origin:
         for place, it in ((where, text), (place, vision))
         if without_code(it) != it
     ]
-    if isinstance(rows, int) and rows > llama.vocab_size:
-        notes.append(f"{where}: rows {llama.vocab_size} to {rows - 1} of embedding and head are the image's and padding; they are left out")
+    if isinstance(rows, int) and rows > llm.vocab_size:
+        notes.append(f"{where}: rows {llm.vocab_size} to {rows - 1} of embedding and head are the image's and padding; they are left out")
     spec = image_spec(tower, preprocessor, f"model.vision_tower: {tower_folder or folder}")
     return Origin(
         layout=layout,
@@ -106,11 +109,11 @@ def read_origin(config: ModelConfig) -> Origin:
         mm_vision_tower=given.get("mm_vision_tower"),
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
-        llm=llama,
+        llm=llm,
         tower=tower,
         projector_type=config.projector_type,
         spec=replace(spec, patches=kind_of(config.projector_type).tokens(tower.patches)),
-        rows=rows if isinstance(rows, int) else llama.vocab_size,
+        rows=rows if isinstance(rows, int) else llm.vocab_size,
         notes=tuple(notes),
     )
 

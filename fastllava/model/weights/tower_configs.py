@@ -7,8 +7,8 @@ from typing import Any
 
 from fastllava.batch import ImageSpec
 from fastllava.errors import UserError
+from fastllava.model.fields import positive
 from fastllava.model.towers import TOWERS, TowerConfig
-from fastllava.model.weights.fields import positive
 from fastllava.model.weights.files import read_optional_json
 
 RESAMPLE = {"bilinear": 2, "bicubic": 3}

@@ -18,6 +18,7 @@ from fastllava.config import ModelConfig
 from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
+from fastllava.model.mpt import Mpt
 from fastllava.model.projectors import KINDS, Projector, kind_of
 from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, tower_preprocessor, vocabulary_of
 from fastllava.model.weights.files import dump_json
@@ -79,9 +80,8 @@ def write_checkpoint(
     hold this model.
     """
     projector_type = model.projector.projector_type
-    if layout == "hf" and projector_type not in kind_of(projector_type).hf:
-        held = ", ".join(name for kind in KINDS.values() for name in kind.hf)
-        raise UserError(f"--layout: hf holds {held} projectors only, this one is {projector_type}; write --layout llava")
+    if layout == "hf" and (reason := not_in_hf(model)) is not None:
+        raise UserError(f"--layout: hf {reason}; write --layout llava")
     if layout == "llava" and not kind_of(projector_type).original:
         report(f"config.json: mm_projector_type {projector_type} is none that the original's code builds; fastllava reads it")
     if layout == "llava" and not model.tower.config.CLASS_ROWS:
@@ -114,12 +114,23 @@ def write_checkpoint(
         return _names(beside)
 
 
+def not_in_hf(model: Llava) -> str | None:
+    """Why llava-hf's layout cannot hold this model, in words that follow its name; None where it can."""
+    projector_type = model.projector.projector_type
+    if projector_type not in kind_of(projector_type).hf:
+        held = ", ".join(name for kind in KINDS.values() for name in kind.hf)
+        return f"holds {held} projectors only, this one is {projector_type}"
+    if isinstance(model.llm, Mpt):
+        return "holds no MPT, as transformers builds no LlavaForConditionalGeneration of one"
+    return None
+
+
 def disk_tensors(
     model: Llava, layout: str, dtype: torch.dtype, vocabulary: Vocabulary, state: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
     for name, tensor in (model.state_dict() if state is None else state).items():
-        yield to_disk(name, layout), _on_cpu(vocabulary.fit(tensor) if name in TABLES else tensor, dtype)
+        yield to_disk(name, layout, model.llm.HOME), _on_cpu(vocabulary.fit(tensor) if name in TABLES else tensor, dtype)
 
 
 def _write_tokenizer(

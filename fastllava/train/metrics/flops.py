@@ -19,7 +19,7 @@ from fastllava.config import Config, Recompute, Rows, Stage
 from fastllava.data.balance import Cost
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_projector
-from fastllava.model.llama import LlamaConfig
+from fastllava.model.decoders import DecoderConfig
 from fastllava.model.ops import reference_ops
 from fastllava.model.towers import TowerConfig
 from fastllava.model.weights import read_origin
@@ -98,7 +98,7 @@ class Flops:
 class Accounting:
     """Counts the operations of any step of one run."""
 
-    llm: LlamaConfig
+    llm: DecoderConfig
     tower: TowerConfig
     blocks: int
     """Blocks of the tower that run: 23 of CLIP-L's 24 for select_layer -2."""
@@ -168,12 +168,14 @@ class Accounting:
         needed = self.model_flops(work)
         rows = work.supervised if self.last_layer == "supervised" else work.rows
         products = self._products()
-        again = {name: products[name] for name in REPEATED[self.recompute]}
+        again = {name: products[name] for name in REPEATED[self.recompute] if name in products}
+        # The columns that attention gets beside those of the heads, for MPT's ALiBi.
+        attention = needed.attention * self.llm.attention_width / self.llm.head_dim
         return Flops(
             tower=needed.tower,
             projector=needed.projector,
             decoder=self._passes() * self._layers(work, rows, products) + self._layers(work, rows, again),
-            attention=needed.attention + (work.pairs * self._attention() if self.recompute == "full" else 0.0),
+            attention=attention * (4 / 3 if self.recompute == "full" else 1),
             head=needed.head,
         )
 
@@ -183,11 +185,7 @@ class Accounting:
 
     def _products(self) -> dict[str, float]:
         """Forward of one row through each product of a layer."""
-        llm = self.llm
-        width, inner = llm.hidden_size, llm.intermediate_size
-        queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
-        outputs = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": inner, "up": inner, "down": inner}
-        return {name: 2.0 * width * size for name, size in outputs.items()}
+        return {name: 2.0 * weights for name, weights in self.llm.products().items()}
 
     def _layers(self, work: Work, last_rows: int, products: Mapping[str, float]) -> float:
         """These products of every layer, where the last one has `last_rows` of all that is no key or value."""
