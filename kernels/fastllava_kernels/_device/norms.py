@@ -1,8 +1,9 @@
-"""What Liger's norms have in common: their custom ops, and the statistics of a row in plain PyTorch where no kernel runs.
+"""What the norms have in common: their custom ops, and the statistics of a row in plain PyTorch where no kernel runs.
 
 Rows are all axes but the last; shape letters: N rows, D columns.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,35 +14,40 @@ from torch import Tensor
 from fastllava_kernels.contract import custom_op
 
 
-def define(room: str, forward: Callable[..., Any], backward: Callable[..., Any], streams: int = 1) -> Any:
-    """Define the op fastllava::<room>_liger with fake and autograd, over ops of both passes.
+def define(name: str, forward: Callable[..., Any], backward: Callable[..., Any], streams: int = 1, statistics: bool = True) -> Any:
+    """Define the op fastllava::`name` with fake and autograd, over ops of both passes.
 
-    forward(x for each stream, parameters [D], eps): a result in x's shape for each stream, then as many statistics [N] as there are
-    parameters. backward(a gradient for each result, what was normed, the weight, statistics, whether parameters want gradients): the
-    one gradient of every stream, then one for each parameter, empty where none is wanted. With two streams it is their sum that is
-    normed, the second result.
+    forward(x for each stream, parameters [D], eps): a result in x's shape for each stream, then, with `statistics`, as many of them
+    [N] as there are parameters. backward(a gradient for each result, what was normed, the weight, statistics or else eps, whether
+    parameters want gradients): the one gradient of every stream, then one for each parameter, empty where none is wanted. With two
+    streams it is their sum that is normed, the second result.
     """
-    op, backward_op = custom_op(f"{room}_liger")(forward), custom_op(f"{room}_liger_backward")(backward)
+    op, backward_op = custom_op(name)(forward), custom_op(f"{name}_backward")(backward)
+    parameters = len(inspect.signature(forward).parameters) - streams - 1
 
     @op.register_fake
-    def _(*inputs: Any) -> tuple[Tensor, ...]:
+    def _(*inputs: Any) -> Any:
         x = inputs[0]
-        rows = math.prod(x.shape[:-1])
         results = [_like(x) for _ in range(streams)]
-        return *results, *(x.new_empty(rows, dtype=dtype_of_statistics(x)) for _ in inputs[streams:-1])
+        if statistics:
+            rows = math.prod(x.shape[:-1])
+            results += [x.new_empty(rows, dtype=dtype_of_statistics(x)) for _ in range(parameters)]
+        return tuple(results) if len(results) > 1 else results[0]
 
     @backward_op.register_fake
     def _(*given: Any) -> tuple[Tensor, ...]:
-        normed, weight, *statistics, wants_parameters = given[streams:]
-        return _like(normed), *(weight.new_empty(weight.shape if wants_parameters else 0) for _ in statistics)
+        normed, weight, wants_parameters = given[streams], given[streams + 1], given[-1]
+        return _like(normed), *(weight.new_empty(weight.shape if wants_parameters else 0) for _ in range(parameters))
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1] if streams > 1 else inputs[0], inputs[streams], *output[streams:])
-        ctx.mark_non_differentiable(*output[streams:])
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = list(output) if isinstance(output, tuple) else [output]
+        ctx.save_for_backward(results[1] if streams > 1 else inputs[0], inputs[streams], *results[streams:])
+        ctx.mark_non_differentiable(*results[streams:])
+        ctx.eps = () if statistics else (inputs[-1],)
 
     def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wants = ctx.needs_input_grad[streams:-1]
-        d_x, *d_parameters = backward_op(*grads[:streams], *ctx.saved_tensors, any(wants))
+        d_x, *d_parameters = backward_op(*grads[:streams], *ctx.saved_tensors, *ctx.eps, any(wants))
         return *[d_x] * streams, *(d_parameters if any(wants) else [None] * len(wants)), None
 
     op.register_autograd(gradients, setup_context=keep)
@@ -60,9 +66,13 @@ def rows_of(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute (normed in x's shape and dtype, 1 / rms [N]), rounded before the weight as Llama's norm is."""
-    wide_ND = rows_of(x)
-    rstd_N = torch.rsqrt(wide_ND.square().mean(-1) + eps)
+    wide_ND, rstd_N = rows_of(x), rstd_of(x, eps)
     return weight_D * (wide_ND * rstd_N.unsqueeze(1)).to(x.dtype).view(x.shape), rstd_N
+
+
+def rstd_of(x: Tensor, eps: float) -> Tensor:
+    """Return 1 / rms of every row, [N]."""
+    return torch.rsqrt(rows_of(x).square().mean(-1) + eps)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,5 +5,5 @@ from fastllava_kernels.room import REFERENCE, Room
 ROOM = Room.of_folder(
     "add_rms_norm",
     "Residual addition and the root-mean-square norm after it",
-    ("liger", "compiled", REFERENCE),
+    ("triton", "liger", "compiled", REFERENCE),
 )

@@ -42,7 +42,7 @@ def _backward(
     return d_x, norms.or_none(d_weight, weight_D)
 
 
-_op = norms.define("add_rms_norm", _forward, _backward, streams=2)
+_op = norms.define("add_rms_norm_liger", _forward, _backward, streams=2)
 
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

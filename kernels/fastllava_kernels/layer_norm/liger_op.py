@@ -48,7 +48,7 @@ def _backward(
     return d_x, norms.or_none(d_weight, weight_D), norms.or_none(d_bias, weight_D)
 
 
-_op = norms.define("layer_norm", _forward, _backward)
+_op = norms.define("layer_norm_liger", _forward, _backward)
 
 
 def layer_norm(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:

@@ -5,5 +5,5 @@ from fastllava_kernels.room import REFERENCE, Room
 ROOM = Room.of_folder(
     "rms_norm",
     "Root-mean-square norm over the last axis, computed in fp32",
-    ("liger", "compiled", REFERENCE),
+    ("triton", "liger", "compiled", REFERENCE),
 )

@@ -38,7 +38,7 @@ def _backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, w
     return d_x, norms.or_none(d_weight, weight_D)
 
 
-_op = norms.define("rms_norm", _forward, _backward)
+_op = norms.define("rms_norm_liger", _forward, _backward)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ def truth(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 CASES: dict[str, Args] = {
     "usual": (draw(7, 16), draw(7, 16, seed=3), draw(16, seed=1), 1e-6),
     "small values, where eps counts": (draw(7, 16, scale=1e-3), draw(7, 16, seed=3, scale=1e-3), draw(16, seed=1), 1e-6),
+    "a width that fills no block": (draw(5, 21), draw(5, 21, seed=3), draw(21, seed=1), 1e-6),
     "one row": (draw(1, 16), draw(1, 16, seed=3), draw(16, seed=1), 1e-6),
     "no row": (draw(0, 16), draw(0, 16, seed=3), draw(16, seed=1), 1e-6),
 }

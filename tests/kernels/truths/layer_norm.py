@@ -13,6 +13,7 @@ CASES: dict[str, Args] = {
     "usual": (draw(7, 16), draw(16, seed=1), draw(16, seed=2), 1e-5),
     "small values, where eps counts": (draw(7, 16, scale=1e-3), draw(16, seed=1), draw(16, seed=2), 1e-5),
     "two axes before": (draw(2, 3, 16), draw(16, seed=1), draw(16, seed=2), 1e-5),
+    "a width that fills no block": (draw(5, 21), draw(21, seed=1), draw(21, seed=2), 1e-5),
     "one row": (draw(1, 16), draw(16, seed=1), draw(16, seed=2), 1e-5),
     "no row": (draw(0, 16), draw(16, seed=1), draw(16, seed=2), 1e-5),
 }
