@@ -11,7 +11,7 @@ D width, Q = query heads x head width, G = key/value heads x head width, F width
     full       x: D                                                                        8.2 kB   all but down_proj (315)
 
 So at 16,384 rows 7B keeps 64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and `norms`
-gives it nothing back but 1 / rms. Of an MPT "gate, up" is up, q, k and v are one product, and have ALiBi's columns besides.
+gives it nothing back. Of an MPT "gate, up" is up, q, k and v are one product, and have ALiBi's columns besides.
 
 Why these: a byte of a product's result saves n operations, for an input of width n. That is D for all products but down_proj,
 whose result no backward reads. At one price what counts is size: gate and up are the two largest and near the matrix units' peak, so

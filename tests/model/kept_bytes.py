@@ -1,6 +1,6 @@
 """By hand: the bytes that the decoder's layers keep between forward and backward, by what is computed again (`train.recompute`).
 
-Of the ops that a GPU takes by itself: norms that keep their input and 1 / rms, rope that keeps nothing but its tables, swiglu that
+Of the ops that a GPU takes by itself: norms that keep their input, rope that keeps nothing but its tables, swiglu that
 keeps gate and up, FlashAttention. Other implementations of a room keep more. The table is in `fastllava.model.recompute`.
 """
 
@@ -10,7 +10,7 @@ from fastllava.config import Recompute
 from fastllava.model.llama import LlamaConfig
 
 STATISTICS = 4
-"""Bytes of a fp32 statistic: 1 / rms of a row, or a head's log of the sum of exponentials."""
+"""Bytes of a fp32 statistic: a head's log of the sum of exponentials of a row."""
 
 
 def activation_bytes(
@@ -24,7 +24,7 @@ def activation_bytes(
     last = rows if supervised is None else supervised
     inner = (llama.num_hidden_layers - 1) * _layer(llama, rows, rows, recompute, dtype, frozen)
     tables = 2 * rows * llama.head_dim * dtype.itemsize
-    final = last * (llama.hidden_size * dtype.itemsize + STATISTICS)
+    final = last * llama.hidden_size * dtype.itemsize
     gathered = 0
     if supervised is not None and recompute == "none" and not frozen:
         # Inputs of q_proj and o_proj, beside the whole ones that k_proj, v_proj and attention keep.
@@ -66,6 +66,5 @@ def _layer(llama: LlamaConfig, rows: int, wanted: int, recompute: Recompute, dty
     values += wanted * (width + (0 if recompute == "selective" else 2 * inner))
     statistics = rows * llama.num_attention_heads
     if recompute == "none":
-        statistics += rows + wanted
         values += 0 if frozen else rows * width + wanted * (width + inner)
     return values * dtype.itemsize + statistics * STATISTICS

@@ -12,7 +12,7 @@ from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
 
 # What a GPU takes, computed in plain PyTorch; bf16, as Triton would interpret fp32.
-GPU_OPS = {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", "rope": "triton", "swiglu": "triton"}
+GPU_OPS = {"attention": "varlen", "rms_norm": "triton", "add_rms_norm": "triton", "rope": "triton", "swiglu": "triton"}
 
 
 class Products(TorchDispatchMode):

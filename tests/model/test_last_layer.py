@@ -13,7 +13,7 @@ from fastllava.model.weights import load_llava
 
 CPU = torch.device("cpu")
 # What a GPU takes, where it can run without one; each falls back on plain PyTorch for tensors on a CPU.
-GPU_OPS = {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", "rope": "triton", "swiglu": "triton"}
+GPU_OPS = {"attention": "varlen", "rms_norm": "triton", "add_rms_norm": "triton", "rope": "triton", "swiglu": "triton"}
 
 
 def loss_and_gradients(model, batch, last_layer):

@@ -21,7 +21,7 @@ POLICIES = ("none", "norms", "selective", "full")
 # What a GPU takes; on a CPU they compute in plain PyTorch (but for fp32, which Triton interprets), and keep what they keep there.
 OPS = Ops(
     choose_ops({}, CPU, torch.float32).chosen
-    | {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", "rope": "triton", "swiglu": "triton"}
+    | {"attention": "varlen", "rms_norm": "triton", "add_rms_norm": "triton", "rope": "triton", "swiglu": "triton"}
 )
 
 
@@ -127,7 +127,8 @@ def test_bytes_kept(decoder, frozen, wanted):
         expected = activation_bytes(llama.config, 200, recompute, torch.bfloat16, frozen, 37 if wanted else None)
         assert found[recompute] - copies == pytest.approx(expected, rel=0.02), recompute
     kept = [found[recompute] for recompute in POLICIES]
-    assert kept[0] > kept[1] > kept[2] > kept[3], found
+    # A frozen decoder keeps no norm's result for a linear: that policy has nothing to give back there.
+    assert kept[0] >= kept[1] > kept[2] > kept[3], found
     assert (kept[0] - kept[1] > 0.15 * kept[0]) == (not frozen)
 
 
@@ -147,8 +148,8 @@ def test_bytes_while_a_layer_is_computed_again(decoder, recompute):
     with Live(*llama.parameters()) as live, llama.model.layers[-1].mlp.down_proj.register_forward_pre_hook(before_down_proj):
         loss = run(decoder, True, recompute, False).sum()
         loss.backward()
-    # The final norm has given its input and its statistics back; the gradients of the layer's result and of swiglu's are there.
-    between = 200 * ((64 + 168) * 2 - 64 * 2 - 4)
+    # The final norm has given its input back; the gradients of the layer's result and of swiglu's are there.
+    between = 200 * ((64 + 168) * 2 - 64 * 2)
     expected = sum(count(llama.config, 200, recompute, torch.bfloat16, True) for count in (activation_bytes, recomputed_bytes)) + between
     assert found == [pytest.approx(expected, rel=1e-3)]
 

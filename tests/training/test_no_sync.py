@@ -20,7 +20,7 @@ from fastllava.train import train_step
 
 # What a GPU takes by itself, where it can run without one; the references may read on the host. On a CPU what an op does inside
 # is its own, on the meta device nothing is.
-GPU_OPS = {"attention": "varlen", "rms_norm": "liger", "add_rms_norm": "liger", "rope": "triton", "swiglu": "triton"}
+GPU_OPS = {"attention": "varlen", "rms_norm": "triton", "add_rms_norm": "triton", "rope": "triton", "swiglu": "triton"}
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
