@@ -55,6 +55,7 @@ def described(
         candidates={arch: _candidates(resident * count) for arch, count in MULTIPROCESSORS.items()}
         | {"interpreter": [_config(1024, 3, 1, 1)]},
         rows="rows",
+        unaligned={"WIDTH": width - 3},
     )
 
 
