@@ -188,6 +188,7 @@ def inspect(
     ] = None,
     format: Annotated[Format, typer.Option(help="text to read, jsonl for programs")] = Format.text,
     max_tokens: Annotated[int, typer.Option(min=2, help="as data.max_tokens")] = 2048,
+    max_images: Annotated[int, typer.Option(min=1, help="as data.max_images")] = 1,
 ) -> None:
     """Show what the records become: ids, and which of them are supervised."""
     from fastllava.data.inspect import inspect_records, render_text
@@ -197,10 +198,10 @@ def inspect(
         raise UserError(f"--legacy: '{legacy}' is neither true nor false")
     loaded = load_tokenizer(tokenizer, None if legacy is None else legacy == "true", "--tokenizer")
     if format is Format.jsonl:
-        for row in inspect_records(records, loaded, template, max_tokens):
+        for row in inspect_records(records, loaded, template, max_tokens, max_images):
             sys.stdout.write(json.dumps(row) + "\n")
     else:
-        for block in render_text(records, loaded, template, max_tokens):
+        for block in render_text(records, loaded, template, max_tokens, max_images):
             Console().print(block)
 
 

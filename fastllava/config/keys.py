@@ -96,6 +96,8 @@ def _as_truth_or_word(value: Any) -> Any:
 
 FilePath = Annotated[Path, BeforeValidator(_as_path)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MOST_IMAGES = 100
+"""Pictures that a record may show at the very most; with LLaVA-1.5's 576 patches each, data.max_tokens lets three in whole."""
 SAME_TRAINING = "same training"
 """Marks a key whose values give the same training in another order of additions."""
 LEVER = "lever"
@@ -161,6 +163,9 @@ class DataConfig(Section):
     )
     image_checksums: FilePath | None = Field(
         None, description="a list by sha256sum, paths as in the records: images that are not as listed are quarantined"
+    )
+    max_images: int = Field(
+        1, ge=1, le=MOST_IMAGES, description="pictures a record may show, as a list under 'image'; records with more are quarantined"
     )
     max_image_bytes: int = Field(64 * 2**20, gt=0, description="larger image files are quarantined")
     max_image_pixels: int = Field(50_000_000, gt=0, description="images of more pixels are quarantined")

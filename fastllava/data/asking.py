@@ -20,7 +20,7 @@ class Turn:
 
     question: str
     images: int = 0
-    """Pictures that it shows: each is a line of its own before the question."""
+    """Pictures that it shows: each is a line of its own before the question. Of several that it spells <image> for, each is there."""
     answer: str | None = None
 
 
@@ -58,8 +58,12 @@ def asked(form: Template, turns: Sequence[Turn] | Turn) -> list[Segment]:
 
 
 def _turn(form: Template, number: int, turn: Turn) -> list[Segment]:
+    text = turn.question.strip() if form.trims else turn.question
     shown = [part for _ in range(turn.images) for part in (Segment(IMAGE, mark=True), Segment("\n"))]
-    question, answer = [*shown, Segment(turn.question)], turn.answer
+    question, answer = [*shown, Segment(text)], turn.answer
+    if turn.images > 1 and text.count(IMAGE) == turn.images:
+        first, *others = text.split(IMAGE)
+        question = [Segment(first), *(part for words in others for part in (Segment(IMAGE, mark=True), Segment(words)))]
     match form.style:
         case "v1":
             # The original writes no blank for a question without a character.
@@ -80,7 +84,7 @@ def _turn(form: Template, number: int, turn: Turn) -> list[Segment]:
             asking = [*begin, Segment(f"[INST] {system}"), *question, Segment(" [/INST]")]
             return asking if answer is None else [*asking, Segment(f" {answer} "), Segment("</s>", mark=True)]
         case "turns":
-            asking = message(form, form.human, [*shown, Segment(turn.question.strip() if form.trims else turn.question)])
+            asking = message(form, form.human, question)
             if answer is None:
                 return [*asking, *message(form, form.gpt, None, last=True)]
             return [*asking, *message(form, form.gpt, [Segment(answer.strip() if form.trims else answer)])]

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastllava.config.keys import MOST_IMAGES
 from fastllava.console.printable import quoted
 from fastllava.data import keys
 
@@ -13,6 +14,7 @@ _ADDRESS = re.compile(r"([\w.+-]{1,20}:){1,3}//|[a-z]:[\\/]", re.IGNORECASE)
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
 """How JPEG, PNG, GIF, WebP and BMP files begin in base64."""
 _LONGEST_PATH = 4096
+_PUT_BELOW = "put the file below data.images and write its path from there"
 
 REASONS: dict[str, str] = {
     "json_syntax": "the line is not JSON",
@@ -23,8 +25,9 @@ REASONS: dict[str, str] = {
     "json_too_large": "the record is too large",
     "not_an_object": "a record is an object with id, image and conversations",
     "id_type": "the id is neither text nor a whole number",
-    "image_type": "one image per record, its path as text; leave the key out when there is none",
-    "image_key": "one picture a record, looked for under 'image' alone",
+    "image_type": "the image's path as text, or a list of such; leave the key out when there is none",
+    "max_images": "a list of more pictures than data.max_images, which is 1 unless it is set",
+    "image_key": "pictures are looked for under 'image' alone",
     "conversations": "conversations is a list of {from, value}",
     "turn": "a turn is {from: human or gpt, value: text}",
     "role": "a turn is from human or gpt",
@@ -36,7 +39,7 @@ REASONS: dict[str, str] = {
     "unanswered": "the conversation ends with a question",
     "empty_turn": "a turn without text",
     "plain_turns": "template plain wants one human and one gpt turn",
-    "image_count": "as many <image> as images: one where the record has an image",
+    "image_count": "as many <image> as images",
     "control_literal": "the text spells a control token, which the original would take for one",
     "separator_in_text": "the text holds what the template separates turns with",
     "unknown_token": "the text holds characters that the tokenizer does not know",
@@ -76,8 +79,8 @@ class Record:
     """One checked record."""
 
     id: str | int
-    image: str | None
-    """Path below the image folder, as the record has it."""
+    images: tuple[str, ...]
+    """Paths below the image folder, in the order of their <image>; none of a text-only record."""
     turns: list[tuple[str, str]]
     """(human or gpt, text) in order."""
     left_out: frozenset[int] = frozenset()
@@ -91,14 +94,14 @@ class Record:
     def length_key(self) -> int:
         """The original's length for its sampler: whitespace words of all turns, negative when text-only (`modality_lengths`)."""
         words = sum(len(text.split()) for _, text in self.turns)
-        return -words if self.image is None else words
+        return words if self.images else -words
 
 
-def check_record(value: Any, index: int) -> Record:
-    """The record in the JSON value `value`, number `index` of its file. Raises BadRecord.
+def check_record(value: Any, index: int, max_images: int = 1) -> Record:
+    """The record in the JSON value `value`, number `index` of its file, with at most `max_images` pictures. Raises BadRecord.
 
     A record without an id is called '#index'. Of other keys than id, image and conversations those that would change what
-    is learned are honoured or refused (`keys`).
+    is learned are honoured or refused (`keys`). A list of one picture is that picture.
     """
     if not isinstance(value, dict):
         raise BadRecord("not_an_object", f"is {_kind(value)}; write an object with id, image and conversations")
@@ -107,7 +110,7 @@ def check_record(value: Any, index: int) -> Record:
         name = f"#{index}"
     elif isinstance(name, bool) or not isinstance(name, (str, int)):
         raise BadRecord("id_type", f"id is {_kind(name)}; write a text or a whole number")
-    image = _image(value["image"]) if "image" in value else None
+    images = _images(value["image"], max_images) if "image" in value else ()
     given = value.get("conversations")
     if not isinstance(given, list):
         found = f"is {_kind(given)}" if "conversations" in value else f"is missing{keys.another_form(value)}"
@@ -115,22 +118,22 @@ def check_record(value: Any, index: int) -> Record:
     turns = [_turn(turn, number) for number, turn in enumerate(given)]
     others = [key for key in value if key not in _KEYS]
     if not others and all(len(turn) == 2 for turn in given):
-        return Record(name, image, turns)
+        return Record(name, images, turns)
     _check(keys.record_problem(value, others, (text for _, text in turns)))
-    left_out, of_turns = _read_flags(given, image)
+    left_out, of_turns = _read_flags(given, images)
     unused = [keys.name_of(key) for key in others if keys.means_nothing(key)]
     system = next((value[key] for key in others if keys.kind_of(key) == "system" and value[key]), "")
-    return Record(name, image, turns, frozenset(left_out), system, tuple(dict.fromkeys(unused + of_turns)))
+    return Record(name, images, turns, frozenset(left_out), system, tuple(dict.fromkeys(unused + of_turns)))
 
 
-def _read_flags(turns: list[dict[str, Any]], image: str | None) -> tuple[list[int], list[str]]:
+def _read_flags(turns: list[dict[str, Any]], images: tuple[str, ...]) -> tuple[list[int], list[str]]:
     """Numbers of the answers that are not to be learned, and the turns' keys that mean nothing here. Raises BadRecord."""
     left_out, unused = [], []
     for number, turn in enumerate(turns):
         others = [key for key in turn if key not in _TURN_KEYS]
         if not others:
             continue
-        _check(keys.turn_problem(turn, others, number, image))
+        _check(keys.turn_problem(turn, others, number, images))
         learned, problem = keys.learned(turn, others, number)
         _check(problem)
         if learned is False and turn["from"] == "gpt":
@@ -144,19 +147,36 @@ def _check(problem: keys.Problem | None) -> None:
         raise BadRecord(*problem)
 
 
-def _image(image: Any) -> str:
-    """The path; that it is one is all that is seen here. Raises BadRecord."""
+def _images(given: Any, most: int) -> tuple[str, ...]:
+    """The paths; that they are some is all that is seen here. Raises BadRecord."""
+    if not isinstance(given, list):
+        return (_path(given, "image"),)
+    if not given:
+        raise BadRecord("image_type", "image is an empty list; leave the key out where there is no image")
+    if len(given) > most:
+        asked = f"or data.max_images={len(given)}" if len(given) <= MOST_IMAGES else f"as {MOST_IMAGES} are the most"
+        known = "one path as text" if most == 1 else f"at most {most}"
+        raise BadRecord("max_images", f"image is a list; write {known}, {asked} (it has {len(given)}, data.max_images is {most})")
+    return tuple(_path(one, "image" if len(given) == 1 else f"image {number} of the list") for number, one in enumerate(given, 1))
+
+
+def _path(image: Any, what: str) -> str:
+    """The path of one picture, which the record names under `what`. Raises BadRecord."""
     if not isinstance(image, str):
-        raise BadRecord("image_type", f"image is {_kind(image)}; write one path as text, or leave the key out")
+        raise BadRecord("image_type", f"{what} is {_kind(image)}; write one path as text, or leave {_it(what)} out")
     if not image.strip():
-        raise BadRecord("image_type", "image is an empty text; leave the key out where there is no image")
+        raise BadRecord("image_type", f"{what} is an empty text; leave {_it(what)} out where there is no image")
     if image.startswith("data:") or (len(image) > 100 and image.startswith(_BASE64)):
-        raise BadRecord("image_type", f"image is {quoted(image, 24)}, the picture itself; save it to a file and write that file's path")
+        raise BadRecord("image_type", f"{what} is {quoted(image, 24)}, the picture itself; save it to a file and write that file's path")
     if _ADDRESS.match(image):
-        raise BadRecord("image_type", f"image is an address, {quoted(image)}; put the file below data.images and write its path from there")
+        raise BadRecord("image_type", f"{what} is an address, {quoted(image)}; {_PUT_BELOW}")
     if len(image) > _LONGEST_PATH:
-        raise BadRecord("image_type", f"image is {quoted(image, 24)}, too long for a path; write the path of a file")
+        raise BadRecord("image_type", f"{what} is {quoted(image, 24)}, too long for a path; write the path of a file")
     return image
+
+
+def _it(what: str) -> str:
+    return "the key" if what == "image" else "it"
 
 
 def _turn(turn: Any, number: int) -> tuple[str, str]:

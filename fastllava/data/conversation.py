@@ -8,26 +8,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from fastllava.batch import IMAGE_ID
 from fastllava.console.printable import quoted
 from fastllava.data.checks import BadRecord, Record
+from fastllava.data.segments import IMAGE, Segment, in_front, shown
 from fastllava.data.templates import TEMPLATES, Template, template
 from fastllava.data.tokenizer import Tokenizer
 
-__all__ = ["TEMPLATES", "Encoded", "Segment", "Template", "encode_record", "encode_segments", "prompt", "segments", "template"]
-
-IMAGE = "<image>"
-
-
-class Segment(NamedTuple):
-    """A stretch of a conversation."""
-
-    text: str
-    supervised: bool = False
-    mark: bool = False
-    """A control token or the image, not text."""
+__all__ = ["IMAGE", "TEMPLATES", "Encoded", "Segment", "Template", "encode_record", "encode_segments", "prompt", "segments", "template"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +24,9 @@ class Encoded:
     """A conversation as ids."""
 
     ids: list[int]
-    """Token ids; IMAGE_ID where the image stands."""
+    """Token ids; IMAGE_ID where an image stands."""
     supervised: list[tuple[int, int]]
-    """Ascending half-open ranges into `ids`; the image is in none of them."""
+    """Ascending half-open ranges into `ids`; no image is in one of them."""
     length: int
     """Ids there were before any cut."""
 
@@ -53,7 +42,7 @@ def encode_record(record: Record, form: Template, tokenizer: Tokenizer, max_toke
     if tokenizer.unk_id is not None and tokenizer.unk_id in encoded.ids:
         at = encoded.ids.index(tokenizer.unk_id)
         raise BadRecord("unknown_token", f"token {at} is unknown to the tokenizer; take the character out, or use a model that knows it")
-    if record.image is None:
+    if not record.images:
         encoded = cut(encoded, max_tokens)
     if not any(end > max(begin, 1) for begin, end in encoded.supervised):
         raise BadRecord("nothing_supervised", f"no supervised token among the first {max_tokens}; shorten the question")
@@ -67,18 +56,19 @@ def cut(encoded: Encoded, length: int) -> Encoded:
     return Encoded(encoded.ids[:length], [(begin, min(end, length)) for begin, end in encoded.supervised if begin < length], encoded.length)
 
 
-def prompt(form: Template | str, question: str, has_image: bool, tokenizer: Tokenizer) -> list[int]:
+def prompt(form: Template | str, question: str, images: int, tokenizer: Tokenizer, placed: bool = False) -> list[int]:
     """Ids that ask `question`, ending where the answer begins: the form that training with this template has taught.
 
-    The image stands before the question, as in training; template plain has no questions, so there it stands alone.
-    Whatever the question spells is text.
+    The images stand before the question, each in a line of its own, or where they are `placed` in it, each at its <image>; template
+    plain has no questions, so there they stand alone. Whatever else the question spells is text.
     """
     form = template(form) if isinstance(form, str) else form
     question = question.strip() if form.trims else question
-    text = f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip() if has_image else question
-    opened = [*_opening(form), *_round(form, 0, _with_image(text, form) if has_image else [Segment(text)], None)]
+    if images and not placed:
+        question = in_front(question, images)
+    opened = [*_opening(form), *_round(form, 0, shown(question, form) if images else [Segment(question)], None)]
     if form.style == "plain":
-        opened = [Segment(IMAGE, mark=True)] if has_image else []
+        opened = [Segment(IMAGE, mark=True)] * images
     return encode_segments(opened, tokenizer).ids
 
 
@@ -95,12 +85,13 @@ def segments(record: Record, form: Template, literals: frozenset[str] = frozense
     _check_learned(record, turns, form)
     _check_images(record, turns, form)
     # Where the record shows an image, the placeholder is no text, whether or not the tokenizer has a token of that name.
-    spelled = literal_pattern((literals | form.separators) - ({IMAGE} if record.image is not None else set()))
+    spelled = literal_pattern((literals | form.separators) - ({IMAGE} if record.images else set()))
     for _, text in turns:
         if found := spelled.search(text):
             raise BadRecord("control_literal", f"the text spells the control token {found[0]}; take it out or spell it otherwise")
     if form.style == "plain":
-        return [Segment(IMAGE, mark=True), *_pieces(turns[1][1], form, record, True), Segment("\n", True)]
+        marks = [Segment(IMAGE, mark=True)] * len(record.images)
+        return [*marks, Segment(turns[1][1], True), Segment("\n", True)]
     written = [(role, _pieces(text, form, record, role == "gpt")) for role, text in turns]
     parts = _opening(form)
     if form.style == "v0":
@@ -239,15 +230,12 @@ def _turn_v0(form: Template, role: str, pieces: list[Segment]) -> list[Segment]:
 
 
 def _pieces(text: str, form: Template, record: Record, supervised: bool) -> list[Segment]:
-    """A turn's text, its <image> at the front and a mark (`preprocess_multimodal` of the original). Text-only records hold no mark."""
-    if record.image is None or IMAGE not in text:
+    """A turn's text with its marks: that of a record's one image at the front (`preprocess_multimodal` of the original), those of
+    several where they are. Text-only records hold none.
+    """
+    if not record.images:
         return [Segment(text, supervised)]
-    return _with_image(f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip(), form, supervised)
-
-
-def _with_image(text: str, form: Template, supervised: bool = False) -> list[Segment]:
-    before, after = ("<Image>", "</Image>") if form.mmtag else ("", "")
-    return [Segment(before, supervised), Segment(IMAGE, mark=True), Segment(after + text.removeprefix(IMAGE), supervised)]
+    return shown(in_front(text, 1) if len(record.images) == 1 and IMAGE in text else text, form, supervised)
 
 
 def _check_turns(turns: list[tuple[str, str]], form: Template) -> None:
@@ -283,15 +271,18 @@ def _check_learned(record: Record, turns: list[tuple[str, str]], form: Template)
 
 
 def _check_images(record: Record, turns: list[tuple[str, str]], form: Template) -> None:
-    """One <image> for one image. In a text-only record <image> is text, but template plain shows an image always."""
-    if record.image is None:
+    """One <image> for each image. In a text-only record <image> is text, but template plain shows an image always."""
+    if not record.images:
         if form.style == "plain":
             raise BadRecord("image_count", "has no image; template plain wants one in every record")
         return
     counts = [text.count(IMAGE) for _, text in turns]
-    if sum(counts) != 1:
-        raise BadRecord("image_count", f"{sum(counts)} {IMAGE} in the turns and 1 image; write {IMAGE} once, where the image belongs")
-    if form.style == "plain" and not counts[0]:
+    if (spelled := sum(counts)) != (images := len(record.images)):
+        remedy = f"write {IMAGE} once, where the image belongs"
+        if images > 1:
+            remedy = f"write {IMAGE} once for each image, where it belongs"
+        raise BadRecord("image_count", f"{spelled} {IMAGE} in the turns and {images} image{'s'[: images > 1]}; {remedy}")
+    if form.style == "plain" and counts[1]:
         raise BadRecord("image_count", f"{IMAGE} stands in the answer; template plain wants it in the human turn")
 
 

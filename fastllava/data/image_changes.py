@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastllava.config import DataConfig
 from fastllava.data.checks import BadRecord
-from fastllava.data.images import ImageStamp, resolve_image, same_content
+from fastllava.data.images import resolve_image, same_content
 from fastllava.data.prepared_set import PreparedSet
 
 _THREADS = 16
@@ -39,7 +39,7 @@ def find_changes(prepared: PreparedSet, data: DataConfig, images: dict[str, list
     def verdict(image: str) -> BadRecord | int:
         try:
             path = resolve_image(root, image, data.follow_links)
-            return same_content(path, data, _stamp(prepared, images[image])).mtime_ns
+            return same_content(path, data, prepared.stamp(images[image][0])).mtime_ns
         except BadRecord as problem:
             return problem
 
@@ -63,13 +63,6 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns
-
-
-def _stamp(prepared: PreparedSet, samples: list[int]) -> ImageStamp:
-    stamp = prepared.row(samples[0]).stamp
-    if stamp is None:
-        raise ValueError(f"sample {samples[0]} has no image")
-    return stamp
 
 
 def _cut(images: list[str], size: int) -> Iterator[list[str]]:

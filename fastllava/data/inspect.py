@@ -18,24 +18,26 @@ from fastllava.data.tokenizer import Tokenizer
 _SUPERVISED = "bold green"
 
 
-def inspect_records(records: Path, tokenizer: Tokenizer, template_name: str, max_tokens: int = 2048) -> Iterator[dict[str, Any]]:
+def inspect_records(
+    records: Path, tokenizer: Tokenizer, template_name: str, max_tokens: int = 2048, max_images: int = 1
+) -> Iterator[dict[str, Any]]:
     """For each record in order {"id", "input_ids", "supervised": [[a, b), ...]} or {"id", "quarantined": reason}.
 
-    IMAGE_ID marks the image. Image files are not looked at; `max_tokens` cuts text-only records, as in the original,
-    where one with an image is cut when it has become patches. Raises UserError.
+    IMAGE_ID marks an image. Image files are not looked at; `max_tokens` cuts text-only records, as in the original,
+    where one with an image is cut when it has become patches; `max_images` as data.max_images. Raises UserError.
     """
     form = template(template_name)
     check_marks(form, tokenizer)
     for raw in read_records(records):
         try:
-            record, encoded = _encode(raw, form, tokenizer, max_tokens)
+            record, encoded = _encode(raw, form, tokenizer, max_tokens, max_images)
         except BadRecord as problem:
             yield {"id": _name(raw), "quarantined": problem.reason}
         else:
             yield {"id": record.id, "input_ids": encoded.ids, "supervised": [list(span) for span in encoded.supervised]}
 
 
-def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tokens: int = 2048) -> Iterator[Text]:
+def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tokens: int = 2048, max_images: int = 1) -> Iterator[Text]:
     """For each record in order: the raw turns, the string they become, and its tokens with the supervised ones marked.
 
     In the token line [brackets] and colour say supervised. Raises UserError.
@@ -45,11 +47,11 @@ def render_text(records: Path, tokenizer: Tokenizer, template_name: str, max_tok
     for raw in read_records(records):
         shown = _Block(f"record {raw.index}, line {raw.line}, id {_name(raw)}")
         try:
-            record, encoded = _encode(raw, form, tokenizer, max_tokens)
+            record, encoded = _encode(raw, form, tokenizer, max_tokens, max_images)
         except BadRecord as problem:
             yield shown.line(f"quarantined: {problem.reason}: {problem.detail}", "bold red").text
             continue
-        shown.line(f"image: {record.image}" if record.image is not None else "text-only")
+        shown.line(f"image{'s' * (len(record.images) > 1)}: {', '.join(record.images)}" if record.images else "text-only")
         for number, (role, words) in enumerate(record.turns):
             shown.line(f"{role}{' (left out of the loss)' if number in record.left_out else ''}: {words!r}")
         if record.other_keys:
@@ -77,10 +79,10 @@ class _Block:
         return self.add("  " + words.replace("\n", "\\n") + end, style)
 
 
-def _encode(raw: Raw, form: Template, tokenizer: Tokenizer, max_tokens: int) -> tuple[Record, Encoded]:
+def _encode(raw: Raw, form: Template, tokenizer: Tokenizer, max_tokens: int, max_images: int) -> tuple[Record, Encoded]:
     if raw.problem is not None:
         raise raw.problem
-    record = check_record(raw.value, raw.index)
+    record = check_record(raw.value, raw.index, max_images)
     return record, encode_record(record, form, tokenizer, max_tokens)
 
 

@@ -5,7 +5,7 @@ judgement is a reason of `checks.REASONS` and a detail.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ _SECOND_MEDIA = re.compile(r"(video|audio)s?(_(path|file|url|name))?|images|(sec
 """Beside `image`: a picture or sound more, where the others tell of the picture that is there (image_id, image_size)."""
 _ENDINGS = "jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|webm|mkv|mpe?g|wav|mp3|flac|ogg|m4a|npy"
 _FILE = re.compile(rf"\.({_ENDINGS})(\?.*)?$|^data:", re.IGNORECASE)
+_PATHS = "one path, or a list of paths"
 _PLACES = ("<image>", "<video>", "<audio>", "<img>")
 _LOSS = _words(
     "train training trainable trained do_train train_on train_on_turn is_trained learn learnable supervise supervised loss loss_mask "
@@ -70,9 +71,9 @@ def record_problem(record: Mapping[str, Any], others: Iterable[str], texts: Iter
             continue
         if kind == "media" and value is not False and value != 0:
             if not has_image:
-                return "image_key", f"has the key {name_of(key)} and no 'image'; write one path under 'image', or leave the key out"
+                return "image_key", f"has the key {name_of(key)} and no 'image'; write {_PATHS} under 'image', or leave the key out"
             if _SECOND_MEDIA.fullmatch(key.lower()) and value not in (record["image"], [record["image"]]):
-                return "image_key", f"has {name_of(key)} beside 'image'; a record shows one picture: split it, or leave the key out"
+                return "image_key", f"has {name_of(key)} beside 'image'; write all its pictures in one list there, or leave the key out"
         elif kind in ("loss", "unclear_loss"):
             if (learned := _is_learned(kind, value)) is None and (kind == "loss" or _is_flag(value)):
                 return "loss_flag", f"the record says {name_of(key)}: {_brief(value)}; records are not weighed: leave the key out"
@@ -90,16 +91,16 @@ def record_problem(record: Mapping[str, Any], others: Iterable[str], texts: Iter
     return None
 
 
-def turn_problem(turn: Mapping[str, Any], others: Iterable[str], number: int, image: str | None) -> Problem | None:
-    """Why the turn of a record that shows `image` means what is not done here, or None; its loss flags are read by `learned`."""
+def turn_problem(turn: Mapping[str, Any], others: Iterable[str], number: int, images: Sequence[str]) -> Problem | None:
+    """Why the turn of a record that shows `images` means what is not done here, or None; its loss flags are read by `learned`."""
     for key in others:
         value, kind = turn[key], kind_of(key)
         if _is_empty(value):
             continue
-        if kind == "media" and isinstance(value, (str, list, dict)) and value not in (image, [image]):
+        if kind == "media" and isinstance(value, (str, list, dict)) and ([value] if isinstance(value, str) else value) != [*images]:
             return (
                 "image_key",
-                f"turn {number} has {name_of(key)}; the path of a record's one picture stands beside its id, under 'image'",
+                f"turn {number} has {name_of(key)}; the paths of a record's pictures stand beside its id, under 'image'",
             )
         if kind == "system":
             return "system_text", f"turn {number} has {name_of(key)}; the template brings its system text: take the key out"

@@ -106,13 +106,14 @@ def _tensor(array: NDArray, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BadImage:
-    """A sample whose image cannot be trained on any more."""
+    """A sample with an image that cannot be trained on any more."""
 
     sample: int
     """Its number in the prepared set."""
     id: str
     """The id of its record."""
     path: str
+    """That of the image, of several the first."""
     reason: str
 
     def in_words(self) -> str:
@@ -177,23 +178,19 @@ def _shared(batch: Batch) -> Batch:
 
 
 def read_sample(prepared: PreparedSet, spec: ImageSpec, data: DataConfig, index: int, weight: float) -> Sample:
-    """Sample `index` with its image decoded. Raises BadImages when that has become bad."""
+    """Sample `index` with its images decoded. Raises BadImages when one of them has become bad: none is shown without the others."""
     row = prepared.row(index)
     images = []
-    if row.image is not None:
+    for image, stamp in zip(row.images, row.stamps, strict=True):
         if data.images is None:
-            raise UserError(f"record {row.id}: has the image {row.image}, but data.images is not set")
-        reason = ""
+            raise UserError(f"record {row.id}: has the image {image}, but data.images is not set")
         try:
             # The rules for paths hold at every read: what lies there now may be a link that leads elsewhere.
-            path = resolve_image(data.images.resolve(), row.image, data.follow_links)
-            images.append(load_image(path, data.image_policy, spec, data, row.stamp))
-        except BadRecord as problem:
+            path = resolve_image(data.images.resolve(), image, data.follow_links)
+            images.append(load_image(path, data.image_policy, spec, data, stamp))
+        except (BadRecord, ImageError) as problem:
             reason = f"{problem.detail} ({problem.reason})"
-        except ImageError as error:
-            reason = f"{error.detail} ({error.reason})"
-        if not images:
-            raise BadImages([BadImage(index, row.id, str(data.images / row.image), reason)])
+            raise BadImages([BadImage(index, row.id, str(data.images / image), reason)]) from None
     return Sample(row.ids, row.supervised, images, weight)
 
 

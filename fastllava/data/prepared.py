@@ -31,7 +31,7 @@ from fastllava.data.prepared_set import FILES, MANIFEST, QUARANTINE, ROWS, TIMES
 from fastllava.data.quarantine import refuse, summary
 from fastllava.data.records import open_records, read_records
 from fastllava.data.reuse import Report, find_set, in_json, replaced
-from fastllava.data.rows import SCHEMA, Preparer, count_keys, prepare_batches
+from fastllava.data.rows import Preparer, count_keys, prepare_batches
 from fastllava.data.templates import template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board
@@ -111,6 +111,8 @@ def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[st
     except OSError as error:
         raise UserError(f"data.records: {data.records} cannot be read ({error.strerror}); give the path of a LLaVA JSON file") from None
     limits = ("max_image_bytes", "max_image_pixels", "min_image_side", "max_image_aspect", "follow_links")
+    # Left out where it was all there was, so that sets prepared then stay good.
+    several = {} if data.max_images == 1 else {"max_images": data.max_images}
     return {
         "format": FORMAT,
         "source": source,
@@ -120,6 +122,7 @@ def _content(data: DataConfig, tokenizer: Tokenizer, spec: ImageSpec) -> dict[st
         "image_policy": data.image_policy,
         "image_spec": spec.written(),
         "max_tokens": data.max_tokens,
+        **several,
         "image_checksums": listed,
         "limits": {key: getattr(data, key) for key in limits},
     }
@@ -181,16 +184,16 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
     workers = data.workers if before.st_size > _SMALL_SOURCE else 0
     reasons: Counter[str] = Counter()
     other_keys: Counter[str] = Counter()
-    records = rows = truncated = left_out = turned = 0
+    records = rows = truncated = images_cut = left_out = turned = 0
     times = array("q")
     said = started = time.monotonic()
     with (
         pa.OSFile(str(partial / ROWS), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
+        pa.ipc.new_file(sink, preparer.schema) as writer,
         (partial / QUARANTINE).open("w", encoding="utf-8") as quarantine,
     ):
         for batch in prepare_batches(read_records(data.records), preparer, workers):
-            table = pa.ipc.read_record_batch(pa.py_buffer(batch.rows), SCHEMA)
+            table = pa.ipc.read_record_batch(pa.py_buffer(batch.rows), preparer.schema)
             if table.num_rows:
                 writer.write_batch(table)
             for entry in batch.quarantined:
@@ -200,6 +203,7 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
             records += batch.records
             rows += table.num_rows
             truncated += batch.truncated
+            images_cut += batch.images_cut
             left_out += batch.left_out
             count_keys(other_keys, batch.other_keys)
             turned += batch.turned
@@ -217,6 +221,7 @@ def _write_rows(partial: Path, preparer: Preparer, report: Report) -> dict[str, 
         "quarantined": records - rows,
         "reasons": dict(sorted(reasons.items())),
         "truncated": truncated,
+        **({} if data.max_images == 1 else {"images_cut": images_cut}),
         "answers_left_out": left_out,
         "other_keys": dict(sorted(other_keys.items())),
         "turned": turned,

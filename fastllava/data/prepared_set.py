@@ -29,13 +29,18 @@ class PreparedRow:
 
     id: str
     ids: NDArray[np.int32]
-    """[n] token ids, IMAGE_ID where the image stands; read-only."""
+    """[n] token ids, IMAGE_ID where an image stands; read-only."""
     supervised: NDArray[np.int32]
     """[k, 2] half-open ranges into `ids`; read-only."""
-    image: str | None
-    """Path below the image folder; None where there is no image, or where the cut took it away whole."""
-    stamp: ImageStamp | None
-    """What the image was when the set was made."""
+    images: tuple[str, ...]
+    """Paths below the image folder, one for each IMAGE_ID: without those that the cut took away whole."""
+    stamps: tuple[ImageStamp, ...]
+    """What each image was when the set was made."""
+
+    @property
+    def shows(self) -> str | list[str] | None:
+        """The images as a record has them: a path, a list of several, or None."""
+        return list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
 
 
 class PreparedSet:
@@ -48,10 +53,12 @@ class PreparedSet:
         images = manifest["where"]["images"]
         self.images_root = None if images is None else Path(images)
         self._table = table
-        self.image_bytes: NDArray[np.int64] = table.column("image_bytes").fill_null(0).to_numpy()
-        """[N] bytes of each sample's image file; 0 without one."""
+        self.image_starts = image_starts(table)
+        """int64 [N+1]: where the places of each sample's images begin among the K places of all, and K."""
+        self.image_bytes: NDArray[np.int64] = _flat(table, "image_bytes").fill_null(0).to_numpy()
+        """[K] bytes of each image file. A set whose samples have one at most has a place for each sample, and 0 where there is none."""
         self.image_times = times
-        """[N] when each sample's image was last written, nanoseconds; 0 without one."""
+        """[K] when each image was last written, nanoseconds."""
         self._chunks: dict[int, tuple[NDArray, ...]] = {}
         self._starts = np.cumsum([0] + [len(chunk) for chunk in table.column("ids").chunks]).tolist()
         self.n_tokens: NDArray[np.int32] = self._column("n_tokens", np.int32)
@@ -84,7 +91,7 @@ class PreparedSet:
             if verify and not all(_ids_within(chunk, manifest["vocab_size"]) for chunk in table.column("ids").chunks):
                 raise ValueError(f"{ROWS} holds token ids that the tokenizer has not")
             times = np.load(folder / TIMES, mmap_mode="r", allow_pickle=False)
-            if times.shape != (table.num_rows,) or times.dtype != np.int64:
+            if times.shape != (image_starts(table)[-1],) or times.dtype != np.int64:
                 raise ValueError(f"{TIMES} is of other rows")
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise UserError(f"{folder}: holds no whole prepared set ({error}); delete the folder and run fastllava prepare") from None
@@ -104,24 +111,36 @@ class PreparedSet:
         at = i - self._starts[number]
         id_begin, ids, supervised_begin, supervised = self._lists(number)
         chunk = {name: self._table.column(name).chunk(number)[at].as_py() for name in ("id", "image", "image_bytes", "image_digest")}
-        stamp = None
-        if chunk["image"] is not None:
-            stamp = ImageStamp(chunk["image_bytes"], int(self.image_times[i]), chunk["image_digest"])
+        images, sizes, digests = (_listed(chunk[name]) for name in ("image", "image_bytes", "image_digest"))
+        times = self.image_times[self.image_starts[i] :][: len(images)].tolist()
         return PreparedRow(
             id=chunk["id"],
             ids=ids[id_begin[at] : id_begin[at + 1]],
             supervised=supervised[supervised_begin[at] : supervised_begin[at + 1]].reshape(-1, 2),
-            image=chunk["image"],
-            stamp=stamp,
+            images=tuple(images),
+            stamps=tuple(map(ImageStamp, sizes, times, digests)),
         )
 
     def images(self) -> dict[str, list[int]]:
-        """The samples that each image belongs to, by its path below the image folder."""
+        """The places of each image, by its path below the image folder."""
         found: dict[str, list[int]] = {}
-        for i, image in enumerate(self._table.column("image").to_pylist()):
+        for place, image in enumerate(_flat(self._table, "image").to_pylist()):
             if image is not None:
-                found.setdefault(image, []).append(i)
+                found.setdefault(image, []).append(place)
         return found
+
+    def sample_bytes(self) -> NDArray[np.int64]:
+        """[N] bytes of each sample's image files together."""
+        return np.diff(np.concatenate([np.zeros(1, np.int64), np.cumsum(self.image_bytes)])[self.image_starts])
+
+    def samples_of(self, places: Iterable[int]) -> set[int]:
+        """The samples that have an image at one of these places."""
+        return set((np.searchsorted(self.image_starts, [*places], side="right") - 1).tolist())
+
+    def stamp(self, place: int) -> ImageStamp:
+        """What the image at this place was when the set was made."""
+        sample = int(np.searchsorted(self.image_starts, place, side="right")) - 1
+        return self.row(sample).stamps[place - int(self.image_starts[sample])]
 
     def named(self, name: str) -> list[int]:
         """The samples whose record is called `name`."""
@@ -145,6 +164,27 @@ class PreparedSet:
             lists = [self._table.column(name).chunk(number) for name in ("ids", "supervised")]
             self._chunks[number] = tuple(part.to_numpy() for column in lists for part in (column.offsets, column.values))
         return self._chunks[number]
+
+
+def image_starts(table: pa.Table) -> NDArray[np.int64]:
+    """int64 [N+1]: see `PreparedSet.image_starts`."""
+    column = table.column("image")
+    if not pa.types.is_list(column.type):
+        return np.arange(table.num_rows + 1)
+    counts = [np.zeros(1, np.int64), *(np.diff(chunk.offsets.to_numpy()).astype(np.int64) for chunk in column.chunks)]
+    return np.cumsum(np.concatenate(counts))
+
+
+def _flat(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """[K]: a column of images, with null where a set without lists has none."""
+    column = table.column(name)
+    if not pa.types.is_list(column.type):
+        return column
+    return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _ids_within(chunk: pa.ListArray, vocab_size: int) -> bool:

@@ -22,6 +22,8 @@ def summary(prepared: PreparedSet) -> str:
         f"{len(prepared):,} of {manifest['records']:,} records usable ({text_only:,} text-only): {int(prepared.n_tokens.sum()):,} tokens, "
         f"{int(prepared.n_supervised.sum()):,} supervised; {manifest['truncated']:,} cut at {manifest['max_tokens']} tokens"
     ]
+    if manifest.get("images_cut"):
+        lines.append(f"{manifest['images_cut']:,} of those that were cut lost a picture, or a part of one")
     if manifest["answers_left_out"]:
         lines.append(f"{manifest['answers_left_out']:,} answers are left out of the loss, as their turns say")
     if manifest["other_keys"]:

@@ -27,17 +27,24 @@ class Question:
     """Its `question_id`. TextVQA and MME have several questions under one."""
     text: str
     """What the prompt holds after the image's line."""
-    image: Path | StoredImage | bytes | None
-    """An image file, or the bytes of one (image_bytes gives them); None for a question without a picture."""
+    image: Path | StoredImage | bytes | tuple[Path, ...] | None
+    """An image file, or the bytes of one (image_bytes gives them); None for a question without a picture. Of several their files."""
     prompt: str
     """The field `prompt` of its line in the answers file."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of its line in the answers file, as MMBench has them."""
 
+    @property
+    def images(self) -> "tuple[Path | StoredImage | bytes, ...]":
+        """Its pictures in order."""
+        if isinstance(self.image, tuple):
+            return self.image
+        return () if self.image is None else (self.image,)
+
 
 def image_bytes(question: Question) -> bytes | None:
-    """The bytes of a question's image file, wherever it lies. Raises UserError that names the question when it cannot be read."""
-    image = question.image
+    """The bytes of a question's first image file, wherever it lies. Raises UserError that names the question when it cannot be read."""
+    image = next(iter(question.images), None)
     if image is None or isinstance(image, bytes):
         return image
     try:
@@ -49,8 +56,8 @@ def image_bytes(question: Question) -> bytes | None:
 def read_questions(path: Path, images: Path | None) -> list[Question]:
     """The questions of a file in the original's format, in its order, with their images below the folder `images`.
 
-    A line is a JSON object of `question_id`, `text` and, for a question about a picture, `image`. Raises UserError that names the
-    line and what it lacks.
+    A line is a JSON object of `question_id`, `text` and, for a question about a picture, `image`, a list for several. Raises UserError
+    that names the line and what it lacks.
     """
     questions = []
     for number, row in json_lines(path):
@@ -61,14 +68,33 @@ def read_questions(path: Path, images: Path | None) -> list[Question]:
             )
         if type(row["question_id"]) not in (int, str):
             raise UserError(f"{where}: question_id is {type(row['question_id']).__name__}; write a number or a string")
-        image = row.get("image")
-        if image is not None and not isinstance(image, str):
-            raise UserError(f"{where}: image is {type(image).__name__}; write one path below the folder of images")
-        if image is not None and images is None:
-            raise UserError(f"{where} names the image {image}; give the folder that it lies in")
-        file = None if image is None or images is None else images / image
-        questions.append(Question(row["question_id"], row["text"], file, row["text"]))
+        named = listed_images(row.get("image"))
+        if named is None:
+            raise UserError(f"{where}: image is {type(row['image']).__name__}; write one path below the folder of images, or a list")
+        if named and images is None:
+            raise UserError(f"{where} names the image {named[0]}; give the folder that it lies in")
+        if (wrong := wrong_places(row["text"], len(named))) is not None:
+            raise UserError(f"{where}: {wrong}")
+        files = tuple(images / one for one in named if images is not None)
+        questions.append(Question(row["question_id"], row["text"], files if len(files) > 1 else next(iter(files), None), row["text"]))
     return questions
+
+
+def listed_images(value: Any) -> tuple[str, ...] | None:
+    """The paths that a question's `image` holds: a text, a list of texts, or nothing; None where it is something else."""
+    paths: list[Any] = [] if value is None else value if isinstance(value, list) and value else [value]
+    return tuple(paths) if all(isinstance(path, str) for path in paths) else None
+
+
+def wrong_places(text: str, images: int) -> str | None:
+    """What is wrong with the <image> in a question about so many pictures, or None.
+
+    Several have a place each, or none is placed: then they stand before the question. One always does.
+    """
+    spelled = text.count("<image>")
+    if images < 2 or spelled in (0, images):
+        return None
+    return f"the text has {spelled} <image> for {images} images; write one for each, where it belongs, or none, for all to stand before it"
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

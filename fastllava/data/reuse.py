@@ -17,6 +17,8 @@ from fastllava.data.rows import Preparer
 from fastllava.errors import UserError
 
 Report = Callable[[str], None]
+_LIST_BEFORE = "image is a list; write one path as text, or leave the key out"
+"""What sets say that were made when every list was refused, one of a single picture too."""
 
 
 def find_set(folder: Path, preparer: Preparer, report: Report, keep: str | None) -> PreparedSet | None:
@@ -33,9 +35,9 @@ def find_set(folder: Path, preparer: Preparer, report: Report, keep: str | None)
     if running:
         _check_running(prepared, images, changes, data, report)
     else:
-        changed = next(iter(changes.bad.items()), None) or _mended(prepared, preparer)
+        changed = next((f"image {image} is not what it was" for image in changes.bad), None) or _mended(prepared, preparer)
         if changed is not None:
-            report(f"image {changed[0]} is not what it was when {prepared.folder} was made: making it anew")
+            report(f"{changed} when {prepared.folder} was made: making it anew")
             return None
     if changes.touched:
         _renew_times(prepared, images, changes.touched)
@@ -56,20 +58,23 @@ def _open(folder: Path, report: Report) -> PreparedSet | None:
         return None
 
 
-def _mended(prepared: PreparedSet, preparer: Preparer) -> tuple[str, BadRecord | None] | None:
-    """An image that the set refused and that is good now, or bad in another way."""
-    if not any(map(_files, prepared.manifest["reasons"])):
+def _mended(prepared: PreparedSet, preparer: Preparer) -> str | None:
+    """What the set refused and is good now, or bad in another way, and how it is another than before; None where there is none."""
+    if not any(_files(reason) or reason == "image_type" for reason in prepared.manifest["reasons"]):
         return None
     for line in (prepared.folder / QUARANTINE).read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
+        if (entry["reason"], entry["detail"]) == ("image_type", _LIST_BEFORE):
+            return f"record {entry['id']} may show one picture in a list, which it might not"
         if not _files(entry["reason"]):
             continue
+        paths = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
         try:
-            preparer.image(entry["image"], entry["id"])
+            preparer.images(paths, entry["id"])
         except BadRecord as problem:
             if problem.reason == entry["reason"]:
                 continue
-        return entry["image"], None
+        return f"image {', '.join(paths)} is not what it was"
     return None
 
 
@@ -77,7 +82,7 @@ def _check_running(prepared: PreparedSet, images: dict[str, list[int]], changes:
     """A run that goes on does so without the images that have changed since. Raises UserError when those are too many."""
     if not changes.bad:
         return
-    records = sum(len(images[image]) for image in changes.bad)
+    records = len(prepared.samples_of(place for image in changes.bad for place in images[image]))
     image, problem = next(iter(changes.bad.items()))
     said = f"{len(changes.bad):,} of {len(images):,} images are not what they were when this run began, such as {image}: {problem.detail}"
     if prepared.manifest["quarantined"] + records > data.max_quarantined_share * prepared.manifest["records"]:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -15,16 +15,15 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from fastllava.batch import IMAGE_ID
 from fastllava.config import DataConfig
-from fastllava.console.printable import shortened
+from fastllava.config.keys import MOST_IMAGES
+from fastllava.console.printable import quoted, shortened
 from fastllava.data.checks import BadRecord, Record, check_record
 from fastllava.data.checksums import read_checksums
+from fastllava.data.columns import Columns, schema
 from fastllava.data.conversation import Encoded, cut, encode_record
-from fastllava.data.images import DIGEST_BYTES, Examined, examine, resolve_image
+from fastllava.data.images import Examined, examine, resolve_image
 from fastllava.data.marks import check_marks
 from fastllava.data.records import Raw
 from fastllava.data.templates import template
@@ -32,24 +31,6 @@ from fastllava.data.tokenizer import Tokenizer
 from fastllava.data.workers import Board, begin_worker, children, kill, stops_held
 from fastllava.errors import UserError
 
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("id", pa.string()),
-        ("ids", pa.list_(pa.int32())),
-        ("supervised", pa.list_(pa.int32())),
-        ("image", pa.string()),
-        ("image_bytes", pa.int64()),
-        ("image_digest", pa.binary(DIGEST_BYTES)),
-        ("n_tokens", pa.int32()),
-        ("n_supervised", pa.int32()),
-        ("n_images", pa.int8()),
-        ("length_key", pa.int32()),
-    ]
-)
-"""One row a usable record; `index` is its number in the source, `supervised` its ranges one after another."""
-
-_LISTS = ("ids", "supervised")
 _BATCH_RECORDS = 1024
 _BATCH_SIZE = 8 * 2**20
 _MOST_KEYS = 1000
@@ -58,26 +39,35 @@ _OTHERS = "others"
 
 @dataclass(frozen=True)
 class Fitted:
-    """A record's ids when the image has become patches and the whole has been cut at `data.max_tokens` rows."""
+    """A record's ids when each image has become patches and the whole has been cut at `data.max_tokens` rows."""
 
     encoded: Encoded
     n_tokens: int
     n_supervised: int
     """Targets that count in the loss: labels[1:] != -100 in the original."""
     n_images: int
+    """Images of which a patch is left."""
     truncated: bool
+    image_cut: bool
+    """Whether the cut has taken away an image, or patches of one."""
 
 
 def fit(encoded: Encoded, patches: int, max_tokens: int) -> Fitted:
     """Cut as `prepare_inputs_labels_for_multimodal` of the original cuts; a partly cut image keeps its mark."""
-    extra, kept = 0, max_tokens
-    if IMAGE_ID in encoded.ids and (at := encoded.ids.index(IMAGE_ID)) < max_tokens:
-        extra = patches - 1
-        kept = max(at + 1, max_tokens - extra)
-    n_tokens = min(len(encoded.ids) + extra, max_tokens)
+    images = [at for at, token in enumerate(encoded.ids) if token == IMAGE_ID]
+    n_rows = len(encoded.ids) + len(images) * (patches - 1)
+    kept = max_tokens
+    n_images = ends = 0
+    for at in images:
+        begins = at + n_images * (patches - 1)
+        if begins >= max_tokens:
+            break
+        n_images, ends = n_images + 1, begins + patches
+        kept = max(at + 1, max_tokens - n_images * (patches - 1))
+    cut_off = n_images < len(images) or ends > max_tokens
     encoded = cut(encoded, kept)
     n_supervised = sum(end - max(begin, 1) for begin, end in encoded.supervised)
-    return Fitted(encoded, n_tokens, n_supervised, encoded.ids.count(IMAGE_ID), n_tokens < encoded.length + extra)
+    return Fitted(encoded, min(n_rows, max_tokens), n_supervised, n_images, n_rows > max_tokens, cut_off)
 
 
 @dataclass
@@ -85,46 +75,22 @@ class Batch:
     """What a stretch of records became."""
 
     rows: bytes
-    """An Arrow record batch of SCHEMA, serialized."""
+    """An Arrow record batch of `columns.schema`, serialized."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """One line of quarantine.jsonl each."""
     records: int = 0
     image_times: array = field(default_factory=lambda: array("q"))
-    """When the image of each row was last written, nanoseconds; 0 without one."""
+    """When each image was last written, nanoseconds; where a record has one at most, a 0 for each without."""
     turned: int = 0
-    """Rows whose image EXIF says to turn, which nobody does."""
+    """Rows with an image that EXIF says to turn, which nobody does."""
     truncated: int = 0
     """Rows that lost tokens to `data.max_tokens`."""
+    images_cut: int = 0
+    """Those of them that lost an image, or patches of one."""
     left_out: int = 0
     """Answers of rows that are not learned, as their turns say."""
     other_keys: Counter[str] = field(default_factory=Counter)
     """Rows with each key that means nothing here."""
-
-
-class _Columns:
-    """Rows as they gather; lists lie flat, as Arrow keeps them."""
-
-    def __init__(self) -> None:
-        self.plain: dict[str, list[Any]] = {field.name: [] for field in SCHEMA if field.name not in _LISTS}
-        self.flat = {name: array("i") for name in _LISTS}
-        self.offsets = {name: array("i", [0]) for name in _LISTS}
-
-    def add(self, plain: tuple[Any, ...], *lists: Iterable[int]) -> None:
-        for column, value in zip(self.plain.values(), plain, strict=True):
-            column.append(value)
-        for name, values in zip(_LISTS, lists, strict=True):
-            self.flat[name].extend(values)
-            self.offsets[name].append(len(self.flat[name]))
-
-    def serialize(self) -> bytes:
-        arrays = []
-        for column in SCHEMA:
-            if column.name in _LISTS:
-                offsets, flat = (pa.array(np.frombuffer(part[column.name], np.int32)) for part in (self.offsets, self.flat))
-                arrays.append(pa.ListArray.from_arrays(offsets, flat))
-            else:
-                arrays.append(pa.array(self.plain[column.name], column.type))
-        return pa.record_batch(arrays, schema=SCHEMA).serialize().to_pybytes()
 
 
 class Preparer:
@@ -135,7 +101,7 @@ class Preparer:
         self._state = (data, tokenizer, patches)
         self.board = board or Board(1)
         self.data, self.tokenizer, self.patches = data, tokenizer, patches
-        self.form = template(data.template)
+        self.form, self.schema = template(data.template), schema(data.max_images)
         check_marks(self.form, tokenizer)
         self.root = None if data.images is None else data.images.resolve()
         self._checked = lru_cache(maxsize=65536)(self._check)
@@ -146,16 +112,17 @@ class Preparer:
 
     def batch(self, raws: list[Raw]) -> Batch:
         """Raises UserError where no record could be used for want of a setting."""
-        columns = _Columns()
+        columns = Columns(self.schema)
         result = Batch(b"", records=len(raws))
         for raw in raws:
             try:
                 with self.board.at(raw.index):
-                    record, truncated = self._add(columns, result, raw)
+                    record, fitted = self._add(columns, result, raw)
             except BadRecord as problem:
                 result.quarantined.append(_quarantined(raw, problem))
                 continue
-            result.truncated += truncated
+            result.truncated += fitted.truncated
+            result.images_cut += fitted.image_cut
             result.left_out += len(record.left_out)
             count_keys(result.other_keys, dict.fromkeys(record.other_keys, 1))
         result.rows = columns.serialize()
@@ -196,27 +163,41 @@ class Preparer:
         if listed != examined.stamp.digest:
             raise BadRecord("image_checksum", f"{relative!r} is not as data.image_checksums lists it; restore the file")
 
-    def _add(self, columns: _Columns, result: Batch, raw: Raw) -> tuple[Record, bool]:
-        """Appends the record's row; the record, and whether it was cut. Raises BadRecord."""
+    def images(self, paths: Sequence[str], name: Any) -> list[Examined]:
+        """The images of the record called `name`. Raises BadRecord when one of them cannot be used."""
+        found = []
+        for number, path in enumerate(paths, 1):
+            try:
+                found.append(self.image(path, name))
+            except BadRecord as problem:
+                if len(paths) == 1:
+                    raise
+                raise BadRecord(problem.reason, f"image {number} of {len(paths)}, {quoted(path)}: {problem.detail}") from None
+        return found
+
+    def _add(self, columns: Columns, result: Batch, raw: Raw) -> tuple[Record, Fitted]:
+        """Appends the record's row; the record, and what of it was left. Raises BadRecord."""
         if raw.problem is not None:
             raise raw.problem
-        record: Record = check_record(raw.value, raw.index)
+        record: Record = check_record(raw.value, raw.index, self.data.max_images)
         encoded = encode_record(record, self.form, self.tokenizer, self.data.max_tokens)
         fitted = fit(encoded, self.patches, self.data.max_tokens)
         if not fitted.n_supervised:
-            cut = f"among the first {self.data.max_tokens} rows, those of the image included"
+            cut = f"among the first {self.data.max_tokens} rows, those of the image{'s' * (len(record.images) > 1)} included"
             raise BadRecord("nothing_supervised", f"no supervised token {cut}; shorten the question")
-        examined = None if record.image is None else self.image(record.image, record.id)
+        shown = self.images(record.images, record.id)[: fitted.n_images]
         name = shortened(str(record.id).encode(errors="replace").decode())
-        if not fitted.n_images:
-            examined = None
-        image = (None,) * 3 if examined is None else (record.image, examined.stamp.size, examined.stamp.digest)
+        stamps = [one.stamp for one in shown]
+        images = list(record.images[: len(shown)]), [stamp.size for stamp in stamps], [stamp.digest for stamp in stamps]
+        times = [stamp.mtime_ns for stamp in stamps]
+        if self.data.max_images == 1:
+            images, times = tuple(next(iter(column), None) for column in images), times or [0]
         counts = (fitted.n_tokens, fitted.n_supervised, fitted.n_images, record.length_key)
         encoded = fitted.encoded
-        columns.add((raw.index, name, *image, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
-        result.image_times.append(0 if examined is None else examined.stamp.mtime_ns)
-        result.turned += examined is not None and examined.turned
-        return record, fitted.truncated
+        columns.add((raw.index, name, *images, *counts), encoded.ids, chain.from_iterable(encoded.supervised))
+        result.image_times.extend(times)
+        result.turned += any(one.turned for one in shown)
+        return record, fitted
 
 
 def prepare_batches(raws: Iterable[Raw], preparer: Preparer, workers: int) -> Iterator[Batch]:
@@ -282,6 +263,8 @@ def _quarantined(raw: Raw, problem: BadRecord) -> dict[str, Any]:
         "detail": problem.detail,
     }
     # A path is shorter than this; longer is a picture in the record, which is not copied.
+    if isinstance(image, list) and len(image) <= MOST_IMAGES and all(isinstance(one, str) for one in image):
+        return {**entry, "image": [shortened(one, 4096) for one in image]}
     return {**entry, "image": shortened(image, 4096)} if isinstance(image, str) else entry
 
 

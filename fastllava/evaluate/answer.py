@@ -21,8 +21,8 @@ from fastllava.distributed.processes import ALONE, Processes, processes
 from fastllava.errors import UserError
 from fastllava.evaluate.answers_file import AnswersFile, held_answers_file, identify
 from fastllava.evaluate.checkpoint import Trained
-from fastllava.evaluate.engines import Engine, Prompt, load_engine, rows_of
-from fastllava.evaluate.pictures import BadQuestion, is_there, load_picture
+from fastllava.evaluate.engines import Engine, Prompt, load_engine, rows_of, whole_rows
+from fastllava.evaluate.pictures import BadQuestion, load_picture, load_pictures, missing_picture
 from fastllava.evaluate.progress import Progress
 from fastllava.evaluate.questions import Question, read_questions
 
@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 1024
 _READERS = 4
 """Threads that read pictures, while the engine is at those before."""
 
-Pixels = NDArray[np.uint8] | None
+Pixels = NDArray[np.uint8]
 Got = tuple[str, bool] | BadQuestion
 """An answer, and whether it came to its end; or why there is none."""
 
@@ -131,7 +131,8 @@ def answer_file(
     with processes() as group:
         group.on_first(lambda: ready_to_write(out, "--out"))
         say = speaker(console if group.first else Console(quiet=True))
-        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
+        most = max(len(question.images) for question in asked)
+        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group, max(1, most))
         return answer_questions(
             trained, asked, out, engine=made, max_new_tokens=max_new_tokens, skip_bad=skip_bad, group=group, console=console
         )
@@ -150,14 +151,14 @@ class _Work:
     """On the first process."""
     progress: Progress
 
-    def answer(self, pictures: Mapping[int, Future[Pixels]]) -> dict[int, Got]:
+    def answer(self, pictures: Mapping[int, Sequence[Future[Pixels]]]) -> dict[int, Got]:
         """What came of each question, by its number. Raises BadQuestion, unless those are skipped."""
         got: dict[int, Got] = {}
         prompts: dict[int, Prompt] = {}
-        for number, picture in pictures.items():
+        for number, shown in pictures.items():
             question = self.questions[number]
             try:
-                prompts[number] = self._prompt(question, picture.result())
+                prompts[number] = self._prompt(question, [picture.result() for picture in shown])
             except BadQuestion as problem:
                 if not self.skip_bad:
                     raise
@@ -180,16 +181,20 @@ class _Work:
             self.file.answer(number, got[0], self.trained.name)
         self.progress.advance(1)
 
-    def _prompt(self, question: Question, pixels: Pixels) -> Prompt:
-        turn = Turn(question.text, 0 if pixels is None else 1)
+    def _prompt(self, question: Question, pixels: Sequence[Pixels]) -> Prompt:
+        turn = Turn(question.text, len(pixels))
         try:
             question.text.encode()
         except UnicodeEncodeError:
             raise BadQuestion(question, "its text holds half of a character (a lone surrogate); write the whole one") from None
         prompt = Prompt(ask(self.trained.form, turn, self.trained.tokenizer), pixels)
         rows, most = rows_of(prompt, self.trained), self.trained.model.origin.text.get("max_position_embeddings")
+        if len(pixels) > 1:
+            # What the original does with too long a prompt about one picture is to lose the question's end.
+            rows, most = whole_rows(prompt.ids, self.trained), min(self.trained.max_tokens, most if isinstance(most, int) else rows)
         if isinstance(most, int) and rows > most:
-            raise BadQuestion(question, f"its prompt has {rows:,} tokens, and the model reads {most:,}; shorten it")
+            shown = f" with {len(pixels)} pictures" if len(pixels) > 1 else ""
+            raise BadQuestion(question, f"its prompt{shown} has {rows:,} tokens, and the model reads {most:,}; shorten it")
         return prompt
 
 
@@ -216,16 +221,16 @@ def _begin(
     bad: dict[int, BadQuestion] = {}
     for number in file.gaps:
         try:
-            load_picture(questions[number], trained)
+            load_pictures(questions[number], trained)
         except BadQuestion as problem:
             if not skip_bad:
                 raise
             bad[number] = problem
     done = file.done
     waiting = [one for number, one in enumerate(questions) if number not in done]
-    if not skip_bad and (missing := [one for one in waiting if not is_there(one)]):
+    if not skip_bad and (missing := [(one, image) for one in waiting if (image := missing_picture(one)) is not None]):
         some = f"; so are those of {len(missing) - 1:,} other questions" if len(missing) > 1 else ""
-        raise BadQuestion(missing[0], f"image {missing[0].image}: is not there{some}; put it there, or write --skip-bad to answer the rest")
+        raise BadQuestion(missing[0][0], f"image {missing[0][1]}: is not there{some}; put it there, or write --skip-bad to answer the rest")
     return file.begin(set(bad)), bad
 
 
@@ -237,18 +242,19 @@ def _shares(numbers: Sequence[int], window: int, group: Processes) -> Iterator[S
 
 def _ahead(
     pool: ThreadPoolExecutor, shares: Iterator[Sequence[int]], questions: Sequence[Question], trained: Trained
-) -> Iterator[dict[int, Future[Pixels]]]:
+) -> Iterator[dict[int, Sequence[Future[Pixels]]]]:
     """The pictures of each share, read while the share before is answered; questions about one file have one array."""
 
-    def start(share: Sequence[int]) -> dict[int, Future[Pixels]]:
+    def start(share: Sequence[int]) -> dict[int, Sequence[Future[Pixels]]]:
         begun: dict[Path | int, Future[Pixels]] = {}
         found = {}
         for number in share:
-            image = questions[number].image
-            key = image if isinstance(image, Path) else number
-            if key not in begun:
-                begun[key] = pool.submit(load_picture, questions[number], trained)
-            found[number] = begun[key]
+            question = questions[number]
+            keys = [image if isinstance(image, Path) else number for image in question.images]
+            for key, image in zip(keys, question.images, strict=True):
+                if key not in begun:
+                    begun[key] = pool.submit(load_picture, question, image, trained)
+            found[number] = [begun[key] for key in keys]
         return found
 
     coming = [start(share) for share in islice(shares, 1)]

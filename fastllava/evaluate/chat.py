@@ -1,4 +1,4 @@
-"""A conversation about a picture in the terminal: answers appear as they are made, and the exact prompt is shown on request."""
+"""A conversation about pictures in the terminal: answers appear as they are made, and the exact prompt is shown on request."""
 
 import io
 import math
@@ -22,7 +22,8 @@ from fastllava.evaluate.engines.transformers_engine import TransformersEngine
 
 HELP = """\
 /image FILE  ask about this picture, in a new conversation; without FILE about none
-/reset       begin the conversation anew, about the same picture
+/add FILE    show one more picture, before the next question
+/reset       begin the conversation anew, about the same picture or pictures
 /prompt      show the prompt of the last answer, word for word
 /help        show these lines
 /quit        end, as Ctrl-D does; Ctrl-C stops an answer
@@ -87,13 +88,25 @@ def _obey(command: str, rest: str, conversation: Conversation, terminal: Termina
                 raise UserError(f"/image: {error}; the conversation is as it was") from None
         case "/reset":
             conversation.reset()
-            terminal.say("the conversation begins anew" + ("" if conversation.pixels is None else ", about the same picture"))
+            same = "pictures" if len(conversation.pixels) > 1 else "picture"
+            terminal.say("the conversation begins anew" + (f", about the same {same}" if conversation.pixels else ""))
+        case "/add":
+            if not rest:
+                raise UserError("/add: names no file; give the path of a picture")
+            try:
+                conversation.add(Path(rest).expanduser())
+            except UserError as error:
+                raise UserError(f"/add: {error}; the conversation is as it was") from None
+            shown = f"picture {len(conversation.pixels)} is {rest}, and stands before the next question"
+            terminal.say(f"{shown}: {ONE_PICTURE}" if len(conversation.pixels) > 1 else shown)
         case "/prompt":
             if conversation.asked is None:
                 raise UserError("/prompt: nothing was asked yet")
             text, ids = conversation.asked
-            patches = conversation.tokens(ids) - len(ids) + 1
-            picture = f", one of them for the picture, which takes the place of {patches}" if IMAGE_ID in ids else ""
+            shown, patches = ids.count(IMAGE_ID), conversation.trained.model.spec.patches
+            picture = f", one of them for the picture, which takes the place of {patches}" if shown else ""
+            if shown > 1:
+                picture = f", {shown} of them for the pictures, each of which takes the place of {patches}"
             terminal.write(f"{printable(text)}\n")
             terminal.say(f"{len(ids)} ids{picture}")
         case "/help":
@@ -103,7 +116,7 @@ def _obey(command: str, rest: str, conversation: Conversation, terminal: Termina
 
 
 def _show(path: Path | None, conversation: Conversation, terminal: Terminal) -> None:
-    anew = conversation.pixels is not None or bool(conversation.turns)
+    anew = bool(conversation.pixels or conversation.turns)
     conversation.show(path)
     shown = "there is no picture now" if path is None else f"the picture is {path}"
     terminal.say(f"{shown}, and the conversation begins anew: {ONE_PICTURE}" if anew else shown)

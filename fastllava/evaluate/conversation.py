@@ -1,4 +1,4 @@
-"""A conversation about a picture, answered token by token: what was said, the prompt that it makes, and the text as it comes."""
+"""A conversation about pictures, answered token by token: what was said, the prompt that it makes, and the text as it comes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,10 @@ class Conversation:
     max_new_tokens: int
     temperature: float = 0.0
     turns: list[Turn] = field(default_factory=list)
-    pixels: NDArray[np.uint8] | None = None
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    """The pictures in the order in which they were shown. Each turn but the first says how many of them are its own."""
+    waiting: int = 0
+    """Pictures that stand before the next question, unless it is the first, before which stand all that no other turn has."""
     asked: tuple[str, list[int]] | None = None
     """The prompt of the last answer: its text and its ids."""
 
@@ -49,24 +52,40 @@ class Conversation:
 
     def show(self, path: Path | None) -> None:
         """Begin anew, about the picture at `path` or about none. Raises UserError, and leaves everything as it was."""
-        if path is not None and not path.is_file():
-            raise UserError(f"there is no file '{path}'; give the path of a picture")
-        try:
-            self.pixels = load_picture(Question("", "", path, ""), self.trained)
-        except BadQuestion as problem:
-            raise UserError(problem.reason) from None
-        self.turns = []
+        self.pixels = [] if path is None else [self._loaded(path)]
+        self.reset()
+
+    def add(self, path: Path) -> None:
+        """Show one more picture, before the next question. Raises UserError, and leaves everything as it was."""
+        patches, pictures = self.trained.model.spec.patches, len(self.pixels) + 1
+        if pictures > 1 and pictures * patches >= self._most():
+            room = f"{pictures} pictures take {pictures * patches:,} tokens, and the model takes {self.context:,}"
+            raise UserError(f"{room}, some of them for a question and its answer; begin anew with fewer, by /image")
+        self.pixels.append(self._loaded(path))
+        self.waiting += 1
 
     def reset(self) -> None:
-        """Begin anew, about the same picture."""
-        self.turns = []
+        """Begin anew, about the same pictures."""
+        self.turns, self.waiting = [], 0
+
+    def _loaded(self, path: Path) -> NDArray[np.uint8]:
+        if not path.is_file():
+            raise UserError(f"there is no file '{path}'; give the path of a picture")
+        try:
+            return load_picture(Question("", "", path, ""), path, self.trained)
+        except BadQuestion as problem:
+            raise UserError(problem.reason) from None
+
+    def _most(self) -> int:
+        """Tokens of a prompt that leaves its answer its place in the context."""
+        return self.context - min(self.max_new_tokens, self.context // FOR_THE_ANSWER)
 
     def fit(self, question: str) -> int:
         """Forget the oldest rounds until the next answer has its place in the context; how many.
 
         Raises UserError for too long a question.
         """
-        most = self.context - min(self.max_new_tokens, self.context // FOR_THE_ANSWER)
+        most = self._most()
         dropped = 0
         while (tokens := self.tokens(self.prompt(self.turns[dropped:], question)[1])) > most and dropped < len(self.turns):
             dropped += 1
@@ -76,14 +95,13 @@ class Conversation:
         return dropped
 
     def tokens(self, ids: Sequence[int]) -> int:
-        """The tokens of a prompt once its picture has become patches."""
+        """The tokens of a prompt once its pictures have become patches."""
         return len(ids) + ids.count(IMAGE_ID) * (self.trained.model.spec.patches - 1)
 
     def prompt(self, turns: Sequence[Turn], question: str) -> tuple[str, list[int]]:
-        """Text and ids of the prompt; the picture stands before the first of the questions."""
-        said = [*turns, Turn(question)]
-        if self.pixels is not None:
-            said[0] = replace(said[0], images=1)
+        """Text and ids of the prompt; each picture stands before its question, those of rounds that were forgotten before the first."""
+        first, *later = [*turns, Turn(question, self.waiting)]
+        said = [replace(first, images=len(self.pixels) - sum(turn.images for turn in later)), *later]
         return prompt_text(self.trained.form, said), ask(self.trained.form, said, self.trained.tokenizer)
 
     def answer(self, question: str, write: Write) -> None:
@@ -94,9 +112,13 @@ class Conversation:
             self._generate(Prompt(self.asked[1], self.pixels), text, self.max_new_tokens)
         except KeyboardInterrupt:
             if said := text.end():
-                self.turns.append(Turn(question, 0, said))
+                self._said(question, said)
             raise
-        self.turns.append(Turn(question, 0, text.end()))
+        self._said(question, text.end())
+
+    def _said(self, question: str, answer: str) -> None:
+        self.turns.append(Turn(question, self.waiting, answer))
+        self.waiting = 0
 
     def warm_up(self) -> None:
         """Answer nothing with one token, so that what a first answer imports is there: a Ctrl-C while it is imported ends the program."""

@@ -214,7 +214,9 @@ def _examples(one: Benchmark, questions: Sequence[Question], answers: Answers, r
 
 
 def _picture(question: Question) -> Path | bytes | None:
-    return question.image if question.image is None or isinstance(question.image, Path) else image_bytes(question)
+    """The first of them: benchmarks have one a question."""
+    first = next(iter(question.images), None)
+    return first if first is None or isinstance(first, Path) else image_bytes(question)
 
 
 def _begin(out: Path, about: Mapping[str, Any]) -> None:

@@ -11,7 +11,9 @@ from fastllava.data.checks import BadRecord
 from fastllava.data.images import pixels_of, read_image
 from fastllava.errors import UserError
 from fastllava.evaluate.checkpoint import Trained
-from fastllava.evaluate.questions import Question
+from fastllava.evaluate.questions import Question, StoredImage
+
+Image = Path | StoredImage | bytes
 
 
 class BadQuestion(UserError):
@@ -25,11 +27,14 @@ class BadQuestion(UserError):
         return BadQuestion, (self.question, self.reason)
 
 
-def load_picture(question: Question, trained: Trained) -> NDArray[np.uint8] | None:
-    """uint8 [3, size, size] of the question's picture as `trained` was shown pictures; None without one. Raises BadQuestion."""
-    image, limits = question.image, _limits()
-    if image is None:
-        return None
+def load_pictures(question: Question, trained: Trained) -> tuple[NDArray[np.uint8], ...]:
+    """`load_picture` of each of the question's pictures."""
+    return tuple(load_picture(question, image, trained) for image in question.images)
+
+
+def load_picture(question: Question, image: Image, trained: Trained) -> NDArray[np.uint8]:
+    """uint8 [3, size, size] of a picture of the question as `trained` was shown pictures. Raises BadQuestion."""
+    limits = _limits()
     where = f"image {image}" if isinstance(image, Path) else "its image"
     try:
         if isinstance(image, Path):
@@ -43,9 +48,9 @@ def load_picture(question: Question, trained: Trained) -> NDArray[np.uint8] | No
         raise BadQuestion(question, f"image {str(image)!r} is no path; write one below the folder of images") from None
 
 
-def is_there(question: Question) -> bool:
-    """Whether the file of the question's picture exists, as far as it is one by itself."""
-    return not isinstance(question.image, Path) or question.image.is_file()
+def missing_picture(question: Question) -> Path | None:
+    """The first file of the question's pictures that does not exist, of those that are files by themselves."""
+    return next((image for image in question.images if isinstance(image, Path) and not image.is_file()), None)
 
 
 @lru_cache(1)

@@ -129,7 +129,7 @@ class Check:
     def _chat(self, name: str, processor: Any, tokenizer: Tokenizer, image: int, report: Report) -> None:
         """A conversation as training writes it, and the part of it that is supervised."""
         try:
-            expected = encode_record(Record("", "image", _CONVERSATION), self._template, tokenizer, 2**20)
+            expected = encode_record(Record("", ("image",), _CONVERSATION), self._template, tokenizer, 2**20)
         except BadRecord as error:
             report(f"check of the chat template: left out, as training would refuse the conversation it takes ({error})")
             return

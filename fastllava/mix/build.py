@@ -117,6 +117,9 @@ def _alone(out: Path) -> Iterator[None]:
 def mix_as_json(mix: Mix) -> dict[str, Any]:
     """The config with every key, as the manifest holds it."""
     values = {key: getattr(mix, key) for key in type(mix).model_fields if key != "sources"}
+    if mix.max_images == 1:
+        # As it was all there was, mixes built then stay good.
+        del values["max_images"]
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     return {**plain, "sources": [source.model_dump(mode="json") for source in mix.sources]}
 
@@ -182,7 +185,7 @@ def _read(mix: Mix, keys: SourceKeys, records: Texts, scratch: Path, tokenizer: 
     own.mkdir()
     images = None if mix.images is None else mix.images / keys.images
     draw = _draw(mix, keys)
-    run = Run(keys.name, draw, own, dropped, working.advance, images, tokenizer)
+    run = Run(keys.name, draw, own, dropped, working.advance, images, tokenizer, mix.max_images)
     look = _ImageLook(mix, keys)
     begin, before_images, drawn = len(records), 0, array("Q")
     read = FORMATS[keys.format][1]
@@ -263,8 +266,12 @@ class _ImageLook:
         self._root = None if mix.images is None else mix.images.resolve()
         self._what, self._keys, self._last = mix.missing_images, keys, ""
 
-    def __call__(self, image: str | None) -> None:
-        """Raises BadRow where the image is missing and so the record is to be left out, UserError where the build is to end."""
+    def __call__(self, shown: str | list[str] | None) -> None:
+        """Raises BadRow where an image is missing and so the record is to be left out, UserError where the build is to end."""
+        for image in shown if isinstance(shown, list) else [shown]:
+            self._look(image)
+
+    def _look(self, image: str | None) -> None:
         if image is None or image == self._last or self._root is None:
             return
         if image.startswith("/") or "\0" in image or ".." in image.split("/") or not image.strip():

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fastllava.config.keys import MOST_IMAGES
 from fastllava.data.checks import BadRecord, check_record
 from fastllava.data.records import read_records
 from fastllava.errors import UserError
@@ -29,7 +30,7 @@ def kinds_in(path: Path, working: Working) -> tuple[Kinds, int]:
         try:
             if raw.problem is not None:
                 raise raw.problem
-            check_record(raw.value, raw.index)
+            check_record(raw.value, raw.index, MOST_IMAGES)
         except BadRecord:
             broken += 1
             continue

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field, ValidationError, create_model
 
+from fastllava.config.keys import MOST_IMAGES
 from fastllava.config.problems import did_you_mean, in_words
 from fastllava.config.strict_yaml import in_yaml, parse_yaml
 from fastllava.console.printable import quoted
@@ -31,6 +32,12 @@ class MixKeys(Section):
     )
     tokenizer: FilePath | None = Field(
         default=None, description="tokenizer folder or file, to count tokens and to cut ShareGPT; null: tokens are not counted"
+    )
+    max_images: int = Field(
+        default=1,
+        ge=1,
+        le=MOST_IMAGES,
+        description="pictures a record may show, as data.max_images in training; records with more are bad",
     )
     max_bad_share: Share = Field(default=0.01, description="more bad annotations of a source than this share stop the build")
 

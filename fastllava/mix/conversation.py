@@ -36,14 +36,14 @@ def checked_pair(question: str, answer: str) -> Pair:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Pairs about a picture, or about none."""
+    """Pairs about a picture, about several, or about none."""
 
     id: str | int
-    image: str | None
-    """Path below the source's folder of images."""
+    image: str | tuple[str, ...] | None
+    """Path below the source's folder of images, or those of several."""
     pairs: list[Pair]
     placed: bool = False
-    """Whether a question says already where the image stands; otherwise it stands in a line before the first."""
+    """Whether the text says already where each image stands; otherwise each stands in a line before the first question."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys of the record."""
 
@@ -53,20 +53,23 @@ def record_of(conversation: Conversation, folder: str) -> dict[str, Any]:
     pairs = conversation.pairs
     if not pairs:
         raise BadRow("no_pairs", "holds no question with its answer")
-    has_image = conversation.image is not None
+    image = conversation.image
+    images = () if image is None else image if isinstance(image, tuple) else (image,)
     spelled = sum(text.count(IMAGE) for pair in pairs for text in pair)
-    if spelled != (has_image and conversation.placed):
-        raise BadRow("image_word", f"the text spells {IMAGE} {spelled} times; it may stand for the record's one picture alone")
+    if spelled != len(images) * conversation.placed:
+        own = "the record's one picture" if len(images) < 2 else f"each of the record's {len(images)} pictures"
+        raise BadRow("image_word", f"the text spells {IMAGE} {spelled} times; it may stand for {own} alone")
     turns = []
     for number, (question, answer) in enumerate(pairs):
-        if has_image and not conversation.placed and number == 0:
-            question = f"{IMAGE}\n{question}"
+        if images and not conversation.placed and number == 0:
+            question = f"{IMAGE}\n" * len(images) + question
         elif not question.strip():
             raise BadRow("empty", f"question {number} is empty")
         if not answer.strip():
             raise BadRow("empty", f"the answer to question {number} is empty")
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     record: dict[str, Any] = {"id": conversation.id}
-    if conversation.image is not None:
-        record["image"] = f"{folder}/{conversation.image}" if folder else conversation.image
+    if images:
+        paths = [f"{folder}/{path}" if folder else path for path in images]
+        record["image"] = paths if len(paths) > 1 else paths[0]
     return {**record, **conversation.extra, "conversations": turns}

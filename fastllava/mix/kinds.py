@@ -51,6 +51,8 @@ def kind_of(record: Mapping[str, Any], prompts: Sequence[str]) -> str:
     VQAv2 and OKVQA look the same: questions about COCO's images with the same prompt.
     """
     image = record.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
     if not isinstance(image, str):
         return "ShareGPT (no image)" if image is None else "several images"
     folder = image.partition("/")[0] if "/" in image else "."

@@ -13,6 +13,7 @@ BAD: dict[str, str] = {
     "image_word": "the text spells <image> where no picture of the record belongs",
     "roles": "turns that do not alternate between human and gpt, human first",
     "not_a_record": "a record that fastllava prepare would refuse as well",
+    "max_images": "a list of more pictures than max_images, which is 1 unless it is set",
     "image_path": "the path of an image leads out of the folder of images, or is none",
     "image_missing": "no such file in the folder of images",
 }

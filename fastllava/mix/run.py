@@ -48,9 +48,19 @@ class Run:
     """One source at work. `close` lets go of what lies on the disk."""
 
     def __init__(
-        self, name: str, draw: Draw, scratch: Path, dropped: Dropped, advance: Advance, images: Path | None, tokenizer: Tokenizer | None
+        self,
+        name: str,
+        draw: Draw,
+        scratch: Path,
+        dropped: Dropped,
+        advance: Advance,
+        images: Path | None,
+        tokenizer: Tokenizer | None,
+        max_images: int = 1,
     ) -> None:
+        """`images` is the folder that pictures are saved in; `max_images` how many a record may show."""
         self.name, self.draw, self.dropped, self.images, self.tokenizer = name, draw, dropped, images, tokenizer
+        self.max_images = max_images
         self._scratch, self._advance = scratch, advance
         self._kept: list[Groups | Table] = []
         self.read = 0

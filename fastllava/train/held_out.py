@@ -98,16 +98,16 @@ def announce_held_out(held: HeldOut, plan: Plan, trained: PreparedSet, say: Say)
 
 
 def twins(held: HeldOut, plan: Plan, trained: PreparedSet) -> int:
-    """How many held-out samples have the same ids and the same image as one that is trained on."""
+    """How many held-out samples have the same ids and the same images as one that is trained on."""
 
     def looks(prepared: PreparedSet, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         # What is cheap to compare for all: few pairs are alike in it that are not alike.
-        columns = prepared.n_tokens, prepared.n_supervised, prepared.length_key, prepared.image_bytes
+        columns = prepared.n_tokens, prepared.n_supervised, prepared.length_key, prepared.sample_bytes()
         return np.stack([column[samples].astype(np.int64) for column in columns], axis=1)
 
-    def content(prepared: PreparedSet, sample: int) -> tuple[bytes, str | None]:
+    def content(prepared: PreparedSet, sample: int) -> tuple[bytes, tuple[str, ...]]:
         row = prepared.row(sample)
-        return row.ids.tobytes(), row.image
+        return row.ids.tobytes(), row.images
 
     mine = looks(held.prepared, held.samples)
     wanted = set(map(tuple, mine.tolist()))
@@ -193,7 +193,7 @@ class HeldOutEvaluation:
         """Go on without the samples of a portion that any process could not read."""
         step = self._portions.step(index)
         positions = [i for ranks in step.micro_batches for i in ranks[self._group.rank].tolist()]
-        read = int(self.held.prepared.n_images[step.samples[positions]].sum())
+        read = int((self.held.prepared.n_images[step.samples[positions]] > 0).sum())
         bad = set_aside.found_by_any(self._group, self._data.images, mine, read)
         self._portions.plan.leave_out({one.sample: 0 for one in bad})
         for one in bad:

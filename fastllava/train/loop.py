@@ -229,7 +229,7 @@ class Trainer:
         """Leave out, from the next step on, the samples of it that any process could not read. Raises UserError when that may not be."""
         step = self.next_step
         positions = [i for ranks in self.plan.step(step).micro_batches for i in ranks[self.group.rank].tolist()]
-        read = int(self.plan.lengths.n_images[self.plan.step(step).samples[positions]].sum())
+        read = int((self.plan.lengths.n_images[self.plan.step(step).samples[positions]] > 0).sum())
         bad = set_aside.found_by_any(self.group, self.config.data.images, mine, read)
         with self.group.together():
             if self.group.first:
@@ -314,4 +314,5 @@ class Trainer:
     def _sample_in_words(self, sample: int) -> str:
         row = self.prepared.row(sample)
         images = self.config.data.images
-        return f"record {row.id}" if row.image is None or images is None else f"record {row.id} ({images / row.image})"
+        shown = ", ".join(str(images / image) for image in row.images) if images is not None else ""
+        return f"record {row.id} ({shown})" if shown else f"record {row.id}"

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastllava.batch import ImageSpec
+from fastllava.batch import IMAGE_ID, ImageSpec
 from fastllava.config import Config, DataConfig
+from fastllava.console.printable import quoted
 from fastllava.console.speaker import Say
 from fastllava.data.balance import balance
 from fastllava.data.checks import BadRecord, Record, check_record
-from fastllava.data.conversation import prompt
+from fastllava.data.conversation import IMAGE, prompt
 from fastllava.data.images import ImageError, examine, load_image, resolve_image
 from fastllava.data.loader import Sample, pack
 from fastllava.data.prepared import PreparedSet
-from fastllava.data.questions import json_lines
+from fastllava.data.questions import json_lines, listed_images, wrong_places
 from fastllava.data.records import read_records
 from fastllava.data.templates import Template, template
 from fastllava.data.tokenizer import Tokenizer
@@ -44,8 +45,8 @@ class Asked:
 
     id: int | str
     question: str
-    image: str | None
-    """Path below `data.images`."""
+    images: tuple[str, ...]
+    """Paths below `data.images`, in the order of the marks in `ids`."""
     ids: list[int]
     """The prompt."""
     reference: str | None = None
@@ -53,7 +54,8 @@ class Asked:
 
     def row(self, answer: str | None) -> dict[str, Any]:
         """Question and answer as metrics.jsonl has them."""
-        row = {"id": self.id, "image": self.image, "question": self.question, "answer": answer, "reference": self.reference}
+        image = list(self.images) if len(self.images) > 1 else next(iter(self.images), None)
+        row = {"id": self.id, "image": image, "question": self.question, "answer": answer, "reference": self.reference}
         return {key: value for key, value in row.items() if value is not None or key == "answer"}
 
 
@@ -72,37 +74,38 @@ def find_asked(config: Config, tokenizer: Tokenizer, spec: ImageSpec, prepared: 
     path = config.data.records if held is None or held.of_records else config.eval.held_out
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([config.train.seed, len(samples), _DRAW]).generate_state(1)[0]))
     drawn = samples[np.sort(torch.randperm(len(samples), generator=generator)[:wanted].numpy())]
-    records = _records(Path(str(path)), source.places(drawn.tolist()))
+    records = _records(Path(str(path)), source.places(drawn.tolist()), config.data.max_images)
     asked = [one for record in records if (one := _of_record(record, form, tokenizer)) is not None]
-    return [one for one in asked if fits(one.ids, one.image is not None, config, spec)]
+    return [one for one in asked if _rows(one.ids, spec) < config.data.max_tokens]
 
 
-def fits(ids: Sequence[int], has_image: bool, config: Config, spec: ImageSpec) -> bool:
-    """Whether a prompt leaves room for a token of its answer."""
-    return len(ids) + has_image * (spec.patches - 1) < config.data.max_tokens
+def _rows(ids: Sequence[int], spec: ImageSpec) -> int:
+    """Rows of a prompt once its images have become patches."""
+    return len(ids) + ids.count(IMAGE_ID) * (spec.patches - 1)
 
 
-def _records(path: Path, places: Sequence[int]) -> list[Record]:
+def _records(path: Path, places: Sequence[int], max_images: int) -> list[Record]:
     """The records with these numbers in the file, in this order."""
     wanted, found = set(places), {}
     for raw in read_records(path):
         if raw.index in wanted:
             with suppress(BadRecord):
-                found[raw.index] = check_record(raw.value, raw.index)
+                found[raw.index] = check_record(raw.value, raw.index, max_images)
             if raw.index == max(wanted):
                 break
     return [found[place] for place in places if place in found]
 
 
 def _of_record(record: Record, form: Template, tokenizer: Tokenizer) -> Asked | None:
-    """Ask the first question of a record; None where it has none."""
+    """Ask the first question of a record; None where it has none. Of several images those that it shows are asked about."""
     human = next((number for number, (role, _) in enumerate(record.turns) if role == "human"), None)
     if human is None:
         return None
     question, answers = record.turns[human][1], [text for role, text in record.turns[human + 1 :] if role == "gpt"]
-    has_image = record.image is not None
-    shown = question.replace("<image>", "").strip() if has_image else question
-    return Asked(record.id, shown, record.image, prompt(form, question, has_image, tokenizer), answers[0] if answers else None)
+    placed = len(record.images) > 1
+    images = record.images[: question.count(IMAGE)] if placed else record.images
+    shown = question.replace(IMAGE, "").strip() if images and not placed else question
+    return Asked(record.id, shown, images, prompt(form, question, len(images), tokenizer, placed), answers[0] if answers else None)
 
 
 def _of_file(path: Path, config: Config, form: Template, tokenizer: Tokenizer, spec: ImageSpec) -> list[Asked]:
@@ -116,22 +119,32 @@ def _of_file(path: Path, config: Config, form: Template, tokenizer: Tokenizer, s
 
 
 def _of_line(row: Mapping[str, Any], where: str, config: Config, form: Template, tokenizer: Tokenizer, spec: ImageSpec) -> Asked:
-    name, text, image = row.get("question_id"), row.get("text"), row.get("image")
-    if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(text, str) or not isinstance(image, str | None):
-        raise UserError(f"{where} is no question; write question_id, text and, where there is one, the path of its image")
-    if image is not None:
+    name, text, images = row.get("question_id"), row.get("text"), listed_images(row.get("image"))
+    if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(text, str) or images is None:
+        raise UserError(
+            f"{where} is no question; write question_id, text and, where there is one, the path of its image, or a list of them"
+        )
+    if len(images) > config.data.max_images:
+        most = config.data.max_images
+        raise UserError(
+            f"{where} has {len(images)} images, and data.max_images is {most}; write data.max_images={len(images)}, or fewer images"
+        )
+    for image in images:
         if config.data.images is None:
             raise UserError(f"{where} has the image {image}; write data.images, the folder that it lies in")
         try:
             examine(resolve_image(config.data.images.resolve(), image, config.data.follow_links), config.data)
         except BadRecord as problem:
-            raise UserError(f"{where}: its image {problem.detail}") from None
-    elif form.style == "plain":
+            named = "" if len(images) == 1 else f" {quoted(image)}"
+            raise UserError(f"{where}: its image{named} {problem.detail}") from None
+    if form.style == "plain" and not images:
         raise UserError(f"{where} has no image, and template {form.name} asks with an image alone; give it one, or take the line out")
-    ids = prompt(form, text, image is not None, tokenizer)
-    if not fits(ids, image is not None, config, spec):
+    if (wrong := wrong_places(text, len(images))) is not None:
+        raise UserError(f"{where}: {wrong}")
+    ids = prompt(form, text, len(images), tokenizer, placed=len(images) > 1 and IMAGE in text)
+    if _rows(ids, spec) >= config.data.max_tokens:
         raise UserError(f"{where} leaves no room for an answer in data.max_tokens={config.data.max_tokens}; shorten it")
-    return Asked(name, text, image, ids)
+    return Asked(name, text, images, ids)
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,7 @@ def greedy(
 
 
 def _length(of: Prompt, new: Sequence[int], spec: ImageSpec) -> int:
-    return len(of.ids) + len(new) + len(of.images) * (spec.patches - 1)
+    return _rows(of.ids, spec) + len(new)
 
 
 class Answers:
@@ -205,7 +218,7 @@ class SampleAnswers:
         self._asked, self._config, self._spec, self._group, self._report = asked, config, spec, group, report
         self._answers = Answers(tokenizer, template(config.data.template))
         longest = config.eval.max_new_tokens
-        rows = [min(len(a.ids) + longest + (a.image is not None) * (spec.patches - 1), config.data.max_tokens) for a in asked]
+        rows = [min(_rows(a.ids, spec) + longest, config.data.max_tokens) for a in asked]
         self._parts = balance(np.array(rows, np.int32), np.array(rows, np.int64), config.train.micro_batch_tokens, group.world)
 
     def rows(self, model: Llava, lockstep: Lockstep) -> list[dict[str, Any]]:
@@ -225,11 +238,14 @@ class SampleAnswers:
 
     def _prompt(self, one: Asked) -> Prompt | None:
         data: DataConfig = self._config.data
-        if one.image is None or data.images is None:
+        if data.images is None:
             return Prompt(one.ids, ())
-        try:
-            path = resolve_image(data.images.resolve(), one.image, data.follow_links)
-            return Prompt(one.ids, (load_image(path, data.image_policy, self._spec, data),))
-        except (BadRecord, ImageError) as problem:
-            self._report(f"question {one.id} is not asked, as its image {one.image} {problem.detail}")
-            return None
+        pixels = []
+        for image in one.images:
+            try:
+                path = resolve_image(data.images.resolve(), image, data.follow_links)
+                pixels.append(load_image(path, data.image_policy, self._spec, data))
+            except (BadRecord, ImageError) as problem:
+                self._report(f"question {one.id} is not asked, as its image {image} {problem.detail}")
+                return None
+        return Prompt(one.ids, pixels)

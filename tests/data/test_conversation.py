@@ -32,7 +32,7 @@ MPT = "A conversation between a user and an LLM-based AI assistant. The assistan
 
 def two_rounds() -> Record:
     turns = [("human", "What?\n<image>"), ("gpt", "A dog."), ("human", "Big?"), ("gpt", "No.")]
-    return Record("r", "good.png", turns)
+    return Record("r", ("good.png",), turns)
 
 
 def v1(system: str, image: str = "<image>") -> str:
@@ -97,7 +97,7 @@ def test_llama_2_begins_with_its_safety_prompt() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "v0_plain"])
 def test_plain_drops_the_question(name: str) -> None:
-    record = Record("r", "good.png", [("human", "Describe it.\n<image>"), ("gpt", "A dog.")])
+    record = Record("r", ("good.png",), [("human", "Describe it.\n<image>"), ("gpt", "A dog.")])
     assert written(name, record) == "<image>{A dog.\n}"
 
 
@@ -172,12 +172,12 @@ def test_chatml_marks_are_tokens_where_the_tokenizer_has_them_and_text_where_not
 
 def test_an_answer_before_the_first_question_is_left_out(tokenizer: Tokenizer) -> None:
     turns = two_rounds().turns
-    assert written("v1", Record("r", "good.png", [("gpt", "Hello"), *turns])) == WRITTEN["v1"]
-    assert "Hello" in written("v0", Record("r", "good.png", [("gpt", "Hello"), *turns]))
+    assert written("v1", Record("r", ("good.png",), [("gpt", "Hello"), *turns])) == WRITTEN["v1"]
+    assert "Hello" in written("v0", Record("r", ("good.png",), [("gpt", "Hello"), *turns]))
 
 
 def test_an_image_in_an_answer_is_never_supervised(tokenizer: Tokenizer) -> None:
-    record = Record("r", "good.png", [("human", "Draw"), ("gpt", "Here <image> it is")])
+    record = Record("r", ("good.png",), [("human", "Draw"), ("gpt", "Here <image> it is")])
     encoded = encode_record(record, template("v1"), tokenizer, 2048)
     at = encoded.ids.index(IMAGE_ID)
     (before, end), (begin, last) = encoded.supervised
@@ -188,15 +188,15 @@ def test_an_image_in_an_answer_is_never_supervised(tokenizer: Tokenizer) -> None
 
 def test_a_text_only_record_is_cut_and_one_with_an_image_is_not(tokenizer: Tokenizer) -> None:
     turns = [("human", "What?"), ("gpt", "dog " * 300)]
-    cut = encode_record(Record("r", None, turns), template("v1"), tokenizer, 256)
+    cut = encode_record(Record("r", (), turns), template("v1"), tokenizer, 256)
     assert (len(cut.ids), cut.supervised[-1][1]) == (256, 256)
     assert cut.length > 256
     turns[0] = ("human", "<image>\nWhat?")
-    assert len(encode_record(Record("r", "good.png", turns), template("v1"), tokenizer, 256).ids) > 256
+    assert len(encode_record(Record("r", ("good.png",), turns), template("v1"), tokenizer, 256).ids) > 256
 
 
 def test_nothing_supervised_within_the_cut_is_refused(tokenizer: Tokenizer) -> None:
-    record = Record("r", None, [("human", "what " * 200), ("gpt", "Yes")])
+    record = Record("r", (), [("human", "what " * 200), ("gpt", "Yes")])
     with pytest.raises(BadRecord) as problem:
         encode_record(record, template("v1"), tokenizer, 150)
     assert problem.value.reason == "nothing_supervised"
@@ -204,7 +204,7 @@ def test_nothing_supervised_within_the_cut_is_refused(tokenizer: Tokenizer) -> N
 
 def test_a_prompt_is_the_record_up_to_the_answer(tokenizer: Tokenizer) -> None:
     for name, form in TEMPLATES.items():
-        record = Record("r", "good.png", [("human", "<image>\nWhat is this?"), ("gpt", "a red dog")])
+        record = Record("r", ("good.png",), [("human", "<image>\nWhat is this?"), ("gpt", "a red dog")])
         whole = encode_record(record, form, tokenizer, 2048)
         asked = prompt(name, "What is this?", True, tokenizer)
         answer = max(begin for begin, _ in whole.supervised if begin)
@@ -242,7 +242,7 @@ def test_no_text_becomes_a_control_token_and_the_answers_are_what_is_supervised(
     """Whatever users write, a record is trained on as it reads, or refused with a reason."""
     form = template(name)
     turns = [turn for question, answer in rounds for turn in (("human", question), ("gpt", answer))]
-    record = Record("r", None, turns)
+    record = Record("r", (), turns)
     for text in (text for _, text in turns):
         try:
             text.encode()

@@ -57,7 +57,7 @@ FITTING: dict[str, tuple[list[str], dict[str, Any] | None, str | None, set[str]]
 def test_which_templates_fit_a_tokenizer_json(name: str, tmp_path: Path) -> None:
     special, config, bos, fitting = FITTING[name]
     loaded = Tokenizer.load(byte_level(tmp_path, special, config, bos))
-    record = Record("r", "a.png", [("human", "<image>\nWhat?"), ("gpt", "A dog.")])
+    record = Record("r", ("a.png",), [("human", "<image>\nWhat?"), ("gpt", "A dog.")])
     for form in TEMPLATES.values():
         if form.name not in fitting | TEXT:
             with pytest.raises(
@@ -110,7 +110,7 @@ def test_the_begin_mark_is_a_token_where_texts_do_not_begin_with_it(tmp_path: Pa
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     loaded = Tokenizer.load(tmp_path, False)
-    record = Record("r", None, [("human", "What?"), ("gpt", "A dog."), ("human", "What?"), ("gpt", "A cat.")])
+    record = Record("r", (), [("human", "What?"), ("gpt", "A dog."), ("human", "What?"), ("gpt", "A cat.")])
     assert loaded.bos_id is None
     assert encode_record(record, template("llama_2"), loaded, 4096).ids.count(1) == 1
 
@@ -119,7 +119,7 @@ def test_a_control_token_named_as_unknown_refuses_nothing(tmp_path: Path) -> Non
     """GPT-2 names one so, and its vocabulary has pieces for every text."""
     config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     loaded = Tokenizer.load(byte_level(tmp_path, ["<|endoftext|>"], config))
-    record = Record("r", None, [("human", "What?"), ("gpt", "A dog.")])
+    record = Record("r", (), [("human", "What?"), ("gpt", "A dog.")])
     assert loaded.unk_id is None
     assert encode_record(record, template("v1"), loaded, 4096).ids[-1] == loaded.eos_id
 

@@ -78,7 +78,7 @@ def test_a_record_is_written_and_tokenised_as_the_model_was_taught(name: str, fo
     ours, theirs = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     form = template(name)
     check_marks(form, ours)
-    record = Record("r", "a.png" if "<image>" in turns[0][1] else None, turns)
+    record = Record("r", ("a.png",) if "<image>" in turns[0][1] else (), turns)
     text = rendered(name, turns)
     assert "".join(part.text for part in segments(record, form)) == text
     encoded = encode_record(record, form, ours, 2**20)
@@ -98,7 +98,7 @@ def test_questions_are_asked_as_records_are_written(name: str, folder: Path, tur
     answers = [*(text for _, text in turns[1:-1:2]), None]
     asked = [Turn(*one) for one in zip(questions, images, answers, strict=True)]
     assert prompt_text(form, asked) == rendered(name, turns[:-1], open_=True)
-    whole = encode_record(Record("r", "a.png" if images[0] else None, turns), form, ours, 2**20)
+    whole = encode_record(Record("r", ("a.png",) if images[0] else (), turns), form, ours, 2**20)
     ids = ask(form, asked, ours)
     assert ids == whole.ids[: whole.supervised[-1][0]]
     if len(turns) == 2:
@@ -108,9 +108,9 @@ def test_questions_are_asked_as_records_are_written(name: str, folder: Path, tur
 def test_a_mark_in_a_text_and_a_text_of_blanks_are_refused(name: str, folder: Path) -> None:
     ours, form = Tokenizer.load(folder), template(name)
     with pytest.raises(BadRecord) as problem:
-        encode_record(Record("r", None, [("human", f"x{STOPS[name]}"), ("gpt", "y")]), form, ours, 2**20)
+        encode_record(Record("r", (), [("human", f"x{STOPS[name]}"), ("gpt", "y")]), form, ours, 2**20)
     assert problem.value.reason == "control_literal"
     if form.trims:
         with pytest.raises(BadRecord) as problem:
-            encode_record(Record("r", None, [("human", "x"), ("gpt", " \n")]), form, ours, 2**20)
+            encode_record(Record("r", (), [("human", "x"), ("gpt", " \n")]), form, ours, 2**20)
         assert problem.value.reason == "empty_turn"

@@ -55,7 +55,7 @@ def test_rows_are_the_records(make_data: MakeData, tokenizer: Tokenizer, spec: I
         encoded = encode_record(check_record(value, i), template("v1"), tokenizer, 2048)
         assert row.ids.tolist() == encoded.ids
         assert row.supervised.tolist() == [list(span) for span in encoded.supervised]
-        assert (row.id, row.image) == (str(i), value.get("image"))
+        assert (row.id, row.shows) == (str(i), value.get("image"))
         has_image = i % 3 > 0
         assert prepared.n_images[i] == has_image
         assert prepared.n_tokens[i] == len(encoded.ids) + (15 if has_image else 0)
@@ -96,7 +96,7 @@ def test_an_image_beyond_the_cut_is_no_image(make_data: MakeData, tokenizer: Tok
     value["conversations"] += record(0)["conversations"]
     prepared = prepare(make_data([{**value, "image": "good.png"}], max_tokens=200), tokenizer, spec, Said())
     row = prepared.row(0)
-    assert (row.image, len(row.ids), prepared.n_images[0], prepared.n_tokens[0]) == (None, 200, 0, 200)
+    assert (row.shows, len(row.ids), prepared.n_images[0], prepared.n_tokens[0]) == (None, 200, 0, 200)
     assert prepared.length_key[0] > 0
     assert IMAGE_ID not in row.ids
     assert prepared.manifest["truncated"] == 1
@@ -337,7 +337,7 @@ def test_new_times_of_the_same_pictures_change_nothing(pictures: MakeData, token
     found = prepare(data, tokenizer, spec, first)
     assert (found.digest, first.reused) == (made.digest, True)
     assert any("20 images have another time and the same content" in line for line in first)
-    assert prepare(data, tokenizer, spec, second).row(3).stamp == found.row(3).stamp
+    assert prepare(data, tokenizer, spec, second).row(3).stamps == found.row(3).stamps
     assert second[0].endswith("nothing has changed, used again")
 
 

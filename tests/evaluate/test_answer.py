@@ -24,7 +24,7 @@ from fastllava.evaluate.answers import read_answers
 from fastllava.evaluate.checkpoint import load_trained
 from fastllava.evaluate.engines import Prompt, make_engine, rows_of
 from fastllava.evaluate.engines.transformers_engine import TransformersEngine
-from fastllava.evaluate.pictures import load_picture
+from fastllava.evaluate.pictures import load_pictures
 from fastllava.evaluate.questions import Question
 
 OPTION = "\nAnswer with the option's letter from the given choices directly."
@@ -63,7 +63,7 @@ def questions(golden):
 
 
 def prompts_of(rows, trained):
-    return [Prompt(row["input_ids"], load_picture(row["asked"], trained)) for row in rows]
+    return [Prompt(row["input_ids"], load_pictures(row["asked"], trained)) for row in rows]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
@@ -115,7 +115,7 @@ def test_all_recorded_ids(official, tmp_path, name, count, batch_size):
     rows = json.loads((official / "generation" / name).read_text(encoding="utf-8"))["rows"]
     assert len(rows) == count
     random.Random(batch_size).shuffle(rows)
-    pictures = [load_picture(Question(0, "", official_image(official, row), ""), trained) for row in rows]
+    pictures = [load_pictures(Question(0, "", official_image(official, row), ""), trained) for row in rows]
     prompts = [Prompt(row["input_ids"], picture) for row, picture in zip(rows, pictures, strict=True)]
     found = dict(TransformersEngine(trained, batch_size).generate(prompts, 32))
     assert [found[i] for i in range(count)] == [row["generated_ids"] for row in rows]
@@ -135,7 +135,7 @@ def test_what_is_too_long_is_cut_after_the_splice_and_text_alone_is_not(trained,
     patches = trained.model.spec.patches
     ids = ask(trained.form, Turn(shown.text, 1), trained.tokenizer)
     short = replace(trained, max_tokens=len(ids) + patches - 1 - 4)
-    pixels = load_picture(shown, trained)
+    pixels = load_pictures(shown, trained)
     cut, whole = TransformersEngine(short), TransformersEngine(trained)
     assert rows_of(Prompt(ids, pixels), short) == short.max_tokens
     embeds, mask = cut.inputs([Prompt(ids, pixels)])

@@ -16,7 +16,7 @@ from fastllava.errors import UserError
 from fastllava.evaluate.answer import answer_file, answer_questions
 from fastllava.evaluate.checkpoint import load_trained
 from fastllava.evaluate.engines import Prompt, make_engine
-from fastllava.evaluate.pictures import load_picture
+from fastllava.evaluate.pictures import load_pictures
 from fastllava.evaluate.questions import Question
 from fastllava.export import export
 
@@ -84,7 +84,7 @@ def test_it_asks_vllm_for_the_ids_and_pixels_of_the_other_engine(vllm, trained, 
     assert [prompt["prompt_token_ids"] for prompt in vllm.asked] == [[image if i == -200 else i for i in row] for row in ids]
     assert ["multi_modal_data" in prompt for prompt in vllm.asked] == [True, False, True]
     shown = np.asarray(vllm.asked[0]["multi_modal_data"]["image"]).transpose(2, 0, 1)
-    assert np.array_equal(shown, load_picture(questions[0], trained))
+    assert np.array_equal(shown, load_pictures(questions[0], trained)[0])
     texts = [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     decode = trained.tokenizer.decode
     assert texts == [decode(row).strip() for row in ([91, 92], [91], [91, 92, 93])]
@@ -104,11 +104,11 @@ def test_the_export_takes_the_picture_as_it_is(vllm, trained, questions):
 
     engine = make_engine("vllm", trained, 8)
     processor = transformers.AutoProcessor.from_pretrained(vllm.made["model"])
-    pixels = load_picture(questions[0], trained)
+    pixels = load_pictures(questions[0], trained)
     given = engine._prompt(Prompt(ask(trained.form, Turn("?", 1), trained.tokenizer), pixels))
     seen = processor.image_processor(images=given["multi_modal_data"]["image"], return_tensors="pt")["pixel_values"]
     mean, std = torch.tensor(trained.model.spec.mean), torch.tensor(trained.model.spec.std)
-    torch.testing.assert_close(seen, normalise(torch.from_numpy(pixels)[None], mean, std), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen, normalise(torch.from_numpy(pixels[0])[None], mean, std), rtol=0, atol=1e-5)
 
 
 def test_an_export_is_read_where_it_lies_and_a_long_prompt_is_cut(vllm, tiny_llava, questions, tmp_path):
@@ -117,7 +117,7 @@ def test_an_export_is_read_where_it_lies_and_a_long_prompt_is_cut(vllm, tiny_lla
     engine = make_engine("vllm", trained, 8)
     assert (vllm.made["model"], vllm.made["dtype"]) == (str(tmp_path / "hf"), "bfloat16")
     ids = ask(trained.form, Turn("one two three", 1), trained.tokenizer)
-    pixels = load_picture(questions[0], trained)
+    pixels = load_pictures(questions[0], trained)
     engine.trained = replace(trained, max_tokens=len(ids) + trained.model.spec.patches - 1 - 3)
     assert len(engine._prompt(Prompt(ids, pixels))["prompt_token_ids"]) == len(ids) - 3
     engine.trained = replace(trained, max_tokens=10)

@@ -97,7 +97,7 @@ def test_ids_and_answers_are_those_of_training(tokenizers_of, name, parts):
     image = theirs.convert_tokens_to_ids("<image>")
     for turns in CONVERSATIONS:
         shows = any("<image>" in text for _, text in turns)
-        expected = encode_record(Record("r", "image" if shows else None, turns), form, ours, 2**20)
+        expected = encode_record(Record("r", ("image",) if shows else (), turns), form, ours, 2**20)
         ids = [image if i < 0 else i for i in expected.ids]
         messages = messages_of(turns, parts)
         text = theirs.apply_chat_template(messages, chat_template=chat_template(form), tokenize=False)

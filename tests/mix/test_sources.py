@@ -273,7 +273,7 @@ def test_chats_of_one_s_own(tmp_path, one, form):
     records = one("a", format=form, files=files)
     assert [texts(record)[0] for record in records] == ["<image>\nQ", "Q\n<image>", "<image>\nQ", "Q"]
     assert [record.get("image") for record in records] == ["a.png", "a.png", "a.png", None]
-    assert [reason for reason, _ in dropped(tmp_path / "a")] == ["roles", "roles", "roles", "image_word", "field", "field"]
+    assert [reason for reason, _ in dropped(tmp_path / "a")] == ["roles", "roles", "roles", "image_word", "max_images", "field"]
     records = one("b", format=form, files=files, rules={"system": "to_question"})
     assert texts(records[4])[0] == "S\nQ"
     assert texts(one("c", format=form, files=files, rules={"system": "leave_out"})[4])[0] == "Q"

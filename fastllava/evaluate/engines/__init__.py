@@ -22,9 +22,9 @@ class Prompt:
     """What a model is asked."""
 
     ids: list[int]
-    """Token ids; IMAGE_ID where the picture stands."""
-    pixels: NDArray[np.uint8] | None = None
-    """uint8 [3, size, size]. Prompts about one picture may share the array, and its features are then computed once."""
+    """Token ids; IMAGE_ID where a picture stands."""
+    pixels: Sequence[NDArray[np.uint8]] = ()
+    """uint8 [3, size, size] for each IMAGE_ID. Prompts about one picture may share the array, and its features are then computed once."""
 
 
 class Engine(Protocol):
@@ -42,17 +42,19 @@ class Engine(Protocol):
         ...
 
 
-def make_engine(name: str, trained: Trained, batch_size: int, report: Callable[[str], object] = lambda line: None) -> Engine:
+def make_engine(
+    name: str, trained: Trained, batch_size: int, report: Callable[[str], object] = lambda line: None, pictures: int = 1
+) -> Engine:
     """The engine called `name` over the model `trained`. `batch_size`: prompts at a time, where the engine does not choose itself.
 
-    Raises UserError when there is none of that name, or it is not installed.
+    `pictures`: the most that a prompt shows. Raises UserError when there is none of that name, or it is not installed.
     """
     if name not in ENGINES:
         raise UserError(f"--engine: no engine '{name}'; write one of {', '.join(ENGINES)}")
     if name == "vllm":
         from fastllava.evaluate.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(trained, report)
+        return VllmEngine(trained, report, pictures)
     from fastllava.evaluate.engines.transformers_engine import TransformersEngine
 
     return TransformersEngine(trained, batch_size, report)
@@ -66,24 +68,29 @@ def load_engine(
     precision: str,
     report: Callable[[str], object],
     group: Processes = ALONE,
+    pictures: int = 1,
 ) -> tuple[Trained, Engine]:
     """The model of `checkpoint`, asked with the template of that name where one is given, and the engine called `name` over it.
 
-    Every process of `group` calls this. Raises UserError.
+    `pictures`: the most that a prompt shows. Every process of `group` calls this. Raises UserError.
     """
     with group.first_speaks():
         # vLLM fills the GPUs by itself.
         device = torch.device("cpu") if name == "vllm" else None
         trained = load_trained(checkpoint, report, precision=precision, device=device, group=group)
         trained = trained if template is None else trained.with_template(template)
-        return trained, make_engine(name, trained, batch_size, report)
+        return trained, make_engine(name, trained, batch_size, report, pictures)
 
 
 def rows_of(prompt: Prompt, trained: Trained) -> int:
-    """Rows of the prompt once its picture has become patches, and a prompt with a picture has been cut at `trained.max_tokens`.
+    """Rows of the prompt once its pictures have become patches, and a prompt with a picture has been cut at `trained.max_tokens`.
 
     The original cuts after the splice, from the end, and does not cut a prompt of text alone (llava/model/llava_arch.py).
     """
-    images = prompt.ids.count(IMAGE_ID)
-    rows = len(prompt.ids) + images * (trained.model.spec.patches - 1)
-    return min(rows, trained.max_tokens) if images else rows
+    rows = whole_rows(prompt.ids, trained)
+    return min(rows, trained.max_tokens) if IMAGE_ID in prompt.ids else rows
+
+
+def whole_rows(ids: Sequence[int], trained: Trained) -> int:
+    """Rows of a prompt once its pictures have become patches, uncut."""
+    return len(ids) + ids.count(IMAGE_ID) * (trained.model.spec.patches - 1)

@@ -96,9 +96,9 @@ class TransformersEngine:
     @torch.no_grad()
     def inputs(self, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, D] in the model's dtype, and int64 [B, L], 0 in the rows of zeros that stand before the shorter prompts."""
-        pictures = {id(prompt.pixels): prompt.pixels for prompt in prompts if prompt.pixels is not None}
+        pictures = {id(pixels): pixels for prompt in prompts for pixels in prompt.pixels}
         features = dict(zip(pictures, self._features(list(pictures.values())), strict=True)) if pictures else {}
-        rows = [self._spliced(prompt, features.get(id(prompt.pixels))) for prompt in prompts]
+        rows = [self._spliced(prompt, [features[id(pixels)] for pixels in prompt.pixels]) for prompt in prompts]
         longest = max(map(len, rows))
         embeds_BLD = torch.zeros(len(rows), longest, self._embed.shape[1], dtype=self.trained.model.dtype, device=self._embed.device)
         mask_BL = torch.zeros(len(rows), longest, dtype=torch.int64, device=self._embed.device)
@@ -113,15 +113,15 @@ class TransformersEngine:
         pixels = torch.from_numpy(np.stack(pictures)).to(self._embed.device)
         return model.projector(model.features(pixels)).unflatten(0, (len(pictures), -1))
 
-    def _spliced(self, prompt: Prompt, features_PD: Tensor | None) -> Tensor:
-        """[rows, D]: text and picture in their order, cut as `rows_of` says."""
+    def _spliced(self, prompt: Prompt, features: Sequence[Tensor]) -> Tensor:
+        """[rows, D]: text and pictures, whose `features` are [P, D] each, in their order, cut as `rows_of` says."""
         ids = torch.tensor(prompt.ids, device=self._embed.device)
+        marks = (ids == IMAGE_ID).nonzero().flatten().tolist()
+        if len(marks) != len(features):
+            raise ValueError(f"a prompt that shows {len(marks)} pictures comes with the pixels of {len(features)}")
         pieces, begin = [], 0
-        for at in [*(ids == IMAGE_ID).nonzero().flatten().tolist(), len(ids)]:
-            pieces.append(torch.nn.functional.embedding(ids[begin:at], self._embed))
-            if at < len(ids):
-                if features_PD is None:
-                    raise ValueError("a prompt that shows a picture comes without its pixels")
-                pieces.append(features_PD)
+        for at, feature_PD in zip(marks, features, strict=True):
+            pieces += [torch.nn.functional.embedding(ids[begin:at], self._embed), feature_PD]
             begin = at + 1
+        pieces.append(torch.nn.functional.embedding(ids[begin:], self._embed))
         return torch.cat(pieces)[: rows_of(prompt, self.trained)].to(self.trained.model.dtype)

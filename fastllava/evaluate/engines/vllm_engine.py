@@ -33,7 +33,8 @@ class VllmEngine:
     name = "vllm"
     window = 1024
 
-    def __init__(self, trained: Trained, report: Callable[[str], object] = lambda line: None) -> None:
+    def __init__(self, trained: Trained, report: Callable[[str], object] = lambda line: None, pictures: int = 1) -> None:
+        """`pictures`: the most that a prompt shows."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("--engine: vllm takes all GPUs of a machine by itself; start one process, without torchrun")
         try:
@@ -48,7 +49,7 @@ class VllmEngine:
             model=str(folder),
             dtype=_DTYPES[trained.model.dtype],
             tensor_parallel_size=_gpus(trained.model.llm.config.num_attention_heads),
-            limit_mm_per_prompt={"image": 1},
+            limit_mm_per_prompt={"image": pictures},
             # What a generation_config.json says of sampling is not asked for.
             generation_config="vllm",
             seed=0,
@@ -66,15 +67,16 @@ class VllmEngine:
             yield index, [*tokens, *(stops[:1] if answer.finish_reason == "stop" else [])]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
-        """The prompt as vLLM takes it: one token where the picture stands, which it repeats for each patch."""
-        if prompt.pixels is None:
+        """The prompt as vLLM takes it: one token where a picture stands, which it repeats for each patch."""
+        if not prompt.pixels:
             return {"prompt_token_ids": prompt.ids}
-        patches, rows = self.trained.model.spec.patches, rows_of(prompt, self.trained)
-        if rows < prompt.ids.index(IMAGE_ID) + patches:
+        extra = len(prompt.pixels) * (self.trained.model.spec.patches - 1)
+        ids = prompt.ids[: max(0, rows_of(prompt, self.trained) - extra)]
+        if ids.count(IMAGE_ID) < len(prompt.pixels):
             raise UserError(f"--engine: vllm cannot cut a picture, and only {self.trained.max_tokens} tokens are read; take transformers")
-        picture = Image.fromarray(prompt.pixels.transpose(1, 2, 0))
-        ids = [self._image_token if token == IMAGE_ID else token for token in prompt.ids[: rows - patches + 1]]
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
+        pictures = [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in prompt.pixels]
+        ids = [self._image_token if token == IMAGE_ID else token for token in ids]
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}}
 
 
 def hf_folder(trained: Trained, report: Callable[[str], object]) -> Path:

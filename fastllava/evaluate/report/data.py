@@ -54,6 +54,7 @@ def find_prepared(run: Run) -> PreparedSet:
     root = (data.prepared_dir or cache_root() / "prepared").absolute()
     images = None if data.images is None else str(data.images.resolve())
     wanted = {"template": data.template, "image_policy": data.image_policy, "max_tokens": data.max_tokens}
+    wanted |= {"max_images": data.max_images if data.max_images > 1 else None}
     wanted |= {"where": {"records": str(data.records.absolute()), "images": images}}
     found = [path for path in root.glob(f"*/{MANIFEST}") if _is_of(path, wanted)] if root.is_dir() else []
     for path in sorted(found, key=lambda path: -path.stat().st_mtime_ns):
@@ -118,7 +119,8 @@ def _counts(run: Run, prepared: PreparedSet) -> list[tuple[str, str, str]]:
     """Name, figure and what there is to say of it."""
     manifest, n = prepared.manifest, len(prepared)
     tokens, supervised = int(prepared.n_tokens.sum()), int(prepared.n_supervised.sum())
-    text_only = int((prepared.n_images == 0).sum())
+    text_only, several = int((prepared.n_images == 0).sum()), int((prepared.n_images > 1).sum())
+    most = int(prepared.n_images.max(initial=0))
     lengths = np.percentile(prepared.n_tokens, (5, 50, 95)).astype(int).tolist() if n else [0, 0, 0]
     apart = 0 if run.config is None else held_out(run.config, prepared)
     return [
@@ -126,6 +128,7 @@ def _counts(run: Run, prepared: PreparedSet) -> list[tuple[str, str, str]]:
         ("tokens", f"{tokens:,}", "patches included"),
         ("supervised tokens", f"{supervised:,}", f"{supervised / tokens:.1%} of the tokens" if tokens else ""),
         ("with a picture", f"{n - text_only:,}", f"{(n - text_only) / n:.1%} of the samples" if n else ""),
+        *([("with several pictures", f"{several:,}", f"{several / n:.1%} of the samples, at most {most} each")] if several else []),
         ("text-only", f"{text_only:,}", f"{text_only / n:.1%} of the samples" if n else ""),
         *([("held out", f"{apart:,}", "samples that are not trained on")] if apart else []),
         ("length, median", f"{lengths[1]:,}", f"tokens; nine of ten samples from {lengths[0]:,} to {lengths[2]:,}"),
@@ -167,26 +170,28 @@ def _records(run: Run, prepared: PreparedSet) -> tuple[list[dict[str, Any]], str
 
 
 def chosen(prepared: PreparedSet, most: int = RECORDS) -> list[int]:
-    """Samples to show, ascending: the longest, the shortest, a text-only one, and others from all over the set."""
+    """Samples to show, ascending: the longest, the shortest, a text-only one, one of several pictures, and others from all over the set."""
     n = len(prepared)
     if n <= most:
         return list(range(n))
     special = {int(prepared.n_tokens.argmax()), int(prepared.n_tokens.argmin()), *np.flatnonzero(prepared.n_images == 0)[:1].tolist()}
+    special |= set(np.flatnonzero(prepared.n_images > 1)[:1].tolist())
     others = np.setdiff1d(np.arange(n), list(special))
     return sorted([*special, *others[np.linspace(0, len(others) - 1, most - len(special)).astype(int)].tolist()])
 
 
 def _record(prepared: PreparedSet, index: int, config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
     row = prepared.row(index)
-    picture = Picture(None)
-    if row.image is not None:
+    pictures: list[Picture] = []
+    if row.images:
         spec = ImageSpec.read(prepared.manifest["image_spec"])
         try:
-            picture = picture_of_pixels(read_sample(prepared, spec, config.data, index, 0.0).images[0])
+            pictures = [picture_of_pixels(pixels) for pixels in read_sample(prepared, spec, config.data, index, 0.0).images]
         except BadImages as problem:
-            picture = Picture(None, problem=problem.found[0].reason)
+            bad = problem.found[0]
+            pictures = [Picture(None, problem=bad.reason if len(row.images) == 1 else f"{bad.path}: {bad.reason}")]
         except UserError as problem:
-            picture = Picture(None, problem=str(problem))
+            pictures = [Picture(None, problem=str(problem))]
     return {
         "row": row,
         "tokens": _tokens(row, tokenizer),
@@ -194,7 +199,7 @@ def _record(prepared: PreparedSet, index: int, config: Config, tokenizer: Tokeni
         "patches": prepared.manifest["image_spec"]["patches"],
         "total": int(prepared.n_tokens[index]),
         "supervised": int(prepared.n_supervised[index]),
-        "picture": picture,
+        "pictures": pictures,
     }
 
 

@@ -36,7 +36,7 @@ def _card(run: Run, answers: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     one = answers[steps[-1]]
     reference = one.get("reference")
     rows = [(step, answers[step].get("answer"), _is_same(answers[step].get("answer"), reference)) for step in steps]
-    return {"question": one.get("question", ""), "reference": reference, "rows": rows, "picture": _picture(run, one.get("image"))}
+    return {"question": one.get("question", ""), "reference": reference, "rows": rows, "pictures": _pictures(run, one.get("image"))}
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:
@@ -50,10 +50,13 @@ def _is_same(answer: Any, reference: Any) -> bool:
     return isinstance(answer, str) and isinstance(reference, str) and answer.strip() == reference.strip()
 
 
-def _picture(run: Run, image: Any) -> Picture:
+def _pictures(run: Run, image: Any) -> list[Picture]:
+    """Those of a path, or of a list of several."""
+    return [_picture(run, one) for one in (image if isinstance(image, list) else [image]) if isinstance(one, str)]
+
+
+def _picture(run: Run, image: str) -> Picture:
     data = None if run.config is None else run.config.data
-    if not isinstance(image, str):
-        return Picture(None)
     if data is None or data.images is None:
         return Picture(None, problem="the run's config does not say where pictures lie")
     try:

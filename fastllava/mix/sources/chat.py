@@ -12,7 +12,7 @@ from fastllava.mix.conversation import IMAGE, BadRow, Conversation, Pair
 from fastllava.mix.keys import Section, SourceKeys
 from fastllava.mix.rows import Row
 from fastllava.mix.run import Run
-from fastllava.mix.sources.tables import TableFiles, id_of, image_of
+from fastllava.mix.sources.tables import TableFiles, id_of, image_of, too_many
 
 _HUMAN = frozenset(("human", "user", "prompter"))
 _GPT = frozenset(("gpt", "assistant", "model", "bot", "chatgpt"))
@@ -24,7 +24,7 @@ class ChatColumns(Section):
     turns: str = Field(default="conversations", description="the list of turns")
     role: str = Field(default="from", description="of a turn: who speaks")
     text: str = Field(default="value", description="of a turn: what is said")
-    image: str | None = Field(default="image", description="path of the image, or a list of one; null: there are no images")
+    image: str | None = Field(default="image", description="path of the image, or a list of up to max_images; null: there are no images")
     id: str | None = Field(default=None, description="an id of the row; its number in the file when left out")
 
 
@@ -34,7 +34,7 @@ class MessagesColumns(ChatColumns):
     turns: str = Field(default="messages", description="the list of turns")
     role: str = Field(default="role", description="of a turn: who speaks")
     text: str = Field(default="content", description="of a turn: what is said, a text or a list of parts of type text and image")
-    image: str | None = Field(default="images", description="path of the image, or a list of one; null: there are no images")
+    image: str | None = Field(default="images", description="path of the image, or a list of up to max_images; null: there are no images")
 
 
 class Rules(Section):
@@ -124,13 +124,14 @@ def _pairs(turns: list[tuple[str, str]], rules: Rules) -> list[Pair]:
     return [Pair(f"{before}\n{pairs[0].question}", pairs[0].answer), *pairs[1:]] if before else pairs
 
 
-def _image(row: Mapping[str, Any], column: str | None, files: TableFiles, run: Run) -> str | None:
-    """The path of the record's picture, None where it has none. Raises BadRow."""
+def _image(row: Mapping[str, Any], column: str | None, files: TableFiles, run: Run) -> str | tuple[str, ...] | None:
+    """The path of the record's picture, those of several, None where it has none. Raises BadRow."""
     value = None if column is None else row.get(column)
     if column is None or value in (None, "", []):
         return None
     if isinstance(value, list):
-        if len(value) > 1:
-            raise BadRow("field", f"{quoted(column)} names {len(value)} images; a record shows one picture: split it")
-        return image_of({column: value[0]}, column, files, run)
+        if len(value) > run.max_images:
+            raise too_many(len(value), run)
+        paths = [image_of({column: one}, column, files, run) for one in value]
+        return tuple(paths) if len(paths) > 1 else paths[0]
     return image_of(row, column, files, run)

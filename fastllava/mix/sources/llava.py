@@ -11,6 +11,7 @@ from fastllava.mix.conversation import BadRow
 from fastllava.mix.keys import FileList, Section, SourceKeys
 from fastllava.mix.rows import Row
 from fastllava.mix.run import Run
+from fastllava.mix.sources.tables import too_many
 
 
 class Files(Section):
@@ -32,11 +33,14 @@ def read(keys: Keys, run: Run) -> Iterator[dict[str, Any]]:
     def record(row: Row) -> dict[str, Any]:
         found = dict(fields.an_object(row.value))
         try:
-            checked = check_record(found, int(row.key))
+            checked = check_record(found, int(row.key), run.max_images)
         except BadRecord as problem:
+            if problem.reason == "max_images":
+                raise too_many(len(found["image"]), run) from None
             raise BadRow("not_a_record", f"{problem.detail} ({problem.reason})") from None
-        if checked.image is not None and keys.images:
-            found["image"] = f"{keys.images}/{checked.image}"
+        if checked.images:
+            paths = [f"{keys.images}/{path}" if keys.images else path for path in checked.images]
+            found["image"] = paths if len(paths) > 1 else paths[0]
         return found
 
     return run.table(keys.files.records, record)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from fastllava.config.keys import MOST_IMAGES
 from fastllava.console.printable import quoted
 from fastllava.mix import fields
 from fastllava.mix.conversation import BadRow
@@ -41,6 +42,12 @@ def image_of(row: Mapping[str, Any], column: str, files: TableFiles, run: Run) -
     if files.pictures == "refuse":
         raise BadRow("field", f"{quoted(column)} holds the picture itself; write files.pictures: save, or its file's path in the column")
     return _saved(value, quoted(column), run.images)
+
+
+def too_many(images: int, run: Run) -> BadRow:
+    """What is wrong with an annotation of so many images, more than a record may show."""
+    remedy = f"write max_images: {images}, and data.max_images for the training" if images <= MOST_IMAGES else "split it"
+    return BadRow("max_images", f"names {images} images, and max_images allows {run.max_images}; {remedy}")
 
 
 def _saved(data: bytes, what: str, folder: Path | None) -> str:

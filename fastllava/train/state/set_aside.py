@@ -57,9 +57,9 @@ def add(config: Config, prepared: PreparedSet, bad: Iterable[BadImage], held: in
 
 
 def found_by_any(group: Processes, images: Path | None, mine: Sequence[BadImage], read: int) -> list[BadImage]:
-    """What all processes, which call this together, could not read of the same samples, by number; `read` is how many this one looked at.
+    """What all processes, which call this together, could not read of the same samples, by number.
 
-    Raises UserError, on all, when the images are not to blame each for itself.
+    `read` is how many samples with images this one looked at. Raises UserError, on all, when the images are not to blame each for itself.
     """
     with group.together():
         wrong = nothing_is_there(images, mine, read) if mine and images is not None else None
@@ -69,7 +69,7 @@ def found_by_any(group: Processes, images: Path | None, mine: Sequence[BadImage]
 
 
 def nothing_is_there(images: Path, bad: Iterable[BadImage], read: int) -> str | None:
-    """Why these images' failing is not theirs, of `read` that a process read for a step: the folder is gone, or all fail at once."""
+    """Why these images' failing is not theirs, of `read` samples that a process read for a step: the folder is gone, or all fail."""
     try:
         if not any(images.iterdir()):
             return f"data.images: {images} is empty; is its disk mounted? Mend that"
@@ -77,7 +77,7 @@ def nothing_is_there(images: Path, bad: Iterable[BadImage], read: int) -> str | 
         return f"data.images: {images} cannot be looked into ({error.strerror}); mend that"
     bad = list(bad)
     if len(bad) == read >= _MANY:
-        return f"data.images: all {read} images of a step fail, such as that of {bad[0].in_words()}; mend that"
+        return f"data.images: the images of all {read} samples of a step fail, such as that of {bad[0].in_words()}; mend that"
     return None
 
 
@@ -94,7 +94,7 @@ def _check_budget(config: Config, prepared: PreparedSet, count: int, found: str 
 
 def _entry(prepared: PreparedSet, index: int, reason: str, step: int | None = None) -> Entry:
     row = prepared.row(index)
-    return {"id": row.id, "index": index, "image": row.image, "reason": reason, "step": step}
+    return {"id": row.id, "index": index, "image": row.shows, "reason": reason, "step": step}
 
 
 def _lines(path: Path) -> list[str]:
