@@ -6,7 +6,7 @@ original finds them again by splitting and re-tokenizing the finished text (llav
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fastllava.batch import IMAGE_ID
@@ -39,6 +39,8 @@ def encode_record(record: Record, form: Template, tokenizer: Tokenizer, max_toke
     record, take a user's text for a control token, or give the record another one's image.
     """
     encoded = encode_segments(segments(record, form, tokenizer.literals), tokenizer)
+    if form.everywhere:
+        encoded = _everywhere(encoded, record, form, tokenizer)
     if tokenizer.unk_id is not None and tokenizer.unk_id in encoded.ids:
         at = encoded.ids.index(tokenizer.unk_id)
         raise BadRecord("unknown_token", f"token {at} is unknown to the tokenizer; take the character out, or use a model that knows it")
@@ -170,6 +172,28 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
         ranges.append((begin, end))
 
 
+def _everywhere(encoded: Encoded, record: Record, form: Template, tokenizer: Tokenizer) -> Encoded:
+    """`encoded`, with the tokens that the template supervises wherever they stand, but in answers that are not to be learned.
+
+    They are found by their ids, as LLaVA-NeXT finds them.
+    """
+    wanted = {tokenizer.control(text) for text in form.everywhere}
+    wanted |= {found[0] for text in form.everywhere if len(found := tokenizer.encode(text, continues=True)) == 1}
+    learned = _places(encoded)
+    left_out: set[int] = set()
+    if record.left_out:
+        left_out = _places(encode_segments(segments(replace(record, left_out=frozenset()), form), tokenizer)) - learned
+    ranges: list[tuple[int, int]] = []
+    for i, token in enumerate(encoded.ids):
+        if i in learned or (token in wanted and i not in left_out):
+            _extend(ranges, i, i + 1)
+    return Encoded(encoded.ids, ranges, encoded.length)
+
+
+def _places(encoded: Encoded) -> set[int]:
+    return {i for begin, end in encoded.supervised for i in range(begin, end)}
+
+
 def _opening(form: Template) -> list[Segment]:
     match form.style:
         case "v0":
@@ -184,13 +208,14 @@ def _opening(form: Template) -> list[Segment]:
 def message(form: Template, role: str, text: list[Segment] | None, last: bool = False, learned: bool = False) -> list[Segment]:
     """A message of style turns; `text` None leaves it open.
 
-    `last`: it is the conversation's last answer; `learned`: its end is supervised.
+    `last`: it is the conversation's last answer; `learned`: its end is supervised, and what the template says beside it.
     """
-    head = form.head.format(role=role) + (form.unthinking if last else "")
-    opened = [Segment(part, mark=part in form.marks) for part in re.split(f"({_any_of(form.marks)})", head) if part]
-    return (
-        opened if text is None else [*opened, *text, Segment(form.end, learned, mark=True), *([Segment(form.after)] if form.after else [])]
-    )
+    head, begins, goes_on = form.head.format(role=role), learned and form.head_learned, learned and form.after_learned
+    head += form.unthinking if last else ""
+    opened = [Segment(part, begins, mark=part in form.marks) for part in re.split(f"({_any_of(form.marks)})", head) if part]
+    if text is None:
+        return opened
+    return [*opened, *text, Segment(form.end, learned, mark=True), *([Segment(form.after, goes_on)] if form.after else [])]
 
 
 def _round(form: Template, number: int, question: list[Segment], answer: list[Segment] | None, last: bool = True) -> list[Segment]:

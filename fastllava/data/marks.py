@@ -14,7 +14,7 @@ def check_marks(form: Template, tokenizer: Tokenizer) -> None:
     if not missing:
         return
     fitting = ", ".join(name for name, other in TEMPLATES.items() if not _missing(other, tokenizer))
-    listed = " and ".join(f"{mark} ({_OWN[mark]})" if mark in _OWN else mark for mark in missing)
+    listed = " and ".join(f"{mark} ({_OWN[mark]})" if mark in _OWN else repr(mark)[1:-1] for mark in missing)
     wrong = f"'{form.name}' writes {listed}, which {tokenizer.where} has no token for, so that turns would end in pieces of text"
     named = [_OWN[mark] for mark in missing if mark in _OWN]
     remedy = f"name its {' and '.join(named)} in tokenizer_config.json" if named else "give the tokenizer of a model that has them"
@@ -33,7 +33,9 @@ def mark_ids(form: Template, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _missing(form: Template, tokenizer: Tokenizer) -> list[str]:
-    return [mark for mark in form.marks if not _is_token(mark, tokenizer)]
+    # A beginning token that is to be supervised need not be there: nothing comes before it.
+    wanted = (*form.marks, *(text for text in form.everywhere if text not in _OWN))
+    return [mark for mark in dict.fromkeys(wanted) if not _is_token(mark, tokenizer)]
 
 
 def _is_token(mark: str, tokenizer: Tokenizer) -> bool:

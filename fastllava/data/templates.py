@@ -8,7 +8,7 @@ from fastllava.errors import UserError
 
 Style = Literal["plain", "v0", "v1", "llama_2", "mpt", "turns"]
 """How turns are written and masked: the original's preprocess_plain, preprocess, preprocess_v1, _llama_2, _mpt (llava/train/train.py);
-turns: as the language model itself was taught, of an answer its text and the mark that ends it supervised."""
+turns: as the language model itself was taught, of an answer its text and the mark that ends it supervised; LLaVA-NeXT's supervise more."""
 
 _CURIOUS = (
     "A chat between a curious {one} and an artificial intelligence assistant. "
@@ -95,6 +95,12 @@ class Template:
     """Messages are written without the blanks at their ends."""
     takes_system: bool = True
     """Whether a message may be the system's."""
+    head_learned: bool = False
+    """Whether what opens an answer is supervised too."""
+    after_learned: bool = False
+    """Whether what stands behind the end mark of an answer is supervised too."""
+    everywhere: tuple[str, ...] = ()
+    """Tokens that are supervised wherever they stand, in questions and in the system text too."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -162,6 +168,29 @@ TEMPLATES: dict[str, Template] = {
         _turns("llama_3", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", trims=True),
         _turns("phi_3", "<|{role}|>\n", "<|end|>", "\n"),
         _turns("gemma", "<start_of_turn>{role}\n", "<end_of_turn>", "\n", gpt="model", trims=True, takes_system=False),
+        # LLaVA-NeXT's, for going on from its checkpoints (its llava/train/train.py: preprocess_qwen, preprocess_llama3, preprocess_gemma).
+        # For Llama 3 its list of tokens to supervise everywhere has two line breaks too, which its look-up does not find: the
+        # vocabulary spells them otherwise.
+        _turns(
+            "llava_next_qwen",
+            "<|im_start|>{role}\n",
+            "<|im_end|>",
+            "\n",
+            system="You are a helpful assistant.",
+            head_learned=True,
+            after_learned=True,
+            everywhere=("<|im_start|>", "<|im_end|>", "\n"),
+        ),
+        _turns(
+            "llava_next_llama_3",
+            "<|start_header_id|>{role}<|end_header_id|>\n\n",
+            "<|eot_id|>",
+            system=_LLAVA_LLAMA_2,
+            trims=True,
+            head_learned=True,
+            everywhere=("<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        ),
+        _turns("llava_next_gemma", "<start_of_turn>{role}\n", "<end_of_turn>", "\n", gpt="model", takes_system=False, after_learned=True),
     )
 }
 

@@ -44,8 +44,8 @@ _CONTENT = "written(message['content'])"
 def chat_template(form: Template) -> str | None:
     """The template as Jinja, or None for one that has no answers of its own kind to mark (plain, v0).
 
-    A system message replaces the template's own; what training supervises stands between `{% generation %}` and
-    `{% endgeneration %}`; roles that training has not seen, or in another order, raise.
+    A system message replaces the template's own; what training supervises of answers stands between `{% generation %}`
+    and `{% endgeneration %}`; roles that training has not seen, or in another order, raise.
     """
     end = _text("<|im_end|>")
     content = f"({_CONTENT} | trim)" if form.trims else _CONTENT
@@ -83,6 +83,10 @@ def chat_template(form: Template) -> str | None:
         case _:
             return None
     begin = prompt if begin is None else begin
+    if form.head_learned:
+        begin, answer = "", begin + answer
+    if form.after_learned:
+        answer, after = answer + after, ""
     mark = "<Image><image></Image>\n" if form.mmtag else "<image>\n"
     return (
         _MACRO.replace("MARK", _text(mark))

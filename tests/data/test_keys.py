@@ -119,9 +119,14 @@ def test_an_answer_that_is_not_to_be_learned_is_read_alone(flag: dict[str, Any],
         assert [(part.text, part.mark) for part in parts] == [(part.text, part.mark) for part in changed]
         assert "".join(part.text for part in changed if part.supervised).count("A dog.") == 0
         gone = "".join(old.text for old, new in zip(parts, changed, strict=True) if old.supervised != new.supervised)
-        assert gone.strip().removeprefix("Assistant: ").startswith("A dog.")
+        opens = form.head.format(role=form.gpt) if form.head_learned else "Assistant: "
+        assert gone.strip().removeprefix(opens).startswith("A dog.")
         assert "A cat." not in gone
-        assert encode_record(plain, form, tokenizer, 2048).ids == encode_record(marked, form, tokenizer, 2048).ids
+        both, one = encode_record(plain, form, tokenizer, 2048), encode_record(marked, form, tokenizer, 2048)
+        assert both.ids == one.ids
+        left = [{i for begin, end in encoded.supervised for i in range(begin, end)} for encoded in (both, one)]
+        assert left[1] < left[0]
+        assert tokenizer.decode(both.ids[i] for i in sorted(left[0] - left[1])).strip().removeprefix(opens).startswith("A dog.")
 
 
 def test_the_rest_is_counted_in_one_line(make_data: MakeData, tokenizer: Tokenizer, spec: ImageSpec) -> None:

@@ -20,8 +20,8 @@ from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 
 MakeData = Callable[..., DataConfig]
-CHATML = {"mpt", "chatml_direct", "mistral_direct", "qwen_2_5"}
-NEWER = {"qwen_3", "llama_3", "phi_3", "gemma"}
+CHATML = {"mpt", "chatml_direct", "mistral_direct", "qwen_2_5", "llava_next_qwen"}
+NEWER = {"qwen_3", "llama_3", "phi_3", "gemma", "llava_next_llama_3", "llava_next_gemma"}
 TEXT = {"plain", "v0_plain", "default", "v0", "llava_v0", "v0_mmtag"}
 
 
