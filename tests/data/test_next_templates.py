@@ -96,7 +96,7 @@ def test_ids_and_supervised_tokens_are_its_own(name: str, folder: Path, conversa
     turns = CONVERSATIONS[conversation]
     ours, model = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     check_marks(template(name), ours)
-    encoded = encode_record(Record("r", "a.png" if "<image>" in turns[0][1] else None, turns), template(name), ours, 2**20)
+    encoded = encode_record(Record("r", ("a.png",) if "<image>" in turns[0][1] else (), turns), template(name), ours, 2**20)
     expected, learned = theirs(name, model, turns)
     image = model.token_to_id("<image>")
     assert [image if i == IMAGE_ID else i for i in encoded.ids] == expected
@@ -106,7 +106,7 @@ def test_ids_and_supervised_tokens_are_its_own(name: str, folder: Path, conversa
 
 def test_it_supervises_more_than_the_model_s_own_template_and_the_same_answers(name: str, folder: Path) -> None:
     own = {"llava_next_qwen": "qwen_2_5", "llava_next_llama_3": "llama_3", "llava_next_gemma": "gemma"}[name]
-    ours, record = Tokenizer.load(folder), Record("r", None, CONVERSATIONS["of texts"])
+    ours, record = Tokenizer.load(folder), Record("r", (), CONVERSATIONS["of texts"])
     texts = []
     for form in (template(own), template(name)):
         encoded = encode_record(record, form, ours, 2**20)
@@ -124,9 +124,9 @@ def test_it_supervises_more_than_the_model_s_own_template_and_the_same_answers(n
 
 
 def test_of_an_answer_that_is_not_to_be_learned_nothing_is_supervised(folder: Path, name: str) -> None:
-    ours, whole = Tokenizer.load(folder), Record("r", None, CONVERSATIONS["of texts"])
+    ours, whole = Tokenizer.load(folder), Record("r", (), CONVERSATIONS["of texts"])
     encoded, less = (
-        encode_record(record, template(name), ours, 2**20) for record in (whole, Record("r", None, whole.turns, left_out=frozenset({1})))
+        encode_record(record, template(name), ours, 2**20) for record in (whole, Record("r", (), whole.turns, left_out=frozenset({1})))
     )
     assert less.ids == encoded.ids
     both, one = ({at for begin, end in found.supervised for at in range(begin, end)} for found in (encoded, less))
