@@ -5,6 +5,7 @@ Shape letters: B samples, L tokens of the longest, I images, P patches an image,
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,17 @@ from fastllava.model.projectors import kind_of
 
 IGNORED = -100
 """The target of a token that is not supervised."""
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """transformers 4.57 fills an MPT's mask with the least number of fp64 in PyTorch's default dtype, in which there is none so small."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @dataclass(frozen=True)
@@ -111,7 +123,8 @@ class PlainLlava:
     def logits(self, batch: Padded) -> tuple[Tensor, Tensor]:
         """Logits [B, L, V] of every token in the model's dtype, and the tokens that are supervised, int64 [B, L], IGNORED elsewhere."""
         embeds_BLD, mask_BL, targets_BL = self._padded(batch)
-        return self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits, targets_BL
+        with _default_dtype(self.dtype if self.llm.config.model_type == "mpt" else torch.get_default_dtype()):
+            return self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits, targets_BL
 
     def _features(self, pixels: Tensor) -> Tensor:
         """[I, P, D]: the tower's selected hidden state without the class token, where there is one, projected."""

@@ -121,7 +121,7 @@ def not_in_hf(model: Llava) -> str | None:
         held = ", ".join(name for kind in KINDS.values() for name in kind.hf)
         return f"holds {held} projectors only, this one is {projector_type}"
     if isinstance(model.llm, Mpt):
-        return "holds no MPT, as transformers builds no LlavaForConditionalGeneration of one"
+        return "holds no MPT, as transformers 5.24 builds no LlavaForConditionalGeneration of one"
     return None
 
 
