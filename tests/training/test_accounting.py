@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MptConfig, MptForCausalLM
 
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import ModelConfig, Recompute, Stage
@@ -41,25 +42,35 @@ def batch_of(images: int) -> Batch:
     )
 
 
+def write_mpt(folder: Path) -> Path:
+    """An MPT whose heads are as wide as ALiBi's columns."""
+    MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64)).save_pretrained(folder)
+    return folder
+
+
 # The reference's attention becomes plain products, which the counter sees; the op's, which is kept as one result, it does not.
 @pytest.mark.parametrize(
-    ("recompute", "last_layer", "attention_op"),
+    ("recompute", "last_layer", "attention_op", "family"),
     [
-        ("none", "supervised", "reference"),
-        ("none", "all", "reference"),
-        ("norms", "supervised", "varlen"),
-        ("selective", "supervised", "varlen"),
-        ("selective", "all", "varlen"),
-        ("full", "supervised", "reference"),
+        ("none", "supervised", "reference", "llama"),
+        ("none", "all", "reference", "llama"),
+        ("norms", "supervised", "varlen", "llama"),
+        ("selective", "supervised", "varlen", "llama"),
+        ("selective", "all", "varlen", "llama"),
+        ("full", "supervised", "reference", "llama"),
+        ("none", "supervised", "reference", "mpt"),
+        ("selective", "supervised", "varlen", "mpt"),
+        ("full", "all", "reference", "mpt"),
     ],
 )
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_within_one_percent_of_pytorch_s_counter(
-    world: Path, stage: Stage, recompute: Recompute, last_layer: Rows, attention_op: str
+    world: Path, tmp_path: Path, stage: Stage, recompute: Recompute, last_layer: Rows, attention_op: str, family: str
 ) -> None:
     reference = dict.fromkeys(("masked_linear_cross_entropy", "projector_splice"), "reference")
     ops = Ops(choose_ops(reference, CPU, torch.float32).chosen | {"attention": attention_op})
-    model = load_llava(ModelConfig(llm=world / "llm", vision_tower=world / "clip"), Execution(ops, torch.float32, recompute, last_layer), 0)
+    llm = world / "llm" if family == "llama" else write_mpt(tmp_path)
+    model = load_llava(ModelConfig(llm=llm, vision_tower=world / "clip"), Execution(ops, torch.float32, recompute, last_layer), 0)
     model.requires_grad_(False)
     for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
         part.requires_grad_(True)
