@@ -7,9 +7,10 @@ from fastllava.model.architecture import Architecture
 from fastllava.model.compiled import for_batches, for_layers
 from fastllava.model.decoders import build_decoder
 from fastllava.model.execution import Execution
-from fastllava.model.layers import Product, linear, set_parameter
+from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
+from fastllava.model.products import Product, linear
 from fastllava.model.projectors import Projector, kind_of
 from fastllava.model.towers import Tower
 

@@ -1,10 +1,10 @@
 """The families of decoders that compute differently: a module for each, and what builds one from its configuration."""
 
 from fastllava.model.compiled import Graph, eager
-from fastllava.model.layers import Product, linear
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.mpt import Mpt, MptConfig
 from fastllava.model.ops import Ops
+from fastllava.model.products import Product, linear
 
 Decoder = Llama | Mpt
 DecoderConfig = LlamaConfig | MptConfig

@@ -22,7 +22,7 @@ from torchao.float8.config import CastConfig, Float8LinearConfig, ScalingType
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import GemmInputRole, LinearMMConfig, ScaledMMConfig
 
-from fastllava.model.layers import linear
+from fastllava.model.products import linear
 
 
 class Fp8Linear:

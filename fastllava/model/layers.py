@@ -3,13 +3,11 @@
 Trainable weights are kept in fp32 and frozen ones in the compute dtype; the cast at use is no work when they agree.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllava.model.ops import Ops
+from fastllava.model.products import Product, linear, products
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -20,15 +18,6 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
     """Put `parameter` in the place of the one with this dotted name, such as `model.layers.0.mlp.up_proj.weight`."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, parameter)
-
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""`x @ weight.T + bias` of x [..., in], weight [out, in] and bias [out] or None, in some precision; [..., out] in the dtype of x."""
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` in the dtype of x."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Module):
@@ -44,7 +33,14 @@ class Linear(nn.Module):
         self.product = product
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        return project(x, self)[0]
+
+
+def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of the same x [..., in]. In backward their parts of its gradient are added up in the products."""
+    if torch.compiler.is_compiling() or any(layer.product is not linear for layer in layers):
+        return tuple(layer.product(x, layer.weight, layer.bias) for layer in layers)
+    return products(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
 
 
 class Embedding(nn.Module):

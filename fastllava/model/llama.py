@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastllava.config import Recompute
 from fastllava.model.compiled import Graph, eager
-from fastllava.model.layers import AddRMSNorm, Embedding, Linear, Product, RMSNorm, linear
+from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm, project
 from fastllava.model.ops import Ops
+from fastllava.model.products import Product, linear
 from fastllava.model.recompute import compute_layer, run_layers
 
 
@@ -114,9 +115,11 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """[T, D], or [M, D] of the wanted rows."""
-        queried = x_TD if wanted is None else x_TD.index_select(0, wanted)
-        inputs = ((self.q_proj, queried), (self.k_proj, x_TD), (self.v_proj, x_TD))
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project, x in inputs)
+        if wanted is None:
+            projected = project(x_TD, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            projected = self.q_proj(x_TD.index_select(0, wanted)), *project(x_TD, self.k_proj, self.v_proj)
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if wanted is not None:
@@ -140,7 +143,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, product)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(self.ops.swiglu(*project(x_TD, self.gate_proj, self.up_proj)))
 
 
 class DecoderLayer(nn.Module):

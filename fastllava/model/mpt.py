@@ -18,8 +18,9 @@ from fastllava.errors import UserError
 from fastllava.model.alibi import COLUMNS, LONGEST, columns_of_keys, columns_of_queries, slopes
 from fastllava.model.compiled import Graph, eager
 from fastllava.model.fields import positive
-from fastllava.model.layers import Embedding, LayerNorm, Linear, Product, linear
+from fastllava.model.layers import Embedding, LayerNorm, Linear
 from fastllava.model.ops import Ops
+from fastllava.model.products import Product, linear
 from fastllava.model.recompute import compute_layer, run_layers
 
 # What transformers computes, whatever config.json says under these names, which are its own and llm-foundry's; so with another value an

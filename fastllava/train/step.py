@@ -7,6 +7,7 @@ import torch
 from fastllava.batch import Batch
 from fastllava.distributed.sharding import UNSHARDED, Sharding
 from fastllava.model.llava import Llava
+from fastllava.model.products import accumulation
 from fastllava.optim import FiniteGuard, clip_gradients, gradient_norm, parameters
 from fastllava.train.metrics.log import DeviceScalars
 
@@ -26,11 +27,12 @@ def train_step(
     so losses and gradients only add up. Nothing here waits for the device.
     """
     loss = torch.zeros((), device=device)
-    for number, batch in enumerate(batches, 1):
-        sharding.begin_micro_batch(model, last=number == len(batches))
-        part = model(batch.to(device))
-        part.backward()
-        loss += part.detach()
+    with accumulation():
+        for number, batch in enumerate(batches, 1):
+            sharding.begin_micro_batch(model, last=number == len(batches))
+            part = model(batch.to(device))
+            part.backward()
+            loss += part.detach()
     loss = sharding.total(loss)
     params = parameters(optimizer)
     norm = gradient_norm(params)

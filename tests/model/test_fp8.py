@@ -13,7 +13,8 @@ from fastllava.config import check_config
 from fastllava.errors import UserError
 from fastllava.model.compiled import whole_graph
 from fastllava.model.execution import Execution
-from fastllava.model.layers import Linear, linear
+from fastllava.model.layers import Linear
+from fastllava.model.products import linear
 from fastllava.model.weights import load_llava, read_origin
 from fastllava.train.machine import check_fp8, check_fp8_widths
 from fastllava.train.stages import prepare_stage

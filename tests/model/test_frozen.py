@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastllava.model import layers, llama
 from fastllava.model.execution import Execution
-from fastllava.model.layers import Linear
+from fastllava.model.layers import Linear, project
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
 
@@ -23,25 +24,30 @@ class Products(TorchDispatchMode):
         self.shapes: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out):
             a, b = args[-2:]
             self.shapes.append((a.shape[0], a.shape[1], b.shape[1]))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("ops", "last_layer", "trained"), list(product(["reference", "gpu"], ["supervised", "all"], [False, True])))
-def test_no_input_of_a_frozen_linear_is_kept(tiny, ops, last_layer, trained):
+def test_no_input_of_a_frozen_linear_is_kept(tiny, monkeypatch, ops, last_layer, trained):
     chosen = choose_ops({}, torch.device("cpu"), torch.bfloat16).chosen
     execution = Execution(Ops(chosen | (GPU_OPS if ops == "gpu" else {})), torch.bfloat16, last_layer=last_layer)
     model = load_llava(tiny.config(projector="fresh"), execution, 5)
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     model.llm.requires_grad_(trained)
-    linears = {name: module for name, module in model.llm.named_modules() if isinstance(module, Linear) and "layers" in name}
+    linears = {module: name for name, module in model.llm.named_modules() if isinstance(module, Linear) and "layers" in name}
     # Held, so that no other tensor gets their place in memory.
     inputs: dict[str, torch.Tensor] = {}
-    for name, module in linears.items():
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+
+    def seen(x: torch.Tensor, *given: Linear) -> tuple[torch.Tensor, ...]:
+        inputs.update({linears[module]: x.detach() for module in given if module in linears})
+        return project(x, *given)
+
+    for module in (layers, llama):
+        monkeypatch.setattr(module, "project", seen)
     saved = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class Products(TorchDispatchMode):
         self.counts: dict[str, int] = {"product": 0, "attention": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts["product"] += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.counts["product"] += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out)
         self.counts["attention"] += func is torch.ops.fastllava.attention_varlen.default
         return func(*args, **(kwargs or {}))
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels._device.mm32 import mm32
 from fastllava_kernels.indices import inside, or_else
+from fastllava_kernels.mm32 import mm32
 
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:

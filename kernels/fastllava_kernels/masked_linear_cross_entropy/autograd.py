@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllava_kernels._device.mm32 import mm32
 from fastllava_kernels.contract import custom_op
+from fastllava_kernels.mm32 import mm32
 
 from . import chunked
 

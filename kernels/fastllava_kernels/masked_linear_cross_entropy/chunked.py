@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastllava_kernels._device.mm32 import mm32
 from fastllava_kernels.indices import inside, or_else
+from fastllava_kernels.mm32 import mm32
 
 CHUNK = 1024
 """Most supervised rows at a time. On an H100 the [1024, 4096] product of the input gradient is 128 tiles of 128 x 256 for its
