@@ -25,7 +25,6 @@ _SECOND_MEDIA = re.compile(r"(video|audio)s?(_(path|file|url|name))?|images|(sec
 """Beside `image`: a picture or sound more, where the others tell of the picture that is there (image_id, image_size)."""
 _ENDINGS = "jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mov|webm|mkv|mpe?g|wav|mp3|flac|ogg|m4a|npy"
 _FILE = re.compile(rf"\.({_ENDINGS})(\?.*)?$|^data:", re.IGNORECASE)
-_PATHS = "one path, or a list of paths"
 _PLACES = ("<image>", "<video>", "<audio>", "<img>")
 _LOSS = _words(
     "train training trainable trained do_train train_on train_on_turn is_trained learn learnable supervise supervised loss loss_mask "
@@ -71,7 +70,10 @@ def record_problem(record: Mapping[str, Any], others: Iterable[str], texts: Iter
             continue
         if kind == "media" and value is not False and value != 0:
             if not has_image:
-                return "image_key", f"has the key {name_of(key)} and no 'image'; write {_PATHS} under 'image', or leave the key out"
+                return (
+                    "image_key",
+                    f"has the key {name_of(key)} and no 'image'; write its path under 'image', or a list of paths, or leave the key out",
+                )
             if _SECOND_MEDIA.fullmatch(key.lower()) and value not in (record["image"], [record["image"]]):
                 return "image_key", f"has {name_of(key)} beside 'image'; write all its pictures in one list there, or leave the key out"
         elif kind in ("loss", "unclear_loss"):
