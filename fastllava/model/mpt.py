@@ -166,6 +166,9 @@ class Packing:
 class Attention(nn.Module):
     """Causal attention inside each sample, with ALiBi.
 
+    The room divides scores by the root of the width that it sees, so queries are multiplied by that and by the scale wanted: in bf16 one
+    rounding more of a query, where transformers rounds each score.
+
     With `wanted`, int64 [M], queries and results are of those rows only; the others' are zeros, which nobody reads, as in
     `fastllava.model.llama`.
     """
@@ -175,7 +178,6 @@ class Attention(nn.Module):
         self.config, self.ops = config, ops.only("attention")
         self.Wqkv = Linear(config.hidden_size, 3 * config.hidden_size, False, product)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, False, product)
-        # The room divides scores by the root of the width that it sees.
         self._scale = config.softmax_scale * math.sqrt(config.attention_width)
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:

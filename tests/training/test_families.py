@@ -5,7 +5,9 @@ import json
 import pytest
 import sentencepiece
 import torch
+from parallel_runs import launch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastllava.config import ModelConfig, check_config
@@ -73,6 +75,10 @@ def first_loss(settings, out, **model):
     return read_metrics(out)[0]["loss"]
 
 
+def files_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
 def equal(found, expected):
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -107,3 +113,19 @@ def test_results_and_checkpoints_are_exported_and_gone_on_from_bit_for_bit(setti
     assert all(equal(weights_of(world, start), trained) for start in starts)
     losses = {first_loss(settings, tmp_path / f"on-{start.name}", llm=str(start), tokenizer=str(llm)) for start in starts}
     assert len(losses) == 1, "the rows that an export adds for the image and as padding change no loss"
+
+
+@pytest.mark.exhaustive
+def test_two_processes_train_an_mpt_as_one_does(settings, world, tmp_path):
+    """Its head is its embedding, and its blocks are sharded one by one, as Llama's layers are."""
+    llm = write_decoder(world, tmp_path / "llm", **DECODERS["mpt"])
+    train, optim = {"max_steps": 3, "recompute": "norms"}, {"warmup_ratio": 0.0, "max_grad_norm": 1.0}
+    given = {"model": {"llm": str(llm)}, "train": train, "optim": optim}
+    run(check_config(settings("finetune", output_dir=str(tmp_path / "one"), **given)), Console(quiet=True))
+    launch(2, [(settings("finetune", output_dir=str(tmp_path / "two"), **given), None)], tmp_path / "said")
+    (found, expected), (ours, theirs) = ([each(tmp_path / name) for name in ("two", "one")] for each in (read_metrics, files_of))
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
