@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ class Check:
     def _chat(self, name: str, processor: Any, tokenizer: Tokenizer, image: int, report: Report) -> None:
         """A conversation as training writes it, and the part of it that is supervised."""
         try:
-            expected = encode_record(Record("", ("image",), _CONVERSATION), self._template, tokenizer, 2**20)
+            # Of answers alone: what a template supervises everywhere, a chat template cannot mark.
+            form = replace(self._template, everywhere=())
+            expected = encode_record(Record("", ("image",), _CONVERSATION), form, tokenizer, 2**20)
         except BadRecord as error:
             report(f"check of the chat template: left out, as training would refuse the conversation it takes ({error})")
             return
@@ -149,7 +152,8 @@ class Check:
         supervised = [at for begin, end in expected.supervised for at in range(begin, end)]
         if marked != supervised:
             raise _failed(f"{name} takes the tokens {marked} of a conversation for the answers, training {supervised}")
-        report("check: its chat template writes, and marks as answers, what training does")
+        more = f" (it cannot mark what {form.name} supervises in questions)" if self._template.everywhere else ""
+        report(f"check: its chat template writes, and marks as answers, what training does{more}")
 
     def _generated(self, name: str, theirs: Any, inputs: Any, vocabulary: Vocabulary) -> None:
         options = {"max_new_tokens": _NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -20,7 +21,6 @@ from fastllava.model.weights.tokenizer_files import find_tokenizer, write_hf
 
 EXPORTED = [name for name, form in TEMPLATES.items() if chat_template(form) is not None]
 MARKS = sorted({mark for form in TEMPLATES.values() if form.style in ("mpt", "turns") for mark in form.marks})
-LINE_BREAKS = ("Ċ", "<0x0A>")
 TEXT = ["USER: what is this? ASSISTANT: a red bus", "def f(x):\n    return x", "naïve café 東京"] * 3
 CONVERSATIONS = [
     [("human", "<image>\nWhat is this?"), ("gpt", "A red bus.")],
@@ -109,12 +109,11 @@ def test_ids_and_answers_are_those_of_training(tokenizers_of, name, parts):
         # A tokenizer's own call puts no beginning token before what its template writes.
         first = 0 if ours.bos_id is None else 1
         assert found["input_ids"] == ids[first:]
-        marked = {first + at for at, yes in enumerate(found["assistant_masks"]) if yes}
-        supervised = {at for begin, end in expected.supervised for at in range(begin, end)}
-        # A chat template marks answers; what LLaVA-NeXT supervises in questions it cannot.
-        assert marked <= supervised
-        assert {ours.piece(ids[at]) for at in supervised - marked} <= {*form.everywhere, ours.piece(ours.bos_id or 0), *LINE_BREAKS}
-        assert marked == supervised or form.everywhere
+        marked = [first + at for at, yes in enumerate(found["assistant_masks"]) if yes]
+        # What a template supervises in questions too, a chat template cannot mark.
+        answers = encode_record(Record("r", ("image",) if shows else (), turns), replace(form, everywhere=()), ours, 2**20)
+        assert answers.ids == expected.ids
+        assert marked == [at for begin, end in answers.supervised for at in range(begin, end)]
         # An open question is the beginning of the same text.
         opened = theirs.apply_chat_template(messages[:-1], chat_template=chat_template(form), tokenize=False, add_generation_prompt=True)
         assert text.startswith(opened)

@@ -8,6 +8,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastllava.certify.run import certify
 from fastllava.config import check_config
 from fastllava.data.templates import TEMPLATES
 from fastllava.errors import UserError
@@ -90,3 +91,21 @@ def test_qwen3_from_training_and_resume_to_answers_and_export(settings, world, t
     onward = config_of(settings, tmp_path / "llava", data={"template": "auto"})
     assert with_template(onward, lines.append).data.template == "qwen_3"
     assert "was trained with" in lines[-1]
+
+
+@pytest.mark.parametrize(("name", "family"), [("llava_next_qwen", "qwen2"), ("llava_next_llama_3", "llama")])
+def test_llava_nexts_are_trained_exported_and_gone_on_with(settings, world, tmp_path, name, family):
+    form = TEMPLATES[name]
+    llm = write_llm(world, tmp_path / "llm", family, form.marks, form.end)
+    config = config_of(settings, llm, data={"template": name}, train={"max_steps": 2})
+    certificate = certify(config, lambda line: None, n_samples=4, n_steps=1)
+    assert certificate.holds, certificate.verdict()
+    run(config, Console(quiet=True))
+    lines = []
+    export(tmp_path / "run", "hf", tmp_path / "hf", lines.append)
+    assert any("its chat template writes, and marks as answers, what training does" in line for line in lines), lines
+    assert any("answers through generate" in line for line in lines)
+    assert load_trained(tmp_path / "hf").form.name == name
+    export(tmp_path / "run", "llava", tmp_path / "llava", lines.append)
+    onward = config_of(settings, tmp_path / "llava", data={"template": "auto"})
+    assert with_template(onward, lines.append).data.template == name
