@@ -15,13 +15,14 @@ from fastllava_kernels import rooms
 from fastllava_kernels._device import rms
 from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels._tuning import tuning
+from fastllava_kernels.layer_norm import kernel_layer_norm
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 pytestmark = pytest.mark.skipif(not CUDA and not INTERPRETED, reason="Triton was loaded without its interpreter and there is no GPU")
 
-ROOMS = ["rms_norm", "add_rms_norm"]
-MODULES = {"rms_norm": rms, "add_rms_norm": rms}
+ROOMS = ["rms_norm", "add_rms_norm", "layer_norm"]
+MODULES = {"rms_norm": rms, "add_rms_norm": rms, "layer_norm": kernel_layer_norm}
 STREAMS = {"rms_norm": 1, "add_rms_norm": 2, "layer_norm": 1}
 PARAMETERS = {"rms_norm": 1, "add_rms_norm": 1, "layer_norm": 2}
 every_room = pytest.mark.parametrize("room", ROOMS)
@@ -93,7 +94,7 @@ def test_a_frozen_weight_gets_no_gradient_and_changes_no_other(room: str) -> Non
 
 
 @every_room
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 3), (7, 100), (33, 48), (2, 1100), (60, 130)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (5, 3), (7, 100), (33, 48), (2, 1100), (60, 130)])
 def test_sizes_that_fill_no_block_are_written_whole_and_nothing_beside_them(
     room: str, rows: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

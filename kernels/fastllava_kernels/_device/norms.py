@@ -84,6 +84,25 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd_N: Tensor)
     return d_x, (grad_ND * normed_ND).sum(0)
 
 
+def mean_and_rstd_of(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and 1 / deviation of every row, each [N]."""
+    wide_ND = rows_of(x)
+    mean_N = wide_ND.mean(-1)
+    return mean_N, torch.rsqrt((wide_ND - mean_N.unsqueeze(1)).square().mean(-1) + eps)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor, mean_N: Tensor, rstd_N: Tensor, wants_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute the gradients of x, in its shape and dtype, and, when wanted, of weight and bias in the dtype of the statistics."""
+    grad_ND = rows_of(grad)
+    normed_ND = (rows_of(x) - mean_N.unsqueeze(1)) * rstd_N.unsqueeze(1)
+    scaled_ND = grad_ND * weight_D
+    along_ND = normed_ND * (scaled_ND * normed_ND).mean(-1, keepdim=True)
+    d_x = (rstd_N.unsqueeze(1) * (scaled_ND - scaled_ND.mean(-1, keepdim=True) - along_ND)).to(x.dtype).view(x.shape)
+    return (d_x, (grad_ND * normed_ND).sum(0), grad_ND.sum(0)) if wants_weight else (d_x, None, None)
+
+
 def or_none(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     """Return the gradient in the parameter's dtype, or the empty tensor that stands for none."""
     return parameter.new_empty(0) if gradient is None else gradient.to(parameter.dtype)

@@ -20,6 +20,9 @@ BYTES_AHEAD = 16 * 1024
 """A block of rows that is larger is not loaded ahead: several of them in several stages would not fit shared memory."""
 
 
+WHOLE = 4096
+"""Elements that 16 warps take at a time, 8 of them, 16 bytes of bf16, a thread."""
+
 FEWEST_WARPS = 4
 """A multiprocessor holds 32 blocks at most, which of fewer warps would be too few."""
 
@@ -52,20 +55,18 @@ def described(
         function=function,
         signature={**pointers, "rows": "i32", "eps": "fp32"},
         constants={**constants, "WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)},
-        candidates={arch: _candidates(resident * count) for arch, count in MULTIPROCESSORS.items()}
+        candidates={
+            arch: _candidates(resident * count, max(1, WHOLE // triton.next_power_of_2(width))) for arch, count in MULTIPROCESSORS.items()
+        }
         | {"interpreter": [_config(1024, 3, 1, 1)]},
         rows="rows",
         unaligned={"WIDTH": width - 3},
     )
 
 
-def _candidates(programs: int) -> Sequence[tuning.Config]:
-    return [
-        _config(4096, programs, 3, 16),
-        _config(4096, programs, 1, 16),
-        _config(4096, programs, 2, 8),
-        _config(2048, 2 * programs, 3, 8),
-    ]
+def _candidates(programs: int, parts: int) -> Sequence[tuning.Config]:
+    whole = ((WHOLE, programs, 3, 16), (WHOLE, programs, 1, 16), (WHOLE, programs, 2, 8), (WHOLE // 2, 2 * programs, 3, 8))
+    return [_config(elements // parts, count * parts, stages, max(1, warps // parts)) for elements, count, stages, warps in whole]
 
 
 def _config(elements: int, programs: int, stages: int, warps: int) -> tuning.Config:

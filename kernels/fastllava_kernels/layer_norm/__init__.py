@@ -5,5 +5,5 @@ from fastllava_kernels.room import REFERENCE, Room
 ROOM = Room.of_folder(
     "layer_norm",
     "Layer norm over the last axis",
-    ("liger", "compiled", REFERENCE),
+    ("triton", "liger", "compiled", REFERENCE),
 )

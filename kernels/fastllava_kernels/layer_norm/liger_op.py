@@ -1,6 +1,5 @@
 """Implementation `liger` of layer_norm: Liger's kernels with one read and one write forward, mean and 1 / deviation kept per row."""
 
-import torch
 from torch import Tensor
 
 from fastllava_kernels._device import liger, norms
@@ -12,11 +11,8 @@ def _forward(x_ND: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tupl
     """Compute (normed [..., D] in x's dtype, mean and 1 / deviation of every row in fp32)."""
     x_ND, weight_D, bias_D = x_ND.contiguous(), weight_D.contiguous(), bias_D.contiguous()
     if not liger.takes(x_ND):
-        wide_ND = norms.rows_of(x_ND)
-        mean_N = wide_ND.mean(-1)
-        centred_ND = wide_ND - mean_N.unsqueeze(1)
-        rstd_N = torch.rsqrt(centred_ND.square().mean(-1) + eps)
-        normed_ND = centred_ND * rstd_N.unsqueeze(1) * weight_D + bias_D
+        mean_N, rstd_N = norms.mean_and_rstd_of(x_ND, eps)
+        normed_ND = (norms.rows_of(x_ND) - mean_N.unsqueeze(1)) * rstd_N.unsqueeze(1) * weight_D + bias_D
         return normed_ND.to(x_ND.dtype).view(x_ND.shape), mean_N, rstd_N
     from liger_kernel.ops.layer_norm import layer_norm_forward
 
@@ -31,12 +27,7 @@ def _backward(
     """Compute the gradients of x and, when wanted, of weight and bias, summed in fp32; empty tensors when not."""
     grad_ND, x_ND, weight_D = grad_ND.contiguous(), x_ND.contiguous(), weight_D.contiguous()
     if not liger.takes(x_ND):
-        grad32, x32 = (x.flatten(0, -2).to(rstd_N.dtype) for x in (grad_ND, x_ND))
-        normed = (x32 - mean_N.unsqueeze(1)) * rstd_N.unsqueeze(1)
-        scaled = grad32 * weight_D
-        d_x = rstd_N.unsqueeze(1) * (scaled - scaled.mean(-1, keepdim=True) - normed * (scaled * normed).mean(-1, keepdim=True))
-        d_x = d_x.to(x_ND.dtype).view(x_ND.shape)
-        d_weight, d_bias = ((grad32 * normed).sum(0), grad32.sum(0)) if wants_weight else (None, None)
+        d_x, d_weight, d_bias = norms.layer_norm_backward(grad_ND, x_ND, weight_D, mean_N, rstd_N, wants_weight)
     else:
         from liger_kernel.ops.layer_norm import layer_norm_backward
 
