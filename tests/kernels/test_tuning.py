@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 
-from fastllava_kernels import rooms
 from fastllava_kernels._tuning import aot, tune, tuning
 
 RUNNING = aot.triton_minor()
@@ -45,7 +44,7 @@ def test_every_kernel_has_a_configuration_and_no_table_repeats_a_first_candidate
 
 @pytest.mark.parametrize("kernel", tuning.kernels().values(), ids=tuning.kernels())
 def test_a_kernel_names_its_room_and_a_size_of_its_workload(kernel: tuning.Kernel) -> None:
-    assert kernel.rows in rooms()[kernel.room].workload.shapes[tune.SIZE]
+    assert kernel.rows in next(iter(tune.shapes(kernel.room, tune.SIZE).values()))
 
 
 OP = tuning.Kernel("op.forward", None, {}, {}, {"interpreter": [{"B": 77}]}, "rows")

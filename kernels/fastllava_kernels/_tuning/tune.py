@@ -20,6 +20,7 @@ import torch
 from fastllava_kernels import rooms
 from fastllava_kernels._tuning import aot, tuning
 from fastllava_kernels._tuning.tuning import ANY, Config, Kernel
+from fastllava_kernels.workload import Shape
 
 SIZE = "7b"
 ROUNDS = 20
@@ -97,9 +98,7 @@ def _launching(kernel: Kernel, config: Config, bound: int | None, device: torch.
     room = rooms()[kernel.room]
     function, workload = room.implementations["triton"].function, room.workload
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for name, shape in workload.shapes.items():
-        if name.partition("-")[0] != size:
-            continue
+    for name, shape in shapes(kernel.room, size).items():
         args = workload.inputs(dict(shape) | ({} if bound is None else {kernel.rows: bound}), dtype, device, 0)
         noted = Noted(config)
         with tuning.override(kernel.name, noted):
@@ -107,6 +106,12 @@ def _launching(kernel: Kernel, config: Config, bound: int | None, device: torch.
         if noted.taken:
             return name, lambda args=args: _run(function, args)
     raise ValueError(f"{kernel.name}: no shape of {size} in room {kernel.room} launches it")
+
+
+def shapes(room: str, size: str) -> Mapping[str, Shape]:
+    """Return the shapes of a room beside a decoder of this size; those of the tower are the same beside every one but "tiny"."""
+    found = rooms()[room].workload.shapes
+    return {name: shape for name, shape in found.items() if name.partition("-")[0] in (size, "tower" if size != "tiny" else size)}
 
 
 def _times(
@@ -130,10 +135,11 @@ def _times(
 
 
 def _run(function: Any, args: Any) -> None:
-    """Run the function forward and backward."""
+    """Run the function forward and, where something learns, backward."""
     out = function(*args)
     outs = list(out) if isinstance(out, tuple) else [out]
-    torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+    if any(o.requires_grad for o in outs):
+        torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
 
 
 def _time(call: Callable[[], None], device: torch.device) -> float:
