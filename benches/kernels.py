@@ -128,6 +128,8 @@ def measure_shape(plan: Plan, room: Room, shape_name: str, ceilings: Ceilings) -
                 "dtype": plan.dtype,
                 "pass": name,
                 **quantiles("ms", taken),
+                "host_us": taken and taken.host_us,
+                "host_bound": taken and taken.host_bound,
                 "peak_bytes": trial.peaks.get(name) if taken else None,
                 "floor_share": taken and floor / taken.p50,
                 "error": trial.errors[name][0],
@@ -151,8 +153,9 @@ def cost_of(room: Room, shape: Shape, dtype: torch.dtype, name: str) -> Cost:
 
 
 def in_words(row: Row) -> str:
-    """Time, distance to the floor, memory."""
-    return f"{row['ms_p50']:.4g} ms, {row['floor_share']:.0%} of the floor's speed, {row['peak_bytes'] / 2**20:.4g} MiB"
+    """Time, distance to the floor, memory; the host's time where it launches for a GPU."""
+    host = "" if row["host_us"] is None else f", {row['host_us']:.0f} us of the host{', which the GPU waited for' * row['host_bound']}"
+    return f"{row['ms_p50']:.4g} ms{host}, {row['floor_share']:.0%} of the floor's speed, {row['peak_bytes'] / 2**20:.4g} MiB"
 
 
 @dataclass

@@ -91,6 +91,7 @@ def _of_kernels(row: Row) -> Row:
         "who": row["implementation"] + (" (peer)" if row["peer"] else ""),
         "passes": "forward, backward" if row["pass"] == "both" else row["pass"],
         "mib": row["peak_bytes"] / 2**20,
+        "host": "-" if row["host_us"] is None else f"{row['host_us']:.0f}{', waited for' * row['host_bound']}",
         "errors": "a lower bound" if row["error"] is None else f"{row['error']:.1e} ({row['reference_error']:.1e})",
     }
 
@@ -108,8 +109,8 @@ def _of_steps(row: Row) -> Row:
 
 KERNELS = Form(
     "kernels",
-    "| room | shape | implementation | pass | ms p50 (p20 to p80) | % of floor | peak MiB | error (reference's) |",
-    "| {room} | {shape} | {who} | {passes} | {ms_p50:.3g} ({ms_p20:.3g} to {ms_p80:.3g}) | {floor_share:.0%} | {mib:.3g} | {errors} |",
+    "| room | shape | implementation | pass | ms p50 (p20 to p80) | host us | % of floor | peak MiB | error (reference's) |",
+    "| {room} | {shape} | {who} | {passes} | {ms_p50:.3g} ({ms_p20:.3g} to {ms_p80:.3g}) | {host} | {floor_share:.0%} | {mib:.3g} | {errors} |",
     "Products {matmul_ceiling_tflops:.3g} TFLOP/s and copies {copy_ceiling_gbs:.3g} GB/s in the same process; the floor is the larger of "
     "FLOPs over the one and bytes over the other.",
     "{room} {implementation}",

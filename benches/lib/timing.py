@@ -1,5 +1,6 @@
 """Time and memory of calls: interleaved, with a cold cache, as quantiles."""
 
+import dataclasses
 import os
 import statistics
 import time
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-FEWEST, MOST = 5, 300
+from benches.lib import ahead
+
+FEWEST, MOST = 6, 300
 """Fewest and most rounds, whatever the budget says."""
 
 
@@ -34,6 +37,10 @@ class Times:
     p20: float
     p50: float
     p80: float
+    host_us: float | None = None
+    """Median microseconds that the host took to launch the call; None where it computes itself."""
+    host_bound: bool = False
+    """Whether the GPU waited for the host, so that its times say less about the GPU."""
 
     @staticmethod
     def of(taken: Sequence[float]) -> "Times":
@@ -50,21 +57,11 @@ def quantiles(name: str, times: Times | None) -> dict[str, float | None]:
 def interleaved(calls: Mapping[str, Call], device: torch.device, seconds: float) -> dict[str, Times]:
     """Times of calls that take turns, so that a clock that falls or a busy neighbour meets all of them alike.
 
-    `seconds`: budget for each call, of the clock on the wall, preparation included; at least `FEWEST` rounds. On a GPU, CUDA
-    events around `run`, after the L2 cache was overwritten, which also gives the host the time to launch ahead; on a CPU
-    the host's clock, caches as they are.
+    `seconds`: budget for each call, of the clock on the wall, preparation included; at least `FEWEST` rounds. On a GPU, the time of the
+    GPU alone, after the L2 cache was overwritten (`benches.lib.ahead`), and the host's beside it; on a CPU the host's clock, caches
+    as they are.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    once = _gpu_round if device.type == "cuda" else _cpu_round
-    flush = _flush_buffer(device)
-    once(calls, flush)
-    began = time.perf_counter()
-    for done in range(MOST):
-        if done >= FEWEST and time.perf_counter() - began > seconds * len(calls):
-            break
-        for name, milliseconds in once(calls, flush).items():
-            taken[name].append(milliseconds)
-    return {name: Times.of(each) for name, each in taken.items()}
+    return _on_gpu(calls, ahead.Gpu(device), seconds) if device.type == "cuda" else _on_cpu(calls, seconds)
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
@@ -78,36 +75,40 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _flush_buffer(device: torch.device) -> torch.Tensor | None:
-    if device.type != "cuda":
-        return None
-    size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 2**28)
-    return torch.empty(size, dtype=torch.int8, device=device)
+def _on_gpu(calls: Mapping[str, Call], gpu: ahead.Gpu, seconds: float) -> dict[str, Times]:
+    known = ahead.warm(calls, gpu)
+    for number in _rounds(seconds * len(calls)):
+        ahead.measure(calls, known, gpu, number)
+    return {
+        name: dataclasses.replace(Times.of(one.milliseconds), host_us=statistics.median(one.host), host_bound=one.host_bound)
+        for name, one in known.items()
+    }
 
 
-def _gpu_round(calls: Mapping[str, Call], flush: torch.Tensor | None) -> dict[str, float]:
-    events = {}
-    for name, call in calls.items():
-        state = call.prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if flush is not None:
-            flush.zero_()
-        start.record()
-        call.run(state)
-        end.record()
-        events[name] = start, end
-    torch.cuda.synchronize()
-    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+def _on_cpu(calls: Mapping[str, Call], seconds: float) -> dict[str, Times]:
+    for call in calls.values():
+        _milliseconds(call)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in _rounds(seconds * len(calls)):
+        for name, call in calls.items():
+            taken[name].append(_milliseconds(call))
+    return {name: Times.of(each) for name, each in taken.items()}
 
 
-def _cpu_round(calls: Mapping[str, Call], flush: torch.Tensor | None) -> dict[str, float]:
-    taken = {}
-    for name, call in calls.items():
-        state = call.prepare()
-        start = time.perf_counter_ns()
-        call.run(state)
-        taken[name] = (time.perf_counter_ns() - start) / 1e6
-    return taken
+def _rounds(seconds: float) -> Iterator[int]:
+    """Numbers from 0 until the time is up."""
+    began = time.perf_counter()
+    for number in range(MOST):
+        if number >= FEWEST and time.perf_counter() - began > seconds:
+            return
+        yield number
+
+
+def _milliseconds(call: Call) -> float:
+    state = call.prepare()
+    start = time.perf_counter_ns()
+    call.run(state)
+    return (time.perf_counter_ns() - start) / 1e6
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

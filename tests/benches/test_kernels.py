@@ -36,7 +36,7 @@ COMPILED = {"compiled"}
 KEYS = {
     *("room", "implementation", "shape", "dtype", "pass", "ms_p20", "ms_p50", "ms_p80", "peak_bytes", "floor_share", "error"),
     *("reference_error", "device", "versions", "commit", "dirty", "driver", "power_limit_watts", "void", "peer"),
-    *("floor_ms", "flops", "bytes", "matmul_ceiling_tflops", "copy_ceiling_gbs"),
+    *("floor_ms", "flops", "bytes", "matmul_ceiling_tflops", "copy_ceiling_gbs", "host_us", "host_bound"),
 }
 TIMES = ("ms_p20", "ms_p50", "ms_p80", "peak_bytes", "floor_share")
 
