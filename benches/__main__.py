@@ -23,6 +23,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["gpu"] and not {"--help", "-h"} & set(sys.argv) and (lacking := kit.complaint()) is not None:
         print(f"error: bench gpu: {lacking}", file=sys.stderr)
         sys.exit(2)
+    from fastllava.console.allocator import let_memory_grow
+
+    let_memory_grow()
     from benches.cli import main
 
     main()

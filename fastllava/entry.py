@@ -9,6 +9,10 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from fastllava.console.allocator import let_memory_grow
+
+    # Before torch is imported, which some commands do and some do not.
+    let_memory_grow()
     try:
         from fastllava import cli
     except ModuleNotFoundError as error:

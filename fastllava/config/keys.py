@@ -305,6 +305,11 @@ class ParallelConfig(Section):
         description="gradients are summed over the processes after every micro-batch, beside its backward, or once a step, "
         "which keeps a whole fp32 gradient on every GPU",
     )
+    gather: Annotated[Literal["kernels", "copy_engine"], SAME_TRAINING] = Field(
+        default="kernels",
+        description="what carries sharded weights between GPUs: kernels, which take multiprocessors from the computing beside them, or "
+        "copy engines, by NCCL's symmetric memory, where PyTorch's FSDP has that",
+    )
     replicas: Annotated[int, SAME_TRAINING] = Field(
         default=1, ge=1, description="groups that each hold one whole sharded copy, such as one a node (HSDP); a divisor of the processes"
     )

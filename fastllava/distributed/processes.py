@@ -113,11 +113,11 @@ ALONE = Processes()
 
 
 @contextmanager
-def processes() -> Iterator[Processes]:
+def processes(copy_engine: bool = False) -> Iterator[Processes]:
     """The processes that torchrun started, connected until the block ends; without torchrun, or for one, this one alone.
 
-    A default process group that is there already is used and left as it is. Raises UserError when torchrun's variables do not
-    make sense.
+    `copy_engine`: NCCL may gather without any multiprocessor. A default process group that is there already is used and left as it is.
+    Raises UserError when torchrun's variables do not make sense.
     """
     mine = not dist.is_initialized()
     world = _number("WORLD_SIZE", 1) if mine else dist.get_world_size()
@@ -128,6 +128,9 @@ def processes() -> Iterator[Processes]:
     gpus = torch.cuda.device_count()
     if local_rank < gpus:
         torch.cuda.set_device(local_rank)
+    if copy_engine:
+        # NCCL reads it when it connects; 2 is its policy of zero CTAs (PyTorch's page on symmetric memory, copy engine collectives).
+        os.environ.setdefault("NCCL_CTA_POLICY", "2")
     try:
         if mine:
             store, rank, _ = next(rendezvous("env://", _number("RANK"), world))

@@ -61,6 +61,19 @@ def check_replicas(config: ParallelConfig, world: int) -> None:
         raise UserError(f"parallel.replicas: {config.replicas} does not divide the {world} processes; write a divisor of {world}")
 
 
+def check_gather(config: ParallelConfig, world: int, device: torch.device) -> None:
+    """Raises UserError when `parallel.gather` asks for what neither this PyTorch nor this device has."""
+    if config.gather == "kernels" or world == 1:
+        return
+    mend = "write parallel.gather=kernels"
+    if not hasattr(FSDPModule, "set_symm_mem_for_comm"):
+        raise UserError(
+            f"parallel.gather: '{config.gather}' needs FSDP with set_symm_mem_for_comm, which torch {torch.__version__} has not; {mend}"
+        )
+    if device.type != "cuda":
+        raise UserError(f"parallel.gather: '{config.gather}' is for GPUs, and this run is on a {device.type}; {mend}")
+
+
 def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """Shard `model` in place over the processes of the run, its weights as they were read; nothing to do for one.
 
@@ -85,6 +98,9 @@ def shard(model: Llava, sharding: Sharding, device: torch.device, mesh: DeviceMe
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if config.gather == "copy_engine":
+                # After the line above: of sums alone NCCL reduces in symmetric memory too.
+                module.set_symm_mem_for_comm()
 
 
 def _whole(model: Llava, config: ParallelConfig, device: torch.device) -> set[nn.Parameter]:
@@ -102,7 +118,8 @@ def sharding_in_words(model: Llava, sharding: Sharding) -> str:
     copies = f" in each of {config.replicas} replicas" if config.replicas > 1 else ""
     return (
         f"parallel: {world} processes, weights sharded over {world // config.replicas}{copies}, {whole:,} frozen ones whole on each; "
-        f"gathered layers {'freed' if config.reshard else 'kept'} between forward and backward; "
+        f"gathered layers {'freed' if config.reshard else 'kept'} between forward and backward"
+        f"{', carried by copy engines' if config.gather == 'copy_engine' else ''}; "
         f"gradients summed once a {config.reduce.replace('_', '-')}"
     )
 

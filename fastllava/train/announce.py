@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastllava.config import Config
+from fastllava.console.allocator import allocator_in_words
 from fastllava.console.speaker import Say
 from fastllava.data.plan import Plan
 from fastllava.distributed.sharding import Sharding, sharding_in_words
@@ -62,6 +63,8 @@ def announce(
         say("note: the only step is the warm-up's first and runs at lr 0, so no weight moves; write optim.warmup_ratio=0 if it should")
     say(f"compile: {train.compile}; tf32: {'on' if train.tf32 else 'off'}; kernels: {_kernels_in_words(model)}")
     say(deterministic_in_words(config, device, plan.world))
+    if device.type == "cuda":
+        say(f"memory: {allocator_in_words()}")
     if plan.world > 1:
         say(sharding_in_words(model, sharding))
 

@@ -53,7 +53,10 @@ def run(config: Config, console: Console | None = None) -> RunResult:
     Raises UserError for whatever the user can mend. After SIGINT or SIGTERM the step is finished and a checkpoint written.
     """
     began = time.monotonic()
-    with processes() as group, Watchdog(config.train.watchdog_seconds, group, config.data.workers) as watch:
+    with (
+        processes(config.parallel.gather == "copy_engine") as group,
+        Watchdog(config.train.watchdog_seconds, group, config.data.workers) as watch,
+    ):
         console = (console or Console()) if group.first else Console(quiet=True)
         context = Context(config, group, console, watch, began)
         with group.together():

@@ -4,7 +4,7 @@ import torch
 
 from fastllava.config import Config
 from fastllava.distributed.processes import Processes
-from fastllava.distributed.sharding import check_replicas
+from fastllava.distributed.sharding import check_gather, check_replicas
 from fastllava.errors import UserError
 from fastllava.model.compiled import check_compiler
 from fastllava.model.decoders import DecoderConfig
@@ -28,6 +28,7 @@ def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)
+    check_gather(config.parallel, group.world, device)
     check_low_bit(config.optim, group.world)
     check_fp8(config, device, group.world)
     check_fp8_widths(config, origin.llm)
@@ -52,13 +53,18 @@ def set_tf32(config: Config) -> None:
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
 
 
+def check_fp8_alone(config: Config, world: int) -> None:
+    """Raises UserError when `train.fp8` is asked for in several processes."""
+    if config.train.fp8 != "off" and world > 1:
+        raise UserError(f"train.fp8: '{config.train.fp8}' is for a run of one process, not of {world}; write train.fp8=off")
+
+
 def check_fp8(config: Config, device: torch.device, world: int) -> None:
     """Raises UserError when `train.fp8` asks for what cannot run on `device`, in `world` processes, or is not installed."""
     recipe = config.train.fp8
     if recipe == "off":
         return
-    if world > 1:
-        raise UserError(f"train.fp8: '{recipe}' is for a run of one process, not of {world}; write train.fp8=off")
+    check_fp8_alone(config, world)
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
         version = ".".join(map(str, found))
         raise UserError(f"train.fp8: '{recipe}' needs a GPU of compute capability 8.9 or newer, not {version}; write train.fp8=off")

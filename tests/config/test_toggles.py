@@ -24,7 +24,13 @@ def test_every_key_is_one_and_every_value_is_taken():
 
 def test_what_is_listed():
     train = [f"train.{name}" for name in ("recompute", "last_layer", "compile", "tf32", "deterministic", "device")]
-    assert [toggle.key for toggle in train_toggles()] == [*train, "parallel.frozen", "parallel.reshard", "parallel.reduce"]
+    assert [toggle.key for toggle in train_toggles()] == [
+        *train,
+        "parallel.frozen",
+        "parallel.reshard",
+        "parallel.reduce",
+        "parallel.gather",
+    ]
     assert [toggle.key for toggle in kernel_toggles(CPU)] == [f"kernels.{name}" for name in rooms()]
     by_key = {toggle.key: toggle for toggle in kernel_toggles(CPU)}
     attention, loss = by_key["kernels.attention"], by_key["kernels.masked_linear_cross_entropy"]
