@@ -34,6 +34,8 @@ class Gpu:
     """Bytes."""
     bandwidth: float
     """The bandwidth of its memory, bytes a second."""
+    generation: int
+    """The first number of its compute capability."""
     link: float
     """To the other GPUs of a node, bytes a second each way."""
 
@@ -47,11 +49,11 @@ class Gpu:
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40g", PEAK_FLOPS["A100"], 39.4 * 2**30, 1.555e12, 300e9),
-        Gpu("a100-80g", PEAK_FLOPS["A100"], 79.2 * 2**30, 2.039e12, 300e9),
-        Gpu("h100-80g", PEAK_FLOPS["H100"], 79.1 * 2**30, 3.35e12, 450e9),
-        Gpu("h200", PEAK_FLOPS["H200"], 139.8 * 2**30, 4.8e12, 450e9),
-        Gpu("h100-pcie", PEAK_FLOPS["H100 PCIe"], 79.1 * 2**30, 2.0e12, 64e9),
+        Gpu("a100-40g", PEAK_FLOPS["A100"], 39.4 * 2**30, 1.555e12, 8, 300e9),
+        Gpu("a100-80g", PEAK_FLOPS["A100"], 79.2 * 2**30, 2.039e12, 8, 300e9),
+        Gpu("h100-80g", PEAK_FLOPS["H100"], 79.1 * 2**30, 3.35e12, 9, 450e9),
+        Gpu("h200", PEAK_FLOPS["H200"], 139.8 * 2**30, 4.8e12, 9, 450e9),
+        Gpu("h100-pcie", PEAK_FLOPS["H100 PCIe"], 79.1 * 2**30, 2.0e12, 9, 64e9),
     )
 }
 

@@ -15,8 +15,11 @@ from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import Origin, read_origin
 from fastllava.optim.low_bit import traffic_bytes
+from fastllava.planner import attention
+from fastllava.planner.attention import implementation_of
 from fastllava.planner.gpus import COPY_SHARE, NETWORK, NODE, PRODUCT_SHARE, STEP_SHARE, Gpu
 from fastllava.planner.simulate import MicroBatch, StepCost, bare_model, gpu_ops, simulate
+from fastllava.train.machine import check_fp8_alone
 from fastllava.train.metrics.flops import Accounting, Work
 from fastllava.train.stages import trained_parts
 
@@ -30,7 +33,9 @@ class Seconds:
     """The parts of a step on one GPU, each at its own ceiling."""
 
     products: float
-    """Matrix products and attention."""
+    """Matrix products; the tower's attention too."""
+    attention: float
+    """The decoder's, by what its implementation is known to reach."""
     traffic: float
     """What other ops read and write."""
     optimizer: float
@@ -40,7 +45,12 @@ class Seconds:
     @property
     def step(self) -> float:
         """The seconds of a whole step: the sum, and what is assumed to be lost between its parts."""
-        return (max(self.products + self.traffic, self.communication) + self.optimizer) / STEP_SHARE
+        return (max(self.computing, self.communication) + self.optimizer) / STEP_SHARE
+
+    @property
+    def computing(self) -> float:
+        """Forward and backward."""
+        return self.products + self.attention + self.traffic
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ class StagePlan:
         most = max(parts, key=parts.__getitem__)
         words = {
             "products": "matrix products",
+            "attention": "attention",
             "traffic": "memory bandwidth",
             "optimizer": "the optimizer's memory traffic",
             "communication": "communication",
@@ -118,8 +129,9 @@ class StagePlan:
 def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StagePlan:
     """Plan the stage of `config` for samples of these lengths on `world` GPUs. Reads the config.json files of its model, no weight.
 
-    Raises UserError as `read_origin` and `simulate`.
+    Raises UserError as `read_origin`, `simulate` and `check_fp8_alone`.
     """
+    check_fp8_alone(config, world)
     origin = read_origin(config.model)
     parameters = _parameters(origin, config)
     if config.parallel.frozen == "auto":
@@ -148,7 +160,11 @@ def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StageP
 def _evaluations(config: Config, plan: Plan, held_out: NDArray[np.int64], gpu: Gpu) -> Evaluations:
     lengths, every = SampleLengths.of(plan.lengths, held_out), config.eval.every_steps
     work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
-    seconds = Accounting.of(config).forward_flops(work) / (plan.world * PRODUCT_SHARE * gpu.peak * STEP_SHARE)
+    accounting = Accounting.of(config)
+    products = (accounting.forward_flops(work) - accounting.model_flops(work).attention / 3) / (PRODUCT_SHARE * gpu.peak)
+    chosen = implementation_of(config.kernels["attention"], gpu)
+    taken = attention.seconds(accounting.llm, lengths.n_tokens, gpu, chosen, backward=False)
+    seconds = (products + taken) / (plan.world * STEP_SHARE)
     return Evaluations(len(held_out), 1 if every is None else len({*range(0, plan.n_steps, every), plan.n_steps}), seconds)
 
 
@@ -161,19 +177,25 @@ def _candidate(config: Config, origin: Origin, lengths: Lengths, gpu: Gpu, world
     cost = simulate(config, origin, gpu_ops(config.kernels), largest, packed.micro_batches > 1, world)
     work = Work.of(lengths.n_tokens, lengths.n_images, lengths.n_supervised)
     shares = plan.n_steps * world
-    done, needed = (flops(work).total / shares for flops in (accounting.hardware_flops, accounting.model_flops))
+    hardware = accounting.hardware_flops(work)
+    done, needed = (hardware.total - hardware.attention) / shares, accounting.model_flops(work).total / shares
     # The largest micro-batch was simulated; what others move goes with their rows.
     full = work.rows / shares / largest.rows
+    train = config.train
+    chosen = implementation_of(config.kernels["attention"], gpu)
+    taken = attention.seconds(
+        origin.llm, lengths.n_tokens, gpu, chosen, forwards=2 if train.recompute == "full" else 1, one_order=train.deterministic is True
+    )
     shards = world // config.parallel.replicas
     link = gpu.link if world <= NODE else min(gpu.link, NETWORK)
     bandwidth = COPY_SHARE * gpu.bandwidth
     seconds = Seconds(
         products=packed.imbalance * done / (PRODUCT_SHARE * gpu.peak),
-        traffic=full * cost.traffic / bandwidth,
+        attention=packed.imbalance * taken / shares,
+        traffic=full * cost.moved / bandwidth,
         optimizer=traffic_bytes(config.optim) * trained / shards / bandwidth,
         communication=packed.micro_batches * cost.communicated * (world - 1) / world / link,
     )
-    train = config.train
     return Candidate(train.recompute, train.micro_batch_tokens, packed, cost, seconds, needed / (seconds.step * gpu.peak))
 
 

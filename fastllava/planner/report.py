@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fastllava.planner.attention import PUBLISHED, implementation_of
 from fastllava.planner.plan import Candidate, StagePlan
 
 GIB = 2**30
@@ -47,11 +48,15 @@ def lines(found: StagePlan) -> Iterator[str]:
     yield from _memory(best)
     seconds = best.seconds
     yield (
-        f"  step           {seconds.step:.2f} s: products and attention {seconds.products:.2f}, other ops {seconds.traffic:.2f}, "
-        f"optimizer {seconds.optimizer:.2f}, and what is lost between them; MFU {best.mfu:.0%}"
+        f"  step           {seconds.step:.2f} s: products {seconds.products:.2f}, attention {seconds.attention:.2f}, "
+        f"other ops {seconds.traffic:.2f}, optimizer {seconds.optimizer:.2f}, and what is lost between them; MFU {best.mfu:.0%}"
     )
+    moved = sorted(best.cost.traffic.items(), key=lambda item: -item[1])
+    yield f"    other ops    {', '.join(f'{part} {size / best.cost.moved:.0%}' for part, size in moved)} of their bytes"
+    implementation = implementation_of(config.kernels["attention"], gpu)
+    yield f"    attention    kernels.attention={implementation}, by {PUBLISHED[implementation, gpu.generation].source}"
     if found.world > 1:
-        beside = "beside them" if seconds.communication <= seconds.products + seconds.traffic else "longer than they last"
+        beside = "beside them" if seconds.communication <= seconds.computing else "longer than they last"
         yield f"                 communication {seconds.communication:.2f} s, {beside}"
     yield f"  whole          {found.hours:.1f} h, {found.gpu_hours:.0f} GPU-hours; checkpoints, evaluation and the first start aside"
     if (evaluations := found.evaluations) is not None:
@@ -95,6 +100,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "padding_share": candidate.packed.padding_share,
         "memory_bytes": dict(candidate.cost.memory),
         "peak_memory_bytes": candidate.cost.peak,
+        "traffic_bytes": dict(candidate.cost.traffic),
         "step_seconds": candidate.seconds.step,
         "seconds": vars(candidate.seconds),
         "mfu": candidate.mfu,

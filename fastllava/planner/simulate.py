@@ -68,8 +68,8 @@ class StepCost:
 
     memory: Mapping[str, int]
     """By kind, at the moment when all together are most."""
-    traffic: int
-    """What ops other than products, attention and the optimizer read and write for one micro-batch."""
+    traffic: Mapping[str, int]
+    """By part, what ops other than products, attention and the optimizer read and write for one micro-batch."""
     communicated: int
     """What collectives gather or reduce for one micro-batch."""
 
@@ -77,6 +77,11 @@ class StepCost:
     def peak(self) -> int:
         """All of `memory`."""
         return sum(self.memory.values())
+
+    @property
+    def moved(self) -> int:
+        """All of `traffic`."""
+        return sum(self.traffic.values())
 
 
 def simulate(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int = 1) -> StepCost:
@@ -100,11 +105,10 @@ def _deep(config: Config, architecture: Architecture, ops: Ops, micro_batch: Mic
     def deep(at_few: int, at_more: int) -> int:
         return round(at_few + steps * (at_more - at_few))
 
-    kinds = few.memory.keys() | more.memory.keys()
-    return StepCost(
-        {kind: deep(few.memory.get(kind, 0), more.memory.get(kind, 0)) for kind in kinds},
-        *(deep(getattr(few, part), getattr(more, part)) for part in ("traffic", "communicated")),
-    )
+    def each(at_few: Mapping[str, int], at_more: Mapping[str, int]) -> dict[str, int]:
+        return {name: deep(at_few.get(name, 0), at_more.get(name, 0)) for name in at_few.keys() | at_more.keys()}
+
+    return StepCost(each(few.memory, more.memory), each(few.traffic, more.traffic), deep(few.communicated, more.communicated))
 
 
 @contextmanager
@@ -124,7 +128,8 @@ def gpu_ops(kernels: Mapping[str, str]) -> Ops:
     """The ops of a run on a GPU: those asked for by name, else the first that `auto` may take on one."""
     chosen = {}
     for name, room in rooms().items():
-        auto = next(name for name, implementation in room.implementations.items() if "cuda" in implementation.auto_on)
+        # Of attention the one that PyTorch has: what must be installed may not be there.
+        auto = next(n for n, each in room.implementations.items() if "cuda" in each.auto_on and n not in ("fa3", "fa4"))
         wanted = kernels.get(name, "auto")
         implementation = auto if wanted == "auto" else wanted
         # torch.compile does not go on tensors without data; what its graphs allocate is about what eager ops do.
@@ -138,7 +143,8 @@ def _simulate(
     dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
     llama = dataclasses.replace(architecture.llm, num_hidden_layers=layers)
     model = bare_model(config, dataclasses.replace(architecture, llm=llama), ops)
-    sharding = Sharding(Processes(world=world), config.parallel)
+    # Copy engines move the same bytes, and there are none here.
+    sharding = Sharding(Processes(world=world), config.parallel.model_copy(update={"gather": "kernels"}))
     mesh = mesh_of(sharding, device)
     with FakeTensorMode(allow_non_fake_inputs=True), Tally(sharded=world > 1) as tally:
         _place(model, config, dtype, tally)
@@ -163,7 +169,8 @@ def _simulate(
         batches = [batch] * (2 if accumulates else 1)
         train_step(model, optimizer, guard, batches, device, config.optim.max_grad_norm, sharding)
     memory = {kind: size for kind, size in tally.peak.items() if size}
-    return StepCost(memory, tally.traffic // len(batches), tally.communicated // len(batches))
+    traffic = {part: moved // len(batches) for part, moved in tally.traffic.items()}
+    return StepCost(memory, traffic, tally.communicated // len(batches))
 
 
 def _first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:

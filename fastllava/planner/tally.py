@@ -3,9 +3,10 @@
 Everything is counted as PyTorch dispatches it: forward, backward, the optimizer, what FSDP gathers and frees.
 """
 
+import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,23 @@ _LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton
 _ONCE_A_STEP = {"aten::_fused_adamw_", "fastllava::low_bit_adamw", "aten::linalg_vector_norm", "aten::_foreach_norm"}
 
 
+PARTS: Mapping[str, str] = {
+    "casts": r"aten::_to_copy",
+    "gradient adds": r"aten::(_foreach_)?add_",
+    "adds": r"aten::add",
+    "norms": r"fastllava::\w*norm_\w+",
+    "rope": r"fastllava::rope_\w+",
+    "swiglu": r"fastllava::swiglu_\w+",
+    "loss": r"fastllava::masked_linear_cross_entropy_\w+",
+}
+"""Names for what moves bytes, with the names of the ops; whatever is not among them is "other"."""
+
+
+def part_of(name: str) -> str:
+    """The part of PARTS that an op, such as aten::add_, belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.fullmatch(pattern, name)), "other")
+
+
 @dataclass
 class _Storage:
     reference: weakref.ref
@@ -46,8 +64,8 @@ class Tally(TorchDispatchMode):
     """By kind, now."""
     peak: Counter[str] = field(default_factory=Counter)
     """By kind, when all together were most."""
-    traffic: int = 0
-    """Read and written by ops that are no matrix product, attention, collective or optimizer."""
+    traffic: Counter[str] = field(default_factory=Counter)
+    """By part, read and written by ops that are no matrix product, attention, collective or optimizer."""
     communicated: int = 0
     """Handed to collectives: of a gather or a reduction the whole, unsharded tensor."""
 
@@ -78,7 +96,7 @@ class Tally(TorchDispatchMode):
     def begin(self) -> None:
         """Work is counted, and the peak looked for, from here on."""
         self.peak = Counter(self.live)
-        self.traffic = self.communicated = 0
+        self.traffic, self.communicated = Counter(), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -107,7 +125,7 @@ class Tally(TorchDispatchMode):
             read = () if name.endswith("_like") else inputs
             moved = sum(tensor.nbytes for tensor in (*read, *new, *_written(func, args, kwargs)))
             if name not in _ONCE_A_STEP:
-                self.traffic += moved
+                self.traffic[part_of(name)] += moved
 
     def _track(self, tensor: Tensor) -> _Storage:
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor

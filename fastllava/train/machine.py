@@ -24,7 +24,7 @@ def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=origin.sizes, repeats=is_asked_for(config))
     set_tf32(config)
     set_deterministic(config)
-    check_repeats(config, device, ops, origin.llm.head_dim)
+    check_repeats(config, device, ops, origin.llm.attention_width)
     check_compiler(mode, device)
     check_backends(config.log)
     check_replicas(config.parallel, group.world)

@@ -155,3 +155,31 @@ def test_a_frozen_decoder_is_sharded_or_whole_as_the_config_says() -> None:
         frozen[way] = simulate(changed, TINY, gpu_ops({}), SIZE, accumulates=False, world=8).memory["frozen weights"]
     weights = 2 * sum(p.numel() for p in Llama(LLAMA, gpu_ops({})).parameters())
     assert frozen["replicate"] - frozen["shard"] == pytest.approx(weights * 7 / 8, rel=0.01)
+
+
+def bytes_of_a_layer(stage: str) -> dict[str, int]:
+    """What one more layer in the middle of the decoder moves for a micro-batch, by part."""
+    config, costs = config_of(stage, "bf16", "none"), []
+    for layers in (6, 7):
+        deeper = dataclasses.replace(TINY, llm=dataclasses.replace(LLAMA, num_hidden_layers=layers))
+        costs.append(simulate(config, deeper, gpu_ops({}), SIZE, accumulates=True).traffic)
+    few, more = costs
+    return {part: more[part] - few[part] for part in more}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_bytes_of_a_layer_by_part(stage: str) -> None:
+    """Counted by hand. T rows, D width, F inner; bf16 is 2 bytes, fp32 4; norms' own weights and statistics aside."""
+    rows, width, inner = SIZE.rows, LLAMA.hidden_size, LLAMA.intermediate_size
+    layer = bytes_of_a_layer(stage)
+    # Gate and up in, their product out; backward has the incoming gradient too and puts out two.
+    assert layer["swiglu"] == 2 * rows * inner * (3 + 5)
+    # Queries and keys in and out, and fp32 sines and cosines in, in both passes.
+    assert layer["rope"] == 2 * (rows * width * 2 * 2 * 2 + rows * LLAMA.head_dim * 4)
+    weights = 4 * width * width + 3 * width * inner
+    trains = stage == "finetune"
+    # fp32 weights read and bf16 written once for both micro-batches; gradients are summed within the products.
+    assert layer["casts"] == pytest.approx(6 / 2 * weights if trains else 0, rel=0.02, abs=200)
+    assert layer["gradient adds"] < 0.05 * weights
+    assert sum(layer.values()) > 0
+    assert layer["norms"] > 2 * rows * width * 10
