@@ -110,7 +110,8 @@ def _of_steps(row: Row) -> Row:
 KERNELS = Form(
     "kernels",
     "| room | shape | implementation | pass | ms p50 (p20 to p80) | host us | % of floor | peak MiB | error (reference's) |",
-    "| {room} | {shape} | {who} | {passes} | {ms_p50:.3g} ({ms_p20:.3g} to {ms_p80:.3g}) | {host} | {floor_share:.0%} | {mib:.3g} | {errors} |",
+    "| {room} | {shape} | {who} | {passes} | {ms_p50:.3g} ({ms_p20:.3g} to {ms_p80:.3g}) | {host} "
+    "| {floor_share:.0%} | {mib:.3g} | {errors} |",
     "Products {matmul_ceiling_tflops:.3g} TFLOP/s and copies {copy_ceiling_gbs:.3g} GB/s in the same process; the floor is the larger of "
     "FLOPs over the one and bytes over the other.",
     "{room} {implementation}",

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,18 +18,6 @@ SHORTEST, LONGEST = 100.0, 200_000.0
 _GROWTH = 4
 _SAME = 0.05, 0.002
 """How far the medians of the two lengths may lie apart: a share, or milliseconds, whichever is more."""
-
-
-class Marked(Protocol):
-    """A place in the GPU's queue, as `torch.cuda.Event` is."""
-
-    def query(self) -> bool:
-        """Whether the GPU has passed it."""
-        ...
-
-    def elapsed_time(self, other: Any) -> float:
-        """Milliseconds from here to `other`."""
-        ...
 
 
 class Gpu:
@@ -52,7 +40,7 @@ class Gpu:
         self._cache.zero_()
         torch.cuda._sleep(round(microseconds * self._cycles))
 
-    def mark(self) -> Marked:
+    def mark(self) -> torch.cuda.Event:
         """Mark the place that the queue has grown to."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
