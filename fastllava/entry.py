@@ -18,7 +18,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0].startswith("fastllava"):
             raise
-        mend = "install fastllava with what it needs: pip install -e . in its checkout, or from the wheels that make kit gathers"
+        mend = "install what it needs: pip install -e . in the checkout, or from the wheels that make kit gathers"
         sys.exit(f"error: this Python ({sys.executable}) lacks the package {error.name}; {mend}")
 
     if before is signal.default_int_handler:
