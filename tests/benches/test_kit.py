@@ -87,5 +87,5 @@ def test_the_program_on_a_bare_machine_names_what_it_lacks(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("fastllava.cli", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit, match=r"error: this Python \(.*\) lacks the package typer; install fastllava with what it needs: "):
+    with pytest.raises(SystemExit, match=r"error: this Python \(.*\) lacks the package typer; install what it needs: "):
         entry.main()
