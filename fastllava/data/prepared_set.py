@@ -57,7 +57,7 @@ class PreparedSet:
         """int64 [N+1]: where the places of each sample's images begin among the K places of all, and K."""
         self.image_bytes: NDArray[np.int64] = _flat(table, "image_bytes").fill_null(0).to_numpy()
         """[K] bytes of each image file. A set whose samples have one at most has a place for each sample, and 0 where there is none."""
-        self.image_times = times
+        self.image_times: NDArray[np.int64] = np.asarray(times)
         """[K] when each image was last written, nanoseconds."""
         self._chunks: dict[int, tuple[NDArray, ...]] = {}
         self._starts = np.cumsum([0] + [len(chunk) for chunk in table.column("ids").chunks]).tolist()

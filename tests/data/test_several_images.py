@@ -153,6 +153,7 @@ def test_rows_and_samples_show_all_in_their_order(data: MakeData, tokenizer: Tok
     assert batch.patch_rows.view(-1, PATCHES)[:, 0].tolist() == firsts
     assert prepared.images() == {"red.png": [0, 4], "green.png": [1, 3], "blue.png": [2, 5]}
     assert prepared.samples_of([0, 4]) == {0, 3}
+    assert [prepared.stamp(place) for place in range(6)] == [stamp for i in range(4) for stamp in prepared.row(i).stamps]
     assert prepared.sample_bytes().tolist() == [
         sum((made.images / name).stat().st_size for name in prepared.row(i).images) for i in range(4)
     ]

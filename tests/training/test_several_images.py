@@ -29,7 +29,9 @@ from fastllava.model.ops import reference_ops
 from fastllava.model.weights import load_llava
 from fastllava.model.weights.layouts import to_ours
 from fastllava.train import run
+from fastllava.train.dataset import prepare_data
 from fastllava.train.metrics.log import read_metrics
+from fastllava.train.samples import find_asked
 
 PATCHES = 4
 
@@ -216,3 +218,16 @@ def test_questions_about_several_are_answered_and_the_report_shows_all(configure
     shown = page.count("<img ")
     # Of eight records from all over the set, and of three questions, each picture.
     assert shown >= 6 + 8
+
+
+def test_a_first_question_shows_its_own_pictures_alone(configured, records):
+    config = configured(eval={"samples": 32})
+    tokenizer, spec, prepared = prepare_data(config, lambda line: None)
+    asked = {one.id: one for one in find_asked(config, tokenizer, spec, prepared, None)}
+    shown = {name: asked[name].images for name in ("two0", "three0", "one0", "none0")}
+    assert shown == {"two0": ("0.png", "1.png"), "three0": ("2.png", "0.png"), "one0": ("0.png",), "none0": ()}
+    for index, name in enumerate(("two0", "three0", "one0", "none0")):
+        row = prepared.row(index)
+        assert row.id == name
+        # The prompt is the record up to its first answer.
+        assert row.ids.tolist()[: len(asked[name].ids)] == asked[name].ids
