@@ -31,8 +31,8 @@ def counted(stage: str, gpus: int, micro_batches: int, arch: str, *chosen: str) 
 
 def assert_once(found: dict[str, Any], micro_batches: int) -> None:
     """Fail unless every room that has kernels launched them, each with one key."""
-    # Packs of the same length are rare: as many lengths as that would have meant as many compiles.
-    assert found["rows"] > micro_batches / 3
+    # Of captions, which are short, many packs have the same length: 300 have 45, and those of stage finetune 262.
+    assert found["rows"] >= min(micro_batches // 3, 20)
     assert {name: count for name, count in found["keys"].items() if count != 1} == {}
     launched = {name.partition(".")[0] for name in found["keys"]}
     # These two are parts of projector_splice, which runs in their place.
