@@ -84,6 +84,15 @@ class StepCost:
         return sum(self.traffic.values())
 
 
+@dataclass(frozen=True)
+class Dispatched:
+    """An op as PyTorch dispatches it in a layer."""
+
+    count: float
+    bytes: float
+    """Read and written."""
+
+
 def simulate(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int = 1) -> StepCost:
     """The cost, on one of `world` GPUs, of a step's micro-batch that is this large, the optimizer's work included.
 
@@ -109,6 +118,21 @@ def _deep(config: Config, architecture: Architecture, ops: Ops, micro_batch: Mic
         return {name: deep(at_few.get(name, 0), at_more.get(name, 0)) for name in at_few.keys() | at_more.keys()}
 
     return StepCost(each(few.memory, more.memory), each(few.traffic, more.traffic), deep(few.communicated, more.communicated))
+
+
+def layer_ops(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch) -> Mapping[tuple[str, str], Dispatched]:
+    """What one decoder layer dispatches for one micro-batch of several on one GPU, by part of the step and op.
+
+    The difference of two shallow decoders: their first and last layers are not like the others.
+    """
+    few, more = (_tallied(config, architecture, ops, micro_batch, True, 1, depth) for depth in _SHALLOW)
+    batches = more[1]
+    differences = {key: more[0].ops[key] - few[0].ops[key] for key in more[0].ops}
+    return {
+        key: Dispatched(count / batches, (more[0].moved[key] - few[0].moved[key]) / batches)
+        for key, count in sorted(differences.items())
+        if count
+    }
 
 
 @contextmanager
@@ -140,6 +164,16 @@ def gpu_ops(kernels: Mapping[str, str]) -> Ops:
 def _simulate(
     config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int
 ) -> StepCost:
+    tally, batches = _tallied(config, architecture, ops, micro_batch, accumulates, world, layers)
+    memory = {kind: size for kind, size in tally.peak.items() if size}
+    traffic = {part: moved // batches for part, moved in tally.traffic.items()}
+    return StepCost(memory, traffic, tally.communicated // batches)
+
+
+def _tallied(
+    config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch, accumulates: bool, world: int, layers: int
+) -> tuple[Tally, int]:
+    """What a step does with so many layers, and of how many micro-batches."""
     dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
     llama = dataclasses.replace(architecture.llm, num_hidden_layers=layers)
     model = bare_model(config, dataclasses.replace(architecture, llm=llama), ops)
@@ -164,13 +198,12 @@ def _simulate(
             for parameter in trained.values():
                 parameter.register_post_accumulate_grad_hook(lambda p: tally.name(p.grad, GRADIENTS))
         guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, architecture.spec)
+        tally.watch(model)
         tally.begin()
         # Two where there are several: a micro-batch also finds what the one before it has not given back yet.
         batches = [batch] * (2 if accumulates else 1)
         train_step(model, optimizer, guard, batches, device, config.optim.max_grad_norm, sharding)
-    memory = {kind: size for kind, size in tally.peak.items() if size}
-    traffic = {part: moved // len(batches) for part, moved in tally.traffic.items()}
-    return StepCost(memory, traffic, tally.communicated // len(batches))
+    return tally, len(batches)
 
 
 def _first_optimizer_step(optimizer: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -26,6 +26,9 @@ WORKSPACE = "loss workspace"
 """Kind of what the fused loss allocates within itself."""
 
 _LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton", "torch")}
+FORWARD, BACKWARD, REST = "forward", "backward", "rest"
+"""The passes of a step: what the model computes, what its gradients take, and all else."""
+
 # The optimizer and the gradient's norm. Of DTensors, a dry run of the whole comes here too.
 _ONCE_A_STEP = {"aten::_fused_adamw_", "fastllava::low_bit_adamw", "aten::linalg_vector_norm", "aten::_foreach_norm"}
 
@@ -66,6 +69,10 @@ class Tally(TorchDispatchMode):
     """By kind, when all together were most."""
     traffic: Counter[str] = field(default_factory=Counter)
     """By part, read and written by ops that are no matrix product, attention, collective or optimizer."""
+    ops: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How many were dispatched that move anything, by part of the step and name; products, attention and the optimizer are among them."""
+    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What these read and write."""
     communicated: int = 0
     """Handed to collectives: of a gather or a reduction the whole, unsharded tensor."""
 
@@ -74,7 +81,7 @@ class Tally(TorchDispatchMode):
         self._known: dict[int, _Storage] = {}
         self._resizable: dict[int, _Storage] = {}
         """Those that FSDP may free and fill again."""
-        self._kind = TEMPORARY
+        self._kind, self._part = TEMPORARY, REST
 
     @contextmanager
     def kind(self, name: str) -> Iterator[None]:
@@ -84,6 +91,11 @@ class Tally(TorchDispatchMode):
             yield
         finally:
             self._kind = before
+
+    def watch(self, model: nn.Module) -> None:
+        """What `model` does when it is called is the forward part."""
+        model.register_forward_pre_hook(lambda *_: setattr(self, "_part", FORWARD))
+        model.register_forward_hook(lambda *_: setattr(self, "_part", REST))
 
     def name(self, tensor: Tensor, kind: str) -> None:
         """From here on the bytes of `tensor` count as `kind`."""
@@ -97,6 +109,8 @@ class Tally(TorchDispatchMode):
         """Work is counted, and the peak looked for, from here on."""
         self.peak = Counter(self.live)
         self.traffic, self.communicated = Counter(), 0
+        self.ops.clear()
+        self.moved.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -120,11 +134,16 @@ class Tally(TorchDispatchMode):
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], new: list[Tensor]) -> None:
         if func.namespace == "c10d":
             self.communicated += max((tensor.nbytes for tensor in (*inputs, *new)), default=0)
-        elif not (func.overloadpacket in flop_registry or "attention" in func.name() or _moves_nothing(func)):
+        elif not _moves_nothing(func):
             name = func.name().partition(".")[0]
-            read = () if name.endswith("_like") else inputs
+            read = () if name.endswith("_like") else _read(func, args, kwargs)
             moved = sum(tensor.nbytes for tensor in (*read, *new, *_written(func, args, kwargs)))
-            if name not in _ONCE_A_STEP:
+            # Autograd's engine is at work; a layer that is computed again is so within it.
+            part = BACKWARD if torch._C._current_graph_task_id() != -1 else self._part
+            if moved:
+                self.ops[part, _told(name, inputs, new)] += 1
+                self.moved[part, _told(name, inputs, new)] += moved
+            if not (func.overloadpacket in flop_registry or "attention" in func.name() or name in _ONCE_A_STEP):
                 self.traffic[part_of(name)] += moved
 
     def _track(self, tensor: Tensor) -> _Storage:
@@ -156,11 +175,29 @@ class Tally(TorchDispatchMode):
                 self.peak[WORKSPACE] += within
 
 
+def _told(name: str, inputs: list[Tensor], new: list[Tensor]) -> str:
+    """An op's name, and the dtype where it tells one use of the op from another: casts and additions."""
+    if name in ("aten::_to_copy", "aten::copy_") and inputs:
+        made = new[0] if new else inputs[0]
+        return f"{name} {_dtype(inputs[-1])} to {_dtype(made)}"
+    return f"{name} {_dtype(inputs[0])}" if name in ("aten::add", "aten::add_") and inputs else name
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _moves_nothing(func: Any) -> bool:
     """Whether an op only makes a view, sets memory aside or asks something about a tensor."""
     returns = func._schema.returns
     is_view = bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
     return is_view or func.namespace == "prim" or "::empty" in func.name() or "::new_empty" in func.name()
+
+
+def _read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The inputs that the op reads: all but those that it is given with `out=`."""
+    out = {argument.name for argument in func._schema.arguments if argument.is_out}
+    yield from (value for value in tree_iter((args, {key: kwargs[key] for key in kwargs if key not in out})) if isinstance(value, Tensor))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
