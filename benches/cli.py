@@ -250,6 +250,27 @@ def gpu(
 
 
 @app.command()
+def budget(
+    write: Annotated[Path | None, typer.Option(help="file to write the tables to, such as kernels/budget.md")] = None,
+    check: Annotated[Path | None, typer.Option(help="file to compare with")] = None,
+) -> None:
+    """Count what a decoder layer and every Triton kernel move, beside the least. Exits with 1 on a room over its limit or a stale table."""
+    from benches import budget as module
+
+    found = module.count()
+    problems, table = found.problems(), found.render()
+    if write is not None:
+        write.write_text(table, encoding="utf-8")
+    elif check is None:
+        typer.echo(table, nl=False)
+    elif changed := module.differences(check.read_text(encoding="utf-8"), table):
+        problems += [f"{check} is out of date, write it anew with --write:", *changed]
+    for problem in problems:
+        typer.echo(problem, err=True)
+    raise typer.Exit(int(bool(problems)))
+
+
+@app.command()
 def report(
     charts: Annotated[Path | None, typer.Option(help="folder for the charts of all results, such as benches/results")] = None,
 ) -> None:
