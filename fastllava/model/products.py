@@ -4,8 +4,9 @@ Three things differ from what autograd makes of `F.linear(x, weight.to(x.dtype))
 
 - The gradient of a weight that is kept in fp32 is the product's own fp32 sum, never rounded to the dtype that is computed in.
 - Layers that share an input, such as q, k and v, add their parts of its gradient up in the products, without additions of their own.
-- Within `accumulation` a weight is cast once, and its gradient is added to the one that is there by the product itself. A bf16 gradient
-  that is cast and then added moves 20 bytes a weight and micro-batch, this 8 (Megatron-LM: gradient accumulation fusion).
+- Within `accumulation` the gradient of a weight is added to the one that is there by the product itself, and the weight may be cast once
+  for all micro-batches. A bf16 gradient that is cast and then added moves 20 bytes a weight and micro-batch, this 8 (Megatron-LM:
+  gradient accumulation fusion).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,8 @@ from fastllava_kernels.mm32 import mm32
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """`x @ weight.T + bias` of x [..., in], weight [out, in] and bias [out] or None, in some precision; [..., out] in the dtype of x."""
 
-_open: list[dict[Tensor, Tensor]] = []
-"""The weights' casts, by weight, of each `accumulation` that is going on."""
+_open: list[dict[Tensor, Tensor] | None] = []
+"""The weights' casts, by weight, of each `accumulation` that is going on; None where it holds none."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,12 +32,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def accumulation() -> Iterator[None]:
+def accumulation(hold: bool = True) -> Iterator[None]:
     """Around forward and backward of an optimizer step's micro-batches: no weight changes, and `.grad` is where gradients add up.
 
+    hold: keep the casts of all weights for as long. What computes nothing again has them all at the end of a forward anyway.
     Hooks of a weight see its first gradient only. `torch.autograd.grad`, which leaves `.grad` alone, has no place in here.
     """
-    _open.append({})
+    _open.append({} if hold else None)
     try:
         yield
     finally:
@@ -58,11 +60,12 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype:
         return weight
-    found = _open[-1].get(weight) if _open else None
+    held = _open[-1] if _open else None
+    found = None if held is None else held.get(weight)
     if found is None or found.dtype != dtype:
         found = weight.detach().to(dtype)
-        if _open:
-            _open[-1][weight] = found
+        if held is not None:
+            held[weight] = found
     return found
 
 

@@ -27,7 +27,7 @@ def train_step(
     so losses and gradients only add up. Nothing here waits for the device.
     """
     loss = torch.zeros((), device=device)
-    with accumulation():
+    with accumulation(hold=model.execution.recompute == "none"):
         for number, batch in enumerate(batches, 1):
             sharding.begin_micro_batch(model, last=number == len(batches))
             part = model(batch.to(device))

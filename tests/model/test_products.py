@@ -128,6 +128,15 @@ def test_weights_are_cast_once_a_step_and_anew_after_it():
         optimizer.step()
 
 
+@pytest.mark.parametrize(("hold", "casts"), [(True, 1), (False, 3)])
+def test_casts_are_held_where_asked_for(hold, casts):
+    layers = layers_of()
+    with accumulation(hold), Ops() as ops:
+        for x, upstream in micro_batches(3, torch.bfloat16):
+            torch.autograd.backward(project(x, *layers), upstream)
+    assert sum(name == "_to_copy" and shape == (48, 32) for name, shape in ops.ran) == casts
+
+
 def test_outside_a_step_nothing_is_held():
     layers = layers_of()
     x, _ = next(micro_batches(1, torch.bfloat16))
