@@ -1,5 +1,6 @@
 """`make kit` and what `bench gpu` says where something is missing; pip gets its wheels from a folder, not from a network."""
 
+import signal
 import subprocess
 import sys
 import tomllib
@@ -87,5 +88,7 @@ def test_the_program_on_a_bare_machine_names_what_it_lacks(monkeypatch: pytest.M
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("fastllava.cli", raising=False)
     monkeypatch.setitem(sys.modules, "typer", None)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit, match=r"error: this Python \(.*\) lacks the package typer; install what it needs: "):
         entry.main()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -64,7 +64,9 @@ def questions(golden):
     return [Question(0, "What colour?", image, "What colour?"), Question(1, "Why?", None, "Why?"), Question(2, "Who?", image, "Who?")]
 
 
-def test_it_asks_vllm_for_the_ids_and_pixels_of_the_other_engine(vllm, trained, questions, tmp_path):
+def test_it_asks_vllm_for_the_ids_and_pixels_of_the_other_engine(vllm, trained, questions, tmp_path, monkeypatch):
+    # Other tests keep exports of this model.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said = []
     outcome = answer_questions(
         trained, questions, tmp_path / "a.jsonl", engine=make_engine("vllm", trained, 8, said.append), max_new_tokens=3

@@ -21,7 +21,6 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from fastllava_kernels._device.launch import INTERPRETED
 from fastllava_kernels._tuning import tune, tuning
-from fastllava_kernels.masked_linear_cross_entropy.kernel_loss_rows import LARGEST_ROW
 from fastllava_kernels.room import rooms
 from fastllava_kernels.workload import Pass, Shape
 
@@ -162,7 +161,8 @@ def shapes(room: str) -> Mapping[str, Shape]:
             wide = {key: widths[key] for key in WIDTHS if key in tiny} | {key: rows for key, rows in ROWS.items() if key in tiny}
             found[name.replace(TINY, wide_name)] = {**tiny, **wide}
     if "supervised" in known[TINY]:
-        found["long rows"] = {**known[TINY], "supervised": 3, "vocabulary": LARGEST_ROW + 16}
+        in_a_block = max(kernel.constants.get("BLOCK_V", 0) for kernel in tuning.kernels().values() if kernel.room == room)
+        found["long rows"] = {**known[TINY], "supervised": 3, "vocabulary": in_a_block + 16}
     return found
 
 
