@@ -102,7 +102,7 @@ def official_image(official, row):
     return official / "generation" / "images" / rows[row["row"]]["image"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize(("name", "count"), [("expected.json", 28), ("expected_trace_stage2.json", 14)])
 def test_all_recorded_ids(official, tmp_path, name, count, batch_size):

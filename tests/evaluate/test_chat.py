@@ -271,7 +271,7 @@ def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_person_at_a_terminal(tiny_llava, image) -> None:
     program = [sys.executable, "-c", "from fastllava.entry import main; main()"]
     screen = Screen([*program, "chat", str(tiny_llava), "--max-new-tokens", "100000", "--image", "none.png"])

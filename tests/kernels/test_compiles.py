@@ -45,7 +45,7 @@ def test_auto_takes_our_kernels_where_there_are_some() -> None:
     assert {kernel.room for kernel in tuning.kernels().values()} <= {name for name in rooms() if chosen[name] == "triton"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_few_micro_batches_compile_each_kernel_once(stage: str) -> None:
     assert_once(counted(stage, 8, 6, "sm_90"), 6)
@@ -59,7 +59,7 @@ def test_three_hundred_micro_batches_compile_each_kernel_once(stage: str, gpus: 
     assert_once(counted(stage, gpus, 300, arch), 300)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("room", LIGERS)
 def test_a_kernel_that_is_compiled_for_numbers_of_rows_is_seen(room: str) -> None:
     found = counted("finetune", 8, 6, "sm_90", f"{room}=liger")

@@ -77,8 +77,8 @@ def test_a_missing_compiler_is_one_line() -> None:
     check_compiler("off", torch.device("meta"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["layer", pytest.param("step", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["layer", "step"])
 def test_an_evaluation_has_graphs_of_its_own_and_leaves_those_of_the_training(tiny, mode: Compile) -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")

@@ -194,7 +194,7 @@ def test_killed_within_an_evaluation_no_row_is_lost_or_doubled(killed_at, settin
     assert [row["step"] for row in evaluations(tmp_path / "run")] == [0, 3, 6, 7]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kill_9_at_random_moments_leaves_the_rows_of_an_unbroken_run(settings, held, tmp_path):
     values = settings("finetune", data={"workers": 1}, train={"max_steps": 12, "checkpoint_steps": 3})
     values["eval"] = {"held_out": held(), "every_steps": 2, "samples": 2, "max_new_tokens": 3}

@@ -50,8 +50,8 @@ def values_of(settings, world, out, change):
 FEW = ("as it is", "kept gathered, computed again, compiled", "frozen whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "names"), [(2, FEW), pytest.param(3, tuple(VARIANTS), marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("count", "names"), [(2, FEW), (3, tuple(VARIANTS))])
 def test_nothing_changes_and_all_find_what_one_finds(count, names, settings, world, looked_at, tmp_path):
     jobs, variants = [], {name: VARIANTS[name] for name in names}
     for name, change in variants.items():
