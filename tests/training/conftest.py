@@ -1,29 +1,9 @@
-"""A world small enough to train in seconds, and configs of runs in it."""
-
-from pathlib import Path
+"""The small world, and a config of what is not there."""
 
 import pytest
-from small_world import make_world, small_config
+from small_world import settings, world  # noqa: F401 (fixtures)
 
 from fastllava.config import check_config
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    """A folder with llm/ (and its tokenizer.model), clip/, images/, captions.json, chats.json (some without an image), texts.json."""
-    root = tmp_path_factory.mktemp("world")
-    make_world(root)
-    return root
-
-
-@pytest.fixture
-def settings(world, tmp_path):
-    """`settings(stage, **sections)`: a small config of a stage as plain values; sections are merged into it."""
-
-    def make(stage: str = "pretrain", **sections):
-        return small_config(world, tmp_path / "run", stage, **sections)
-
-    return make
 
 
 @pytest.fixture

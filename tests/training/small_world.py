@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 from PIL import Image
@@ -70,3 +71,21 @@ def small_config(world: Path, out: Path, stage: str = "pretrain", **sections: An
     for section, change in sections.items():
         values[section] = {**values[section], **change} if isinstance(change, dict) and section in values else change
     return values
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with llm/ (and its tokenizer.model), clip/, images/, captions.json, chats.json (some without an image), texts.json."""
+    root = tmp_path_factory.mktemp("world")
+    make_world(root)
+    return root
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    """`settings(stage, **sections)`: a small config of a stage as plain values; sections are merged into it."""
+
+    def make(stage: str = "pretrain", **sections):
+        return small_config(world, tmp_path / "run", stage, **sections)
+
+    return make

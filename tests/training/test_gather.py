@@ -45,7 +45,7 @@ def sharded(parallel: ParallelConfig, group: Processes) -> tuple[Any, list[FSDPM
 @pytest.mark.parametrize("gather", ["kernels", "copy_engine"])
 def test_every_group_is_told(gather: Any, two: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch's own code up to what it does with a GPU: which class gathers, and which reduces, as sums are forced first."""
-    # In a process of its own: what PyTorch keeps of the made-up processes ends with it, and changed runs of several processes after it.
+    # In a child: PyTorch keeps, by mesh, where the shards of this rank lie, and a later test's fork would take that for its own.
     if (child := os.fork()) != 0:
         assert os.waitpid(child, 0)[1] == 0
         return
