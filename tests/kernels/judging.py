@@ -65,3 +65,16 @@ def distances(got: list[Tensor], truth: list[Tensor]) -> list[float]:
         scale = true.norm().item()
         found.append((one - true).norm().item() / (scale or 1.0))
     return found
+
+
+def assert_a_kept_graph_repeats(function: Callable[..., Any], args: Args) -> None:
+    """Backward through one graph twice gives the same bits, and writes neither to what `function` was given nor to its gradients."""
+    before = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
+    out = function(*args)
+    outs = out if isinstance(out, tuple) else (out,)
+    cotangents = [torch.linspace(-1, 1, one.numel(), device=one.device).view_as(one) for one in outs]
+    given = [x.clone() for x in cotangents]
+    first = torch.autograd.grad(outs, leaves(args), cotangents, retain_graph=True)
+    second = torch.autograd.grad(outs, leaves(args), cotangents)
+    same = [*zip(args, before, strict=True), *zip(cotangents, given, strict=True), *zip(first, second, strict=True)]
+    assert all(torch.equal(a, b) for a, b in same if isinstance(a, Tensor))
