@@ -175,8 +175,8 @@ def _tallied(
 ) -> tuple[Tally, int]:
     """What a step does with so many layers, and of how many micro-batches."""
     dtype, device = COMPUTE_DTYPE[config.train.precision], torch.device("cpu")
-    llama = dataclasses.replace(architecture.llm, num_hidden_layers=layers)
-    model = bare_model(config, dataclasses.replace(architecture, llm=llama), ops)
+    llm = dataclasses.replace(architecture.llm, num_hidden_layers=layers)
+    model = bare_model(config, dataclasses.replace(architecture, llm=llm), ops)
     # Copy engines move the same bytes, and there are none here.
     sharding = Sharding(Processes(world=world), config.parallel.model_copy(update={"gather": "kernels"}))
     mesh = mesh_of(sharding, device)

@@ -122,20 +122,20 @@ def tower_config(model: Llava) -> dict[str, Any]:
 
 def text_config(model: Llava) -> dict[str, Any]:
     """The decoder's config.json: what it came with, and every field that decides the computation spelled out."""
-    llama, given = model.llm.config, model.origin.text
+    llm, given = model.llm.config, model.origin.text
     text = {k: v for k, v in given.items() if k not in _NOT_TEXT and not k.startswith(_NOT_TEXT_PREFIXES)}
-    said = {"model_type": family_of(given, "model.llm"), "tie_word_embeddings": llama.tied}
-    if isinstance(llama, MptConfig):
-        return {**llama.fields(text), **said}
-    text |= {name: getattr(llama, name) for name in _TEXT}
-    if "head_dim" in text or llama.head_dim != llama.hidden_size // llama.num_attention_heads:
-        text["head_dim"] = llama.head_dim
+    said = {"model_type": family_of(given, "model.llm"), "tie_word_embeddings": llm.tied}
+    if isinstance(llm, MptConfig):
+        return {**llm.fields(text), **said}
+    text |= {name: getattr(llm, name) for name in _TEXT}
+    if "head_dim" in text or llm.head_dim != llm.hidden_size // llm.num_attention_heads:
+        text["head_dim"] = llm.head_dim
     # transformers 4's spelling, which 5 reads too; the original's version knows "type" and no other key for linear.
-    text["rope_scaling"] = llama.rope_scaling
-    if isinstance(llama.rope_scaling, Llama3Rope):
-        text["rope_scaling"] = {"rope_type": "llama3", **asdict(llama.rope_scaling)}
-    elif llama.rope_scaling is not None:
-        text["rope_scaling"] = {"type": "linear", "factor": llama.rope_scaling}
+    text["rope_scaling"] = llm.rope_scaling
+    if isinstance(llm.rope_scaling, Llama3Rope):
+        text["rope_scaling"] = {"rope_type": "llama3", **asdict(llm.rope_scaling)}
+    elif llm.rope_scaling is not None:
+        text["rope_scaling"] = {"type": "linear", "factor": llm.rope_scaling}
     return {**text, **said}
 
 
