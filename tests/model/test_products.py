@@ -87,12 +87,13 @@ class Ops(TorchDispatchMode):
         return out
 
 
-def test_a_micro_batch_after_the_first_adds_within_its_products():
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_micro_batch_after_the_first_adds_within_its_products(hold):
     layers = layers_of(bias=False)
     (x, upstream), (_, again) = micro_batches(2, torch.float32, rows=(40, 40))
     torch.autograd.backward(project(x, *layers), upstream)
     before = [layer.weight.grad for layer in layers]
-    with accumulation(), Ops() as ops:
+    with accumulation(hold), Ops() as ops:
         torch.autograd.backward(project(x, *layers), again)
     assert all(layer.weight.grad is gradient for layer, gradient in zip(layers, before, strict=True))
     views, shapes = ("t", "detach", "view"), [(width, 32) for width in WIDTHS]
