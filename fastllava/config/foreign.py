@@ -83,6 +83,7 @@ INSTEAD: Mapping[str, str] = {
     "is_multimodal": "leave it out: records with and without an image may be mixed",
     "cache_dir": "leave it out: models are folders, and data.prepared_dir says where prepared sets are kept",
     "mpt_attn_impl": "leave it out: kernels.attention chooses",
+    **_each("lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias lora_target lora_target_modules", _WHOLE_MODEL),
     **_each("lora double_quant quant_type bits load_in_4bit load_in_8bit", _WHOLE_MODEL),
     # transformers
     **_each("per_device_train_batch_size gradient_accumulation_steps", _BATCH),
@@ -145,7 +146,6 @@ INSTEAD: Mapping[str, str] = {
 """What to do about a foreign key that none here equals."""
 
 _FAMILIES: Mapping[str, str] = {
-    "lora_": _WHOLE_MODEL,
     "bnb_": _WHOLE_MODEL,
     "eval_": _MEASURES,
     "log_": _LOGGING,

@@ -77,6 +77,13 @@ class _Refused(torch.autograd.Function):
         raise RuntimeError(f"{ctx.what} gets no gradient; give it detached: {ctx.what.split()[-1]}.detach()")
 
 
+def _refused(x: Any, what: str) -> Any:
+    """`x`, or what is in the sequence x, with an error in place of a gradient."""
+    if isinstance(x, list | tuple):
+        return [_refused(one, what) for one in x]
+    return _Refused.apply(x, what) if isinstance(x, Tensor) and x.requires_grad else x
+
+
 @dataclass(frozen=True)
 class Contract:
     """What a room asks of its inputs, before any implementation sees them."""
@@ -84,7 +91,7 @@ class Contract:
     check: Callable[..., None]
     """Raises ValueError, in words, for inputs whose sizes do not fit each other; has the reference's parameters. Reads no values."""
     no_gradient: Sequence[str] = ()
-    """Parameters that get no gradient; one that is wanted raises RuntimeError in backward, in every implementation."""
+    """Parameters (tensors or sequences of them) that get no gradient; one that is wanted raises RuntimeError in backward, everywhere."""
     one_dtype: bool = True
     """Every floating input is rounded to the first one's dtype, which is the results'. Otherwise the docstring says what is rounded."""
     slack: Mapping[torch.dtype, float] = field(default_factory=lambda: SLACK)
@@ -104,8 +111,8 @@ class Contract:
             if self.one_dtype:
                 args = tuple(_rounded(x, args[0].dtype) for x in args)
             for place, what in places:
-                if args[place].requires_grad and torch.is_grad_enabled():
-                    args = (*args[:place], _Refused.apply(args[place], what), *args[place + 1 :])
+                if torch.is_grad_enabled():
+                    args = (*args[:place], _refused(args[place], what), *args[place + 1 :])
             if in_autocast(args[0]) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 given, form = tree_flatten(args)
                 return _Apart.apply(outside, form, *given)

@@ -148,6 +148,7 @@ MISFITS: dict[str, Callable[[list[Any]], Any]] = {
     "splice": lambda args: [args[0], args[1][:, :1], *args[2:]],
     "projector_splice": lambda args: [*args[:5], args[5][:1]],
     "projector_mlp": lambda args: [args[0][:, :1], args[1]],
+    "lora_linear": lambda args: [*args[:3], [one[:, :1] for one in args[3]], *args[4:]],
 }
 
 
