@@ -70,6 +70,8 @@ class Batch:
     """int64 [M]: that next token."""
     weights: Tensor
     """fp32 [M]: the weight of each row's cross-entropy in the step's loss (design: `loss_norm`)."""
+    row_keys: Tensor | None = None
+    """int64 [T]: what is drawn at random for a row is a function of this and of the place in the model; None where nothing is."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`; the copy does not block when they are pinned."""

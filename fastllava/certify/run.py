@@ -52,7 +52,7 @@ def certify(
     held_out = held_out_of(len(prepared), config.eval.share, config.train.seed)
     plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost(), held_out=held_out)
     parts = choose(plan, n_steps, n_samples, config.train.seed)
-    base = load_llava(config.model, Execution.of(config, ops), config.train.seed)
+    base = load_llava(config.model, Execution.of(config, ops), config.train.seed, config.lora)
     if truth is None:
         truth = "fp64" if device.type == "cpu" or config.train.precision == "fp32" else "fp32"
     variants = Variants(config, base, device, TRUTHS[truth], padded_batch)

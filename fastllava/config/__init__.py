@@ -24,3 +24,4 @@ from fastllava.config.keys import (
     without_levers,
 )
 from fastllava.config.load import as_written, check_config, load_config
+from fastllava.config.lora import TARGETS, LoraConfig, Target

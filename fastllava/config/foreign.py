@@ -30,6 +30,14 @@ SAME: Mapping[str, str] = {
     "adam_epsilon": "optim.eps",
     "num_train_epochs": "train.epochs",
     "data_seed": "train.seed",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "target_modules": "lora.targets",
     "torch_compile": "train.compile",
     "full_determinism": "train.deterministic",
     "torch_compile_mode": "train.compile",
@@ -59,7 +67,8 @@ _BATCH = (
 _PRECISION = "write train.precision=bf16, which keeps fp32 master weights, or train.precision=fp32; fp16 is not offered"
 _SHARDING = "leave it out: under torchrun FSDP2 shards weights, gradients and optimizer state over the GPUs, and parallel.* says how"
 _LOGGING = "leave it out: every step is a line of metrics.jsonl in output_dir; log.backends adds TensorBoard, W&B or trackio"
-_WHOLE_MODEL = "this version trains the whole language model; leave it out"
+_LORA = "write lora.rank, which trains adapters in place of the language model; lora.alpha, lora.dropout and lora.targets go with it"
+_QUANTISED = "leave it out: frozen weights are kept as they are read, in train.precision"
 _EVALUATION = "write eval.held_out and eval.every_steps: the held-out loss before the first step, every so many steps and at the end"
 _MEASURES = "leave it out: eval.held_out gives the held-out loss and eval.samples gives answers; fastllava score scores them on benchmarks"
 _LAST_MODEL = "leave it out: a run ends with its last weights; train.keep_checkpoints keeps earlier ones beside their held-out loss"
@@ -83,8 +92,10 @@ INSTEAD: Mapping[str, str] = {
     "is_multimodal": "leave it out: records with and without an image may be mixed",
     "cache_dir": "leave it out: models are folders, and data.prepared_dir says where prepared sets are kept",
     "mpt_attn_impl": "leave it out: kernels.attention chooses",
-    **_each("lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias lora_target lora_target_modules", _WHOLE_MODEL),
-    **_each("lora double_quant quant_type bits load_in_4bit load_in_8bit", _WHOLE_MODEL),
+    "lora_enable": _LORA,
+    "lora_bias": "leave it out: adapters have no bias",
+    "lora_weight_path": "leave it out: adapters begin as new ones",
+    **_each("double_quant quant_type bits load_in_4bit load_in_8bit", _QUANTISED),
     # transformers
     **_each("per_device_train_batch_size gradient_accumulation_steps", _BATCH),
     "auto_find_batch_size": "leave it out: fastllava plan foresees what fits, and train.micro_batch_tokens sets it",
@@ -146,7 +157,7 @@ INSTEAD: Mapping[str, str] = {
 """What to do about a foreign key that none here equals."""
 
 _FAMILIES: Mapping[str, str] = {
-    "bnb_": _WHOLE_MODEL,
+    "bnb_": _QUANTISED,
     "eval_": _MEASURES,
     "log_": _LOGGING,
     "logging_": _LOGGING,

@@ -1,15 +1,16 @@
 """The keys of a run's configuration: every section with its fields, their types, defaults and rules."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from fastllava.config.lora import LoraConfig
 from fastllava.config.problems import did_you_mean
+from fastllava.config.section import FilePath, Section, Share, as_path
 from fastllava.config.strict_yaml import in_yaml
 from fastllava.console.printable import shortened
 from fastllava_kernels import rooms
@@ -47,32 +48,14 @@ STAGE_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
-SECTIONS = ("model", "data", "optim", "train", "eval", "kernels", "parallel", "log")
-
-
-def _as_path(value: Any) -> Path:
-    if isinstance(value, Path):
-        return value
-    if value is None or value == "":
-        raise ValueError("is empty; write a path")
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError(f"{in_yaml(value)} is no path; write one, in quotes when it looks like a number")
-    try:
-        os.fsencode(value)
-    except UnicodeEncodeError:
-        # A locale that knows ASCII alone: the file's name is in UTF-8 nevertheless, as the config is.
-        value = os.fsdecode(value.encode("utf-8", "surrogateescape"))
-    try:
-        return Path(value).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{in_yaml(value)} begins with the home of an unknown user; write the whole path") from None
+SECTIONS = ("model", "data", "lora", "optim", "train", "eval", "kernels", "parallel", "log")
 
 
 def _as_share_or_path(value: Any) -> float | Path | None:
     if value is None or isinstance(value, Path):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _as_path(value)
+        return as_path(value)
     if not 0 < value < 1:
         raise ValueError(f"{in_yaml(value)} is no share of the records; write one between 0 and 1, such as 0.01, or a file of records")
     return float(value)
@@ -82,7 +65,7 @@ def _as_count_or_path(value: Any) -> int | Path | None:
     if value is None or isinstance(value, Path):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return _as_path(value)
+        return as_path(value)
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{in_yaml(value)} is no number of records; write one such as 8, or a file of questions")
     return value
@@ -94,8 +77,6 @@ def _as_truth_or_word(value: Any) -> Any:
     raise ValueError(f"{in_yaml(value)} is none of auto, true and false")
 
 
-FilePath = Annotated[Path, BeforeValidator(_as_path)]
-Share = Annotated[float, Field(ge=0, le=1)]
 MOST_IMAGES = 100
 """Pictures that a record may show at the very most; with LLaVA-1.5's 576 patches each, data.max_tokens lets three in whole."""
 SAME_TRAINING = "same training"
@@ -105,12 +86,6 @@ LEVER = "lever"
 Compile = Literal["off", "layer", "step"]
 Deterministic = Literal["auto", True, False]
 Fp8 = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
-
-
-class Section(BaseModel):
-    """Keys that lie together: fixed once checked, none unknown, no value of another type taken for what it is not."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -331,6 +306,7 @@ class Config(Section):
     output_dir: FilePath = Field(description="the folder for everything that the run leaves; the same command goes on with the run in it")
     model: ModelConfig
     data: DataConfig
+    lora: LoraConfig = Field(default_factory=LoraConfig)
     optim: OptimConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -367,6 +343,24 @@ class Config(Section):
                 f"train.reference_micro_batch: {self.train.reference_micro_batch} does not divide train.global_batch "
                 f"{self.train.global_batch}, and train.loss_norm=llava needs whole micro-batches; write a divisor of it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_has_a_rank_and_a_stage(self) -> "Config":
+        lora = self.lora
+        if not lora.wanted and lora != LoraConfig():
+            given = next(name for name in LoraConfig.model_fields if getattr(lora, name) != getattr(LoraConfig(), name))
+            value = in_yaml(getattr(lora, given))
+            raise ValueError(f"lora.{given}: {value}, but there is no lora.rank; write lora.rank=128, say, or leave lora out")
+        if lora.wanted and self.stage == "pretrain":
+            raise ValueError(
+                f"lora.rank: {lora.rank}, but stage pretrain trains the projector alone; write lora.rank=null, or stage=finetune"
+            )
+        if len(set(lora.targets)) < len(lora.targets):
+            twice = next(name for name in lora.targets if lora.targets.count(name) > 1)
+            raise ValueError(f"lora.targets: names {twice} twice; write it once")
+        if lora.wanted and self.train.fp8 != "off":
+            raise ValueError(f"train.fp8: '{self.train.fp8}' does not go with adapters (lora.rank={lora.rank}); write train.fp8=off")
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ Shape letters: T packed rows, S samples, I images, P patches per image, M superv
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from fastllava.data.feed import Feed, Report, no_workers
 from fastllava.data.images import ImageError, load_image, resolve_image
 from fastllava.data.plan import Step
 from fastllava.data.prepared import PreparedSet
+from fastllava.data.row_keys import row_keys
 from fastllava.data.workers import Board
 from fastllava.disk import in_words
 from fastllava.errors import UserError
@@ -136,6 +137,7 @@ class BadImages(UserError):
 class _Job:
     """What a worker needs to build one micro-batch."""
 
+    step: int
     samples: tuple[int, ...]
     weights: tuple[float, ...]
 
@@ -143,8 +145,8 @@ class _Job:
 class _MicroBatches(Dataset):
     """Builds the micro-batch of a job. Holds no state, so a worker that dies loses nothing."""
 
-    def __init__(self, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, board: Board) -> None:
-        self.prepared, self.spec, self.data, self.board = prepared, spec, data, board
+    def __init__(self, prepared: PreparedSet, spec: ImageSpec, data: DataConfig, board: Board, seed: int | None) -> None:
+        self.prepared, self.spec, self.data, self.board, self.seed = prepared, spec, data, board, seed
 
     def __getitem__(self, job: _Job) -> Batch | UserError:
         try:
@@ -166,7 +168,11 @@ class _MicroBatches(Dataset):
                     bad += error.found
         if bad:
             raise BadImages(bad)
-        return pack(samples, self.spec, self.data.max_tokens)
+        batch = pack(samples, self.spec, self.data.max_tokens)
+        if self.seed is None:
+            return batch
+        keys = row_keys(self.seed, job.step, job.samples or (-1,), np.diff(batch.cu_seqlens.numpy()).tolist())
+        return replace(batch, row_keys=torch.from_numpy(keys))
 
 
 def _shared(batch: Batch) -> Batch:
@@ -212,11 +218,13 @@ def steps(
     *,
     pin: bool,
     rank: int = 0,
+    seed: int | None = None,
     board: Board | None = None,
     report: Report = print,
 ) -> Generator[tuple[Step, list[Batch]], None, None]:
     """Every step from number `first` to the plan's last, with the rank's micro-batches on the host (page-locked when `pin`).
 
+    `seed`: what is drawn at random for a row is drawn by this too; None where nothing is.
     Workers build ahead of the consumer, and end when the generator is closed; what they read stands on `board`. One that dies is
     told to `report`, and started again. Raises BadImages, of all samples of a step, when images have become bad since they were prepared.
     """
@@ -229,7 +237,7 @@ def steps(
     def said_of(sample: int) -> str:
         return f"record {prepared.row(sample).id}"
 
-    micro_batches = _MicroBatches(prepared, spec, data, board)
+    micro_batches = _MicroBatches(prepared, spec, data, board, seed)
     feed = Feed[tuple[int, int]](micro_batches, jobs_from, (first, 0), data.workers, board, said_of, pin=pin, report=report)
     with closing(feed):
         for index in range(first, plan.n_steps):
@@ -254,4 +262,4 @@ def _jobs(plan: Steps, first: int, rank: int) -> Iterator[_Job]:
         step = plan.step(index)
         for ranks in step.micro_batches:
             positions = ranks[rank]
-            yield _Job(tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))
+            yield _Job(index, tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))

@@ -9,7 +9,7 @@ micro-batch has no image does not run it, and would leave the others waiting.
 A batch's weights hold the normalisation of the whole step, so gradients are summed over the processes, not averaged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -124,16 +124,20 @@ def sharding_in_words(model: Llava, sharding: Sharding) -> str:
     )
 
 
-def full_tensors(module: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, Tensor]:
-    """The whole state of `module` on the CPU in `dtype`, by name; nothing where not `keep`. Every process must call this.
+def full_tensors(module: nn.Module, dtype: torch.dtype, keep: bool, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The whole state of `module`, or what of it is `wanted`, on the CPU in `dtype`, by name; nothing where not `keep`.
+
+    Every process must call this.
 
     A tensor is gathered at a time, so the device holds the largest one only.
     """
-    return {name: tensor for name, tensor in _gathered(module, dtype, keep) if keep}
+    return {name: tensor for name, tensor in _gathered(module, dtype, keep, wanted) if keep}
 
 
-def _gathered(module: nn.Module, dtype: torch.dtype, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def _gathered(module: nn.Module, dtype: torch.dtype, keep: bool, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module.state_dict().items():
+        if not wanted(name):
+            continue
         # Rounded before it is gathered: half the bytes to send and to hold.
         whole = tensor.detach().to(dtype)
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole

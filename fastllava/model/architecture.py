@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fastllava.batch import ImageSpec
+from fastllava.config import LoraConfig
 from fastllava.model.decoders import DecoderConfig
 from fastllava.model.towers import TowerConfig
 
@@ -17,3 +18,5 @@ class Architecture:
     """The tower's hidden state that feeds the projector, as transformers counts them; -2 for LLaVA-1.5."""
     projector_type: str
     spec: ImageSpec
+    lora: LoraConfig | None = None
+    """The adapters of the decoder; None for none."""

@@ -8,6 +8,7 @@ from fastllava.model.compiled import for_batches, for_layers
 from fastllava.model.decoders import build_decoder
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
+from fastllava.model.linears import Linears
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
 from fastllava.model.products import Product, linear
@@ -23,7 +24,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     """
     graph = for_layers(execution.compile, execution.backend)
     with torch.device("meta"):
-        llm = build_decoder(architecture.llm, execution.ops, _product(execution), graph)
+        llm = build_decoder(architecture.llm, execution.ops, Linears(execution.ops, _product(execution), architecture.lora), graph)
         tower = Tower(architecture.tower, execution.ops, architecture.select_layer, graph)
         projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)

@@ -32,11 +32,12 @@ class Linear(nn.Module):
         self.bias = _empty(outputs) if bias else None
         self.product = product
 
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self)[0]
+    def forward(self, x: Tensor, row_keys: Tensor | None = None) -> Tensor:
+        """[..., out] of x [..., in]; row_keys are for layers that drop something."""
+        return multiply(x, self)[0]
 
 
-def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+def multiply(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """What each of `layers` makes of the same x [..., in]. In backward their parts of its gradient are added up in the products."""
     if torch.compiler.is_compiling() or any(layer.product is not linear for layer in layers):
         return tuple(layer.product(x, layer.weight, layer.bias) for layer in layers)

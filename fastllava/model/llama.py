@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fastllava.config import Recompute
 from fastllava.model.compiled import Graph, eager
-from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm, project
+from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
+from fastllava.model.linears import PLAIN, Linears, project
+from fastllava.model.lora import LoraLinear
 from fastllava.model.ops import Ops
-from fastllava.model.products import Product, linear
 from fastllava.model.recompute import compute_layer, run_layers
 
 
@@ -92,6 +93,12 @@ class Packing:
     cu_seqlens: Tensor
     """int32 [S+1]."""
     max_seqlen: int
+    row_keys: Tensor | None
+    """int64 [T]: what the dropout of adapters is drawn by; None where nothing is dropped."""
+
+    def keys_of(self, wanted: Tensor | None) -> Tensor | None:
+        """The keys of the wanted rows."""
+        return self.row_keys if wanted is None or self.row_keys is None else self.row_keys.index_select(0, wanted)
 
 
 class Attention(nn.Module):
@@ -103,22 +110,24 @@ class Attention(nn.Module):
     gets a zero gradient and gives none to keys and values.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, product: Product) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears) -> None:
         super().__init__()
         self.head_dim, self.ops = config.head_dim, ops.only("rope", "attention")
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, config.qkv_bias, product)
-        self.k_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
-        self.v_proj = Linear(config.hidden_size, keys, config.qkv_bias, product)
-        self.o_proj = Linear(queries, config.hidden_size, config.output_bias, product)
+        self.q_proj = linears.build("q_proj", config.hidden_size, queries, config.qkv_bias)
+        self.k_proj = linears.build("k_proj", config.hidden_size, keys, config.qkv_bias)
+        self.v_proj = linears.build("v_proj", config.hidden_size, keys, config.qkv_bias)
+        self.o_proj = linears.build("o_proj", queries, config.hidden_size, config.output_bias)
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, ops) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """[T, D], or [M, D] of the wanted rows."""
+        row_keys, wanted_keys = packing.row_keys, packing.keys_of(wanted)
         if wanted is None:
-            projected = project(x_TD, self.q_proj, self.k_proj, self.v_proj)
+            projected = project(x_TD, row_keys, self.q_proj, self.k_proj, self.v_proj)
         else:
-            projected = self.q_proj(x_TD.index_select(0, wanted)), *project(x_TD, self.k_proj, self.v_proj)
+            q = self.q_proj(x_TD.index_select(0, wanted), wanted_keys)
+            projected = q, *project(x_TD, row_keys, self.k_proj, self.v_proj)
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -129,21 +138,21 @@ class Attention(nn.Module):
         out = self.ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, True)
         if wanted is not None:
             out = out.index_select(0, wanted)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), wanted_keys)
 
 
 class MLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: LlamaConfig, ops: Ops, product: Product) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears) -> None:
         super().__init__()
         self.ops = ops.only("swiglu")
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, product)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias, product)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, product)
+        self.gate_proj = linears.build("gate_proj", config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = linears.build("up_proj", config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = linears.build("down_proj", config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(*project(x_TD, self.gate_proj, self.up_proj)))
+    def forward(self, x_TD: Tensor, row_keys: Tensor | None = None) -> Tensor:
+        return self.down_proj(self.ops.swiglu(*project(x_TD, row_keys, self.gate_proj, self.up_proj)), row_keys)
 
 
 class DecoderLayer(nn.Module):
@@ -152,10 +161,10 @@ class DecoderLayer(nn.Module):
     Hooks of the layer, such as those that gather and free its shards, run around `compute`.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, product: Product, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears, compute: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.self_attn = Attention(config, ops, product)
-        self.mlp = MLP(config, ops, product)
+        self.self_attn = Attention(config, ops, linears)
+        self.mlp = MLP(config, ops, linears)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self._compute = compute
@@ -169,7 +178,7 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
         residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)
-        return summed + self.mlp(normed)
+        return summed + self.mlp(normed, packing.keys_of(wanted))
 
     def kept_products(self, recompute: Recompute, wanted: Tensor | None) -> int:
         """How many of the products of `transform` are kept for backward: q, k, v, o; with "norms" gate and up too."""
@@ -179,27 +188,29 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, which share one graph, and final norm: transformers' `model.`."""
 
-    def __init__(self, config: LlamaConfig, ops: Ops, product: Product, graph: Graph) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears, graph: Graph) -> None:
         super().__init__()
         compute = graph(compute_layer)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, ops, product, compute) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, ops, linears.of_layer(i), compute) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
 
 class Llama(nn.Module):
     """The language model; parameter names are transformers' own (`model.layers.0...`, `lm_head.weight`).
 
-    `product` computes the linear layers of its blocks; `graph` is what becomes of the function that computes a block.
+    `linears` builds the linear layers of its blocks; `graph` is what becomes of the function that computes a block.
     """
 
     HOME = "model"
     """What all parameters but the head's lie in."""
 
-    def __init__(self, config: LlamaConfig, ops: Ops, product: Product = linear, graph: Graph = eager) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears = PLAIN, graph: Graph = eager) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, ops, product, graph)
+        self.model = Decoder(config, ops, linears, graph)
+        # No submodules a second time: they lie in `model`.
+        self._adapted = tuple(module for module in self.modules() if isinstance(module, LoraLinear))
         self.lm_head = None if config.tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it stays fp32 whatever dtype the module is cast to, and moves to the device once.
         self._frequencies = config.inverse_frequencies()
@@ -223,6 +234,8 @@ class Llama(nn.Module):
         """Move what is no parameter to `device`: before a graph is compiled, as it would hold the move."""
         if self._frequencies.device != device:
             self._frequencies = self._frequencies.to(device)
+            for layer in self._adapted:
+                layer.number = layer.number.to(device)
 
     def forward(
         self,
@@ -232,14 +245,16 @@ class Llama(nn.Module):
         max_seqlen: int,
         recompute: Recompute = "none",
         wanted: Tensor | None = None,
+        row_keys: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, D] after the final norm, of the spliced input [T, D], in its dtype.
 
         `wanted`, int64 [M], each row once: [M, D] of these rows only, for which the last layer does no other row's work.
+        `row_keys`, int64 [T]: what the dropout of adapters is drawn by; without them nothing is dropped.
         Without gradients there is nothing to `recompute`.
         """
         self.place_constants(x_TD.device)
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen)
+        packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen, row_keys)
         return self.model.norm(run_layers(self.layers, x_TD, packing, recompute, wanted))

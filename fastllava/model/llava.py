@@ -121,7 +121,8 @@ class Llava(nn.Module):
 
     def hidden(self, batch: Batch, wanted: Tensor | None = None) -> Tensor:
         """[T, D] in `dtype`: the hidden states after the final norm; [M, D] of the rows `wanted`, int64 [M], when given."""
-        return self.llm(self._spliced(batch), batch.position_ids, batch.cu_seqlens, batch.max_seqlen, self.execution.recompute, wanted)
+        rows = batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        return self.llm(self._spliced(batch), *rows, self.execution.recompute, wanted, batch.row_keys)
 
     def _spliced(self, batch: Batch) -> Tensor:
         """[T, D]: images' tokens and embedded text, each in its row."""

@@ -299,8 +299,9 @@ class Mpt(nn.Module):
         max_seqlen: int,
         recompute: Recompute = "none",
         wanted: Tensor | None = None,
+        row_keys: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, of the spliced input [T, D]; as `Llama.forward`."""
+        """Hidden states after the final norm, of the spliced input [T, D]; as `Llama.forward`, and nothing is ever dropped."""
         self.place_constants(x_TD.device)
         columns_HE, columns_TE = columns_of_queries(self._scaled_slopes, x_TD.dtype), columns_of_keys(position_ids, x_TD.dtype)
         packing = Packing(columns_HE, columns_TE, cu_seqlens, max_seqlen)

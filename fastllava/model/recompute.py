@@ -22,6 +22,7 @@ policy costs does not depend on the data.
 The same kernels run again, so loss and gradients are those of `none`, bit for bit, without torch.compile.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 from fastllava.config import Recompute
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::_scaled_mm"}
+_ADAPTED = re.compile(r"fastllava::lora_linear_(?!.*_hidden$)")
+"""An op with a product for each of the weights that are its second argument."""
 _ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
 
 
@@ -80,8 +83,9 @@ class _Kept:
     def __call__(self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op.name().partition(".")[0]
         keep = name.startswith(_ATTENTION)
-        if name in _PRODUCTS:
+        adapted = _ADAPTED.match(name) is not None
+        if adapted or name in _PRODUCTS:
             # Some versions of PyTorch ask again while they compute again.
-            self.seen[context.is_recompute] += 1
+            self.seen[context.is_recompute] += len(args[1]) if adapted else 1
             keep = self.seen[context.is_recompute] <= self.products
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

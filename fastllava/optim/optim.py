@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,20 @@ def build_optimizer(named: Named, optim: OptimConfig, seed: int = 0) -> torch.op
 
     Where `optim.state` or `optim.master` asks for it `LowBitAdamW`, which `FiniteGuard` can hold back too, and which draws by `seed`.
 
-    Groups as in the original's `create_optimizer` (llava/train/llava_trainer.py): no weight decay for norms and biases, and
-    the projector apart when it has a learning rate of its own. Each group keeps that rate as `base_lr`.
+    Groups as in the original's `create_optimizer` (llava/train/llava_trainer.py), in its order, some of them perhaps empty: what decays,
+    then norms and biases, which do not, and the same of the projector when it has a learning rate of its own. Each group keeps that
+    rate as `base_lr`.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    rates = {False: optim.lr} if optim.projector_lr is None else {False: optim.lr, True: optim.projector_lr}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(own, decays): [] for own in rates for decays in (True, False)}
     for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        own_rate = optim.projector_lr is not None and name.startswith("projector.")
-        rate = optim.projector_lr if own_rate and optim.projector_lr is not None else optim.lr
-        decay = 0.0 if "norm" in name or "bias" in name else optim.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    settings = [{"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+        if parameter.requires_grad:
+            decays = "norm" not in name and "bias" not in name
+            groups[len(rates) > 1 and name.startswith("projector."), decays].append(parameter)
+    settings: list[dict[str, Any]] = [
+        {"params": params, "lr": rates[own], "base_lr": rates[own], "weight_decay": optim.weight_decay if decays else 0.0}
+        for (own, decays), params in groups.items()
+    ]
     if is_low_bit(optim):
         return LowBitAdamW(settings, optim, seed)
     optimizer = torch.optim.AdamW(settings, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)

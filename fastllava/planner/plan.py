@@ -132,7 +132,7 @@ def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StageP
     Raises UserError as `read_origin`, `simulate` and `check_fp8_alone`.
     """
     check_fp8_alone(config, world)
-    origin = read_origin(config.model)
+    origin = read_origin(config.model, config.lora)
     parameters = _parameters(origin, config)
     if config.parallel.frozen == "auto":
         replicates = parameters["frozen"] * COMPUTE_DTYPE[config.train.precision].itemsize <= FROZEN_SHARE * gpu.memory

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastllava.config import Config
+from fastllava.config import Config, LoraConfig
 from fastllava.console.allocator import allocator_in_words
 from fastllava.console.speaker import Say
 from fastllava.data.plan import Plan
 from fastllava.distributed.sharding import Sharding, sharding_in_words
 from fastllava.model.llava import Llava
+from fastllava.model.lora import is_adapter
 from fastllava.model.projectors import kind_of
 from fastllava.optim import lr_factor
 from fastllava.train.deterministic import deterministic_in_words
@@ -34,7 +35,7 @@ def announce(
     """Say what is trained and frozen, on what data, in which steps, by which optimizer, and how it computes."""
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trained
-    parts = " and ".join(sorted({name.split(".")[0] for name in trained}))
+    parts = " and ".join(sorted({f"adapters of {name.split('.')[0]}" if is_adapter(name) else name.split(".")[0] for name in trained}))
     rows, supervised = (int(column[plan.trained].sum()) for column in (plan.lengths.n_tokens, plan.lengths.n_supervised))
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
@@ -42,6 +43,8 @@ def announce(
     fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
     say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
     say(f"projector: {_projector_in_words(model)}")
+    if config.lora.wanted:
+        say(f"lora: {_lora_in_words(config.lora)}")
     for note in (*model.origin.notes, *_idle_toggles(config, model)):
         say(f"note: {note}")
     say(f"data: {plan.n_samples:,} samples, {rows:,} tokens with patches, {supervised:,} of them supervised")
@@ -67,6 +70,11 @@ def announce(
         say(f"memory: {allocator_in_words()}")
     if plan.world > 1:
         say(sharding_in_words(model, sharding))
+
+
+def _lora_in_words(lora: LoraConfig) -> str:
+    dropped = f"{lora.dropped:.6g} of its input dropped" if lora.draws else "nothing dropped"
+    return f"rank {lora.rank}, what it adds times {lora.scale:g}, {dropped}; on {', '.join(lora.targets)} of every decoder layer"
 
 
 def _projector_in_words(model: Llava) -> str:

@@ -164,6 +164,7 @@ class Trainer:
         options = {
             "pin": self.setup.device.type == "cuda",
             "rank": self.group.rank,
+            "seed": self.config.train.seed if self.config.lora.draws else None,
             "board": self._watch.board,
             "report": self.say if self.group.first else speaker(Console(stderr=True)),
         }

@@ -20,7 +20,7 @@ from fastllava.train.stages import check_start
 def check_run(config: Config, group: Processes) -> tuple[torch.device, Ops]:
     """The device and the kernels, once all is there that can be looked for before data and weights are read."""
     device, mode = choose_device(config, group.local_rank), config.train.compile
-    dtype, origin = COMPUTE_DTYPE[config.train.precision], read_origin(config.model)
+    dtype, origin = COMPUTE_DTYPE[config.train.precision], read_origin(config.model, config.lora)
     ops = choose_ops(config.kernels, device, dtype, compiled=mode != "off", sizes=origin.sizes, repeats=is_asked_for(config))
     set_tf32(config)
     set_deterministic(config)

@@ -126,7 +126,7 @@ def find_start(context: Context, data: Data, ops: Ops) -> Start:
     """Phase 2: the model to begin with, and what output_dir holds of this very run. Raises UserError when it holds another."""
     config, group = context.config, context.group
     with memory.while_setting_up(config, group.world), group.together():
-        model = load_llava(config.model, Execution.of(config, ops), config.train.seed)
+        model = load_llava(config.model, Execution.of(config, ops), config.train.seed, config.lora)
     start = fingerprint(model, group)
     return Start(model, group.on_first(lambda: resume.look(config, data.prepared.digest, start, context.say)))
 

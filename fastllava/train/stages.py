@@ -10,6 +10,7 @@ from fastllava.distributed.sharding import full_tensors
 from fastllava.errors import UserError
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.llava import Llava
+from fastllava.model.lora import adapters, is_adapter
 from fastllava.model.weights import projector_config, projector_file, read_origin, write_checkpoint, write_projector
 from fastllava.train.metrics.summary import damage_of
 
@@ -34,8 +35,13 @@ def check_start(config: Config) -> None:
 
 
 def trained_parts(model: Llava, stage: Stage) -> list[nn.Module]:
-    """The parts that train: pretrain's projector, finetune's projector and decoder with embedding and head (llava/train/train.py)."""
-    return [model.projector] if stage == "pretrain" else [model.projector, model.llm]
+    """The parts that train (llava/train/train.py).
+
+    The projector in stage pretrain; in stage finetune the projector and the decoder, with embedding and head, or its adapters alone.
+    """
+    if stage == "pretrain":
+        return [model.projector]
+    return [model.projector, *(adapters(model.llm) if model.origin.lora else [model.llm])]
 
 
 def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] = lambda _: None) -> dict[str, nn.Parameter]:
@@ -61,6 +67,8 @@ def prepare_stage(model: Llava, config: Config, place: Callable[[Llava], None] =
 def gather_result(model: Llava, config: Config, keep: bool) -> dict[str, Tensor]:
     """The state that `write_result` needs of a sharded model, on the CPU of processes that `keep` it; all must call this."""
     dtype = COMPUTE_DTYPE[config.train.precision]
+    if config.lora.wanted:
+        return full_tensors(model, dtype, keep, lambda name: is_adapter(name) or name.startswith("projector."))
     if config.stage == "finetune":
         return full_tensors(model, dtype, keep)
     return {f"projector.{name}": tensor for name, tensor in full_tensors(model.projector, dtype, keep).items()}

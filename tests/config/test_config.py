@@ -162,13 +162,15 @@ MISTAKES = {
     "others' limit": ("eval_max_samples=4", "eval_max_samples: no such key: leave it out: eval.held_out gives"),
     "nothing like it": (
         "foo=1",
-        "foo: no such key; write one of stage, output_dir, model, data, optim, train, eval, kernels, parallel, log",
+        "foo: no such key; write one of stage, output_dir, model, data, lora, optim, train, eval, kernels, parallel, log",
     ),
     "nothing like it, in a section": ("log.foo=1", "log.foo: no such key; write one of log.backends, log.project"),
     "number as a key": ("optim.3=1", "optim.3: no such key; write one of "),
     "number of processes": ("parallel.world=2", "parallel.world: no such key; write one of parallel.frozen, parallel.reshard, "),
     "dashes": ("--optim.lr=1", "--optim: no such key; did you mean optim?"),
-    "not there yet": ("lora.rank=8", "lora: no such key: this version trains the whole language model; leave it out"),
+    "adapters where the projector alone trains": ("lora.rank=8", "lora.rank: 8, but stage pretrain trains the projector alone; write "),
+    "adapters without a rank": ("lora.alpha=8", "lora.alpha: 8.0, but there is no lora.rank; write lora.rank=128, say, or leave lora out"),
+    "the original's word for a rank": ("lora_r=8", "lora_r: no such key; did you mean lora.rank?"),
     # wrong types
     "word for a number": ("optim.lr=abc", "optim.lr: 'abc' is no number; write one such as 0.03 or 2e-5"),
     "list for a number": ("optim.lr=[1]", "optim.lr: [1] is no number; write one such as 0.03 or 2e-5"),
@@ -247,7 +249,7 @@ FILES = {
     "mapping as a key": (BASE + "? [a, b]\n: 1\n", "config.yaml, line 9: is not valid YAML (a key must be a word)"),
     "number as a key": (
         BASE + "3: 1\n",
-        "3: no such key; write one of stage, output_dir, model, data, optim, train, eval, kernels, parallel, log",
+        "3: no such key; write one of stage, output_dir, model, data, lora, optim, train, eval, kernels, parallel, log",
     ),
     "inside itself": (BASE + "log: &a\n  project: *a\n", "config.yaml, line 9: is not valid YAML (found unconstructable recursive node)"),
     "too deep": ("a: " + "[" * 3000, "config.yaml: is nested too deeply; a config is a few levels of keys"),
@@ -353,11 +355,11 @@ def test_a_path_that_the_locale_cannot_write_is_the_files_own_name_in_utf_8(tmp_
     """Under LC_ALL=C with PYTHONUTF8=0 names of files are ASCII to Python."""
     import os
 
-    from fastllava.config.keys import _as_path
+    from fastllava.config.section import as_path
 
     monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
     monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
-    assert str(_as_path("/a/\u00fc")).encode("utf-8", "surrogateescape") == "/a/\u00fc".encode()
+    assert str(as_path("/a/\u00fc")).encode("utf-8", "surrogateescape") == "/a/\u00fc".encode()
 
 
 HUGE = "x" * 100_000

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllava.model import layers, llama
+from fastllava.model import layers
+from fastllava.model import linears as linear_layers
 from fastllava.model.execution import Execution
-from fastllava.model.layers import Linear, project
+from fastllava.model.layers import Linear, multiply
 from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.weights import load_llava
 
@@ -44,10 +45,10 @@ def test_no_input_of_a_frozen_linear_is_kept(tiny, monkeypatch, ops, last_layer,
 
     def seen(x: torch.Tensor, *given: Linear) -> tuple[torch.Tensor, ...]:
         inputs.update({linears[module]: x.detach() for module in given if module in linears})
-        return project(x, *given)
+        return multiply(x, *given)
 
-    for module in (layers, llama):
-        monkeypatch.setattr(module, "project", seen)
+    for module in (layers, linear_layers):
+        monkeypatch.setattr(module, "multiply", seen)
     saved = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

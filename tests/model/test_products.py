@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllava.model.layers import Linear, project
+from fastllava.model.layers import Linear, multiply
 from fastllava.model.products import accumulation, linear
 
 WIDTHS = (48, 16, 16)
@@ -39,7 +39,7 @@ def trained(layers, dtype, count=4, wide=None):
     with accumulation():
         for x, upstream in micro_batches(count, dtype):
             given = x if wide is None else x.detach().to(wide).requires_grad_()
-            torch.autograd.backward(project(given, *layers), [d.to(given.dtype) for d in upstream])
+            torch.autograd.backward(multiply(given, *layers), [d.to(given.dtype) for d in upstream])
             inputs.append(given.grad)
     return inputs, {name: p.grad for name, p in layers.named_parameters()}
 
@@ -91,10 +91,10 @@ class Ops(TorchDispatchMode):
 def test_a_micro_batch_after_the_first_adds_within_its_products(hold):
     layers = layers_of(bias=False)
     (x, upstream), (_, again) = micro_batches(2, torch.float32, rows=(40, 40))
-    torch.autograd.backward(project(x, *layers), upstream)
+    torch.autograd.backward(multiply(x, *layers), upstream)
     before = [layer.weight.grad for layer in layers]
     with accumulation(hold), Ops() as ops:
-        torch.autograd.backward(project(x, *layers), again)
+        torch.autograd.backward(multiply(x, *layers), again)
     assert all(layer.weight.grad is gradient for layer, gradient in zip(layers, before, strict=True))
     views, shapes = ("t", "detach", "view"), [(width, 32) for width in WIDTHS]
     assert [name for name, shape in ops.ran if shape in shapes and name not in views] == ["addmm"] * 3
@@ -105,11 +105,11 @@ def test_a_micro_batch_after_the_first_adds_within_its_products(hold):
 def test_a_gradient_asked_for_leaves_those_that_are_there():
     layers = layers_of()
     (x, upstream), (y, again) = micro_batches(2, torch.float32)
-    torch.autograd.backward(project(x, *layers), upstream)
+    torch.autograd.backward(multiply(x, *layers), upstream)
     before = copy.deepcopy([p.grad for p in layers.parameters()])
-    asked = torch.autograd.grad(project(y, *layers), list(layers.parameters()), again)
+    asked = torch.autograd.grad(multiply(y, *layers), list(layers.parameters()), again)
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(layers.parameters(), before, strict=True))
-    torch.autograd.backward(project(y, *layers), again)
+    torch.autograd.backward(multiply(y, *layers), again)
     for parameter, one, other in zip(layers.parameters(), before, asked, strict=True):
         assert torch.equal(parameter.grad, one + other)
 
@@ -120,7 +120,7 @@ def test_weights_are_cast_once_a_step_and_anew_after_it():
     for _ in range(2):
         with accumulation(), Ops() as ops:
             for x, upstream in micro_batches(3, torch.bfloat16):
-                outs = project(x, *layers)
+                outs = multiply(x, *layers)
                 for layer, out in zip(layers, outs, strict=True):
                     assert torch.equal(out, plainly(x, layer.weight.detach().clone(), layer.bias))
                 torch.autograd.backward(outs, upstream)
@@ -134,7 +134,7 @@ def test_casts_are_held_where_asked_for(hold, casts):
     layers = layers_of()
     with accumulation(hold), Ops() as ops:
         for x, upstream in micro_batches(3, torch.bfloat16):
-            torch.autograd.backward(project(x, *layers), upstream)
+            torch.autograd.backward(multiply(x, *layers), upstream)
     assert sum(name == "_to_copy" and shape == (48, 32) for name, shape in ops.ran) == casts
 
 
@@ -142,9 +142,9 @@ def test_outside_a_step_nothing_is_held():
     layers = layers_of()
     x, _ = next(micro_batches(1, torch.bfloat16))
     for _ in range(2):
-        assert torch.equal(project(x, *layers)[0], plainly(x, layers[0].weight, layers[0].bias))
+        assert torch.equal(multiply(x, *layers)[0], plainly(x, layers[0].weight, layers[0].bias))
         with torch.no_grad():
-            assert torch.equal(project(x, *layers)[0], plainly(x, layers[0].weight, layers[0].bias))
+            assert torch.equal(multiply(x, *layers)[0], plainly(x, layers[0].weight, layers[0].bias))
             # Without a new version of the tensor, as fused optimizers write.
             layers[0].weight.data.add_(1.0)
 
@@ -152,7 +152,7 @@ def test_outside_a_step_nothing_is_held():
 def test_a_result_that_nobody_uses_gives_no_gradient():
     layers = layers_of()
     x, upstream = next(micro_batches(1, torch.float32))
-    first, second, _ = project(x, *layers)
+    first, second, _ = multiply(x, *layers)
     torch.autograd.backward([first, second], upstream[:2])
     assert layers[2].weight.grad is None
     torch.testing.assert_close(x.grad, upstream[0] @ layers[0].weight + upstream[1] @ layers[1].weight)
@@ -161,8 +161,8 @@ def test_a_result_that_nobody_uses_gives_no_gradient():
 def test_rows_of_more_than_one_dimension():
     layers = layers_of()
     x, upstream = next(micro_batches(1, torch.float32))
-    torch.autograd.backward(project(x, *layers), upstream)
+    torch.autograd.backward(multiply(x, *layers), upstream)
     expected, x.grad = [x.grad, *(p.grad for p in layers.parameters())], None
     layers.zero_grad()
-    torch.autograd.backward(project(x.unflatten(0, (5, 8)), *layers), [d.unflatten(0, (5, 8)) for d in upstream])
+    torch.autograd.backward(multiply(x.unflatten(0, (5, 8)), *layers), [d.unflatten(0, (5, 8)) for d in upstream])
     assert all(torch.equal(one, other) for one, other in zip(expected, [x.grad, *(p.grad for p in layers.parameters())], strict=True))

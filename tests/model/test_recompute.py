@@ -141,7 +141,7 @@ def test_bytes_while_a_layer_is_computed_again(decoder, recompute):
     def look(_: torch.Tensor) -> None:
         found.append(live.bytes() + x.untyped_storage().nbytes())
 
-    def before_down_proj(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+    def before_down_proj(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         args[0].register_hook(look)
 
     llama.to(torch.bfloat16)

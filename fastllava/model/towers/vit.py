@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastllava.errors import UserError
 from fastllava.model.compiled import Graph, eager
-from fastllava.model.layers import Embedding, LayerNorm, Linear, project
+from fastllava.model.layers import Embedding, LayerNorm, Linear, multiply
 from fastllava.model.ops import Ops
 
 _ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {"gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(width, width, bias=True)
 
     def forward(self, x_RC: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
-        q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in project(x_RC, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in multiply(x_RC, self.q_proj, self.k_proj, self.v_proj))
         out = self.ops.attention(q, k, v, cu_seqlens, rows, False)
         return self.out_proj(out.flatten(1))
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastllava.batch import ImageSpec
-from fastllava.config import ModelConfig
+from fastllava.config import LoraConfig, ModelConfig
 from fastllava.errors import UserError, or_download
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava, build_projector
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
+from fastllava.model.lora import drawn, is_adapter
 from fastllava.model.mpt import MptConfig
 from fastllava.model.ops import reference_ops
 from fastllava.model.projectors import KINDS, kind_of
@@ -62,8 +63,8 @@ class Origin(Architecture):
         return Sizes(head_widths=widths)
 
 
-def read_origin(config: ModelConfig) -> Origin:
-    """What the folders of `config` say, without touching a tensor. Raises UserError, as `load_llava`."""
+def read_origin(config: ModelConfig, lora: LoraConfig | None = None) -> Origin:
+    """What the folders of `config` say, with the adapters of `lora`, without touching a tensor. Raises UserError, as `load_llava`."""
     folder, key = config.llm, "model.llm"
     _refuse_adapter(folder)
     given = read_json(folder / "config.json", key)
@@ -109,6 +110,7 @@ def read_origin(config: ModelConfig) -> Origin:
         mm_vision_tower=given.get("mm_vision_tower"),
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
+        lora=lora if lora is not None and lora.wanted else None,
         llm=llm,
         tower=tower,
         projector_type=config.projector_type,
@@ -123,14 +125,16 @@ def read_image_spec(config: ModelConfig) -> ImageSpec:
     return read_origin(config).spec
 
 
-def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
+def load_llava(config: ModelConfig, execution: Execution, seed: int, lora: LoraConfig | None = None) -> Llava:
     """The model of `config` on the CPU, every tensor rounded to the dtype of `execution` as it is read, one at a time.
+
+    With the adapters that `lora` asks for, drawn from `seed`.
 
     The projector comes from model.projector, else from a whole LLaVA in model.llm, else it is drawn fresh from `seed`
     (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.
     Raises UserError when a file cannot be read, or a tensor is missing, unexpected or of another shape.
     """
-    origin, dtype = read_origin(config), execution.dtype
+    origin, dtype = read_origin(config, lora), execution.dtype
     files = TensorFiles(config.llm, "model.llm")
     found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
     heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llm.tied else []
@@ -158,6 +162,9 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int) -> Llava:
     elif source is None:
         for name, tensor in model.projector.draw(seed).items():
             set_parameter(model.projector, name, nn.Parameter(tensor.to(dtype)))
+    for name, parameter in list(model.named_parameters()):
+        if is_adapter(name):
+            set_parameter(model, name, nn.Parameter(drawn(name, parameter.shape, seed).to(dtype)))
     return model
 
 
@@ -244,7 +251,7 @@ def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout,
 
 def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str, str | None], dtype: torch.dtype) -> None:
     """Give the parameters of `parts` their tensors; `found` is our name by name on disk."""
-    wanted = {name: p for name, p in model.named_parameters() if name.split(".")[0] in parts}
+    wanted = {name: p for name, p in model.named_parameters() if name.split(".")[0] in parts and not is_adapter(name)}
     disk_names = {ours: name for name, ours in found.items() if ours in wanted}
     problems = [f"lacks {name}" + _shape(p) for name, p in wanted.items() if name not in disk_names]
     problems += [f"holds {name}, which this model does not have" for name, ours in found.items() if disk_names.get(str(ours)) != name]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastllava.config import Config, Recompute, Rows, Stage
+from fastllava.config import Config, LoraConfig, Recompute, Rows, Stage
 from fastllava.data.balance import Cost
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_projector
@@ -107,11 +107,13 @@ class Accounting:
     stage: Stage
     recompute: Recompute = "none"
     last_layer: Rows = "supervised"
+    lora: LoraConfig | None = None
+    """The adapters that train in place of the decoder."""
 
     @classmethod
     def of(cls, config: Config) -> "Accounting":
         """The accounting of a run; reads the config.json files of its model. Raises UserError, as `read_origin`."""
-        return cls.of_model(read_origin(config.model), config.stage, config.train.recompute, config.train.last_layer)
+        return cls.of_model(read_origin(config.model, config.lora), config.stage, config.train.recompute, config.train.last_layer)
 
     @classmethod
     def of_model(
@@ -129,6 +131,7 @@ class Accounting:
             stage=stage,
             recompute=recompute,
             last_layer=last_layer,
+            lora=architecture.lora,
         )
 
     def cost(self) -> Cost:
@@ -149,7 +152,7 @@ class Accounting:
         return Flops(
             tower=work.images * self._tower(),
             projector=work.images * self.projector,
-            decoder=passes * self._layers(work, counted, self._products()),
+            decoder=passes * self._layers(work, counted, self._products()) + 3 * self._layers(work, counted, self._adapters()),
             attention=3 * work.pairs * self._attention(),
             head=passes * counted * 2.0 * self.llm.hidden_size * self.llm.vocab_size,
         )
@@ -157,7 +160,8 @@ class Accounting:
     def forward_flops(self, work: Work) -> float:
         """What one forward does, whatever trains; of the projector a third, as if it were products alone."""
         needed = self.model_flops(work)
-        return needed.tower + (needed.decoder + needed.head) / self._passes() + (needed.attention + needed.projector) / 3
+        decoder = self._layers(work, work.supervised, self._products()) + self._layers(work, work.supervised, self._adapters())
+        return needed.tower + decoder + needed.head / self._passes() + (needed.attention + needed.projector) / 3
 
     def hardware_flops(self, work: Work) -> Flops:
         """What this trainer does: the above, the last layer's rows that `train.last_layer` adds, and what recompute does again.
@@ -167,25 +171,37 @@ class Accounting:
         """
         needed = self.model_flops(work)
         rows = work.supervised if self.last_layer == "supervised" else work.rows
-        products = self._products()
-        again = {name: products[name] for name in REPEATED[self.recompute] if name in products}
+        products, adapters, repeated = self._products(), self._adapters(), REPEATED[self.recompute]
+        again, adapted_again = ({name: these[name] for name in repeated if name in these} for these in (products, adapters))
         # The columns that attention gets beside those of the heads, for MPT's ALiBi.
         attention = needed.attention * self.llm.attention_width / self.llm.head_dim
         return Flops(
             tower=needed.tower,
             projector=needed.projector,
-            decoder=self._passes() * self._layers(work, rows, products) + self._layers(work, rows, again),
+            decoder=self._passes() * self._layers(work, rows, products)
+            + self._layers(work, rows, again)
+            + 3 * self._layers(work, rows, adapters)
+            + self._layers(work, rows, adapted_again),
             attention=attention * (4 / 3 if self.recompute == "full" else 1),
             head=needed.head,
         )
 
     def _passes(self) -> int:
         """Products of a size that training does for one of the forward: itself, its input's gradient, its weight's when that trains."""
-        return 3 if self.stage == "finetune" else 2
+        return 3 if self.stage == "finetune" and self.lora is None else 2
 
     def _products(self) -> dict[str, float]:
         """Forward of one row through each product of a layer."""
         return {name: 2.0 * weights for name, weights in self.llm.products().items()}
+
+    def _adapters(self) -> dict[str, float]:
+        """Forward of one row through the adapters of each product of a layer: `rank` values for each of its inputs and outputs."""
+        if self.lora is None or self.lora.rank is None:
+            return {}
+        # One side of every product is the decoder's width.
+        width = self.llm.hidden_size
+        sides = {name: width + weights / width for name, weights in self.llm.products().items()}
+        return {name: 2.0 * self.lora.rank * both for name, both in sides.items() if f"{name}_proj" in self.lora.targets}
 
     def _layers(self, work: Work, last_rows: int, products: Mapping[str, float]) -> float:
         """These products of every layer, where the last one has `last_rows` of all that is no key or value."""

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from fastllava.distributed.processes import ALONE, Processes
 from fastllava.model.llava import Llava
+from fastllava.model.lora import is_adapter
 
 Fingerprint = dict[str, dict[str, Any]]
 """By config key (`KEYS`): `weights`, a hash or "drawn", and `config`, what decides the computation. Plain JSON."""
 
 KEYS = {"llm": "model.llm", "tower": "model.vision_tower", "projector": "model.projector"}
+_DRAWN = "drawn"
+"""The weights of what is drawn from the seed, which the config holds."""
 _MOST_THREADS = 8
 
 
@@ -37,15 +40,19 @@ def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
         "projector": {"projector_type": model.projector.projector_type},
     }
     drawn = model.projector_source == "fresh"
-    tensors = {name: tensor for name, tensor in sorted(model.named_parameters()) if not (drawn and name.startswith("projector."))}
+    # Adapters are drawn anew in every run, or come with their own key.
+    tensors = {
+        name: tensor
+        for name, tensor in sorted(model.named_parameters())
+        if not (drawn and name.startswith("projector.")) and not is_adapter(name)
+    }
     mine = list(tensors)[processes.rank :: processes.world]
     with processes.together(), ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
         hashed = dict(zip(mine, threads.map(_hashed, (tensors[name] for name in mine)), strict=True))
     hashes = {name: value for part in processes.gather(hashed) for name, value in part.items()}
     weights = {part: _together({name: hashes[name] for name in tensors if name.startswith(f"{part}.")}) for part in KEYS}
     if drawn:
-        # From the seed, which the config holds.
-        weights["projector"] = "drawn"
+        weights["projector"] = _DRAWN
     # As it will be read again.
     return json.loads(json.dumps({key: {"weights": weights[part], "config": configs[part]} for part, key in KEYS.items()}))
 
