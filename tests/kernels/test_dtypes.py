@@ -145,6 +145,7 @@ MISFITS: dict[str, Callable[[list[Any]], Any]] = {
     "layer_norm": lambda args: [args[0], args[1], args[2][:1], *args[3:]],
     "attention": lambda args: [args[0], args[1][:1], args[2][:1], *args[3:]],
     LOSS: lambda args: [*args[:4], args[4][:1]],
+    "nf4_linear": lambda args: [args[0][:, :1], *args[1:]],
     "splice": lambda args: [args[0], args[1][:, :1], *args[2:]],
     "projector_splice": lambda args: [*args[:5], args[5][:1]],
     "projector_mlp": lambda args: [args[0][:, :1], args[1]],

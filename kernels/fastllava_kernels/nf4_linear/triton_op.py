@@ -1,0 +1,20 @@
+"""Implementation `triton` of nf4_linear: a kernel dequantises a block of the weight at a time, and the library multiplies."""
+
+from torch import Tensor
+
+from fastllava_kernels._device import nf4
+from fastllava_kernels._device.launch import needs_gpu, takes
+from fastllava_kernels.room import Implementation
+
+from .autograd import define
+
+
+def _part(tensor: Tensor) -> nf4.Part:
+    if not takes(tensor):
+        return nf4.plain_part
+    from .kernel_dequantise import DEQUANTISE
+
+    return DEQUANTISE.part
+
+
+IMPLEMENTATION = Implementation(define("triton", _part), needs_gpu, interpretable=True)
