@@ -46,6 +46,7 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
             for key in ("loss_norm", "micro_batch_tokens", "recompute", "last_layer", "compile", "tf32", "global_batch", "seed")
         }
         | {key: value_of(config, key) for key, _ in marked(LEVER)},
+        "lora": _lora(config),
         "kernels": {room: use["implementation"] for room, use in base.kernels().items()},
         "model": {
             "llm": str(config.model.llm),
@@ -66,6 +67,16 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
         "versions": versions(),
         "commit": commit_in_words(),
     }
+
+
+def _lora(config: Config) -> str | None:
+    """The adapters in words; None where there are none."""
+    lora = config.lora
+    if not lora.wanted:
+        return None
+    said = f"rank {lora.rank}, alpha {lora.scale * (lora.rank or 0):g}, on {', '.join(lora.targets)}; "
+    drops = f"{lora.dropped:.6g} of its input dropped, by seed, step, sample, place in it, layer and column alone: every way saw the same"
+    return said + (drops if lora.draws else "nothing dropped")
 
 
 def _sha256_of(model: Llava) -> str:

@@ -106,6 +106,8 @@ def _facts(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"kernels  {', '.join(f'{room}={use}' for room, use in facts['kernels'].items())}"
     yield f"model    {model['llm']}; tower {model['vision_tower']}; projector {model['projector']}"
     yield f"         {model['trained']:,} parameters train, {model['frozen']:,} are frozen; weights {model['weights_sha256'][:16]}"
+    if facts["lora"]:
+        yield f"lora     {facts['lora']}"
     yield f"data     {data['records']}, prepared set {data['prepared_digest'][:16]}, {data['samples']:,} samples"
     yield f"machine  {facts['device']}, {versions['device']}, {versions['machine']}; {software}; commit {facts['commit'] or 'unknown'}"
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllava.batch import IMAGE_ID
+from fastllava.certify.plain_lora import adapt
 from fastllava.config import Stage
 from fastllava.data.loader import Sample
 from fastllava.model import hf_reference
@@ -50,10 +51,15 @@ class Padded:
     """How many of `pixels` each sample has, in their order."""
     weights: Tensor
     """fp64 [B]: the weight of each supervised token of a sample."""
+    keys: list[Tensor] | None = None
+    """int64 [rows] each, patches included: what the dropout of adapters is drawn by; None where nothing is dropped."""
 
 
-def collate(samples: Sequence[Sample], size: int, images_at_least: int = 0) -> Padded:
-    """A batch of these samples, with images of `size` by `size` pixels. A sample of fewer than `images_at_least` gets black ones."""
+def collate(samples: Sequence[Sample], size: int, images_at_least: int = 0, keys: Sequence[Tensor] | None = None) -> Padded:
+    """A batch of these samples, with images of `size` by `size` pixels. A sample of fewer than `images_at_least` gets black ones.
+
+    `keys`: of the rows of each sample, where something is drawn by them.
+    """
     images = [[torch.from_numpy(image) for image in sample.images] for sample in samples]
     for its in images:
         its += [torch.zeros(3, size, size, dtype=torch.uint8)] * (images_at_least - len(its))
@@ -64,6 +70,7 @@ def collate(samples: Sequence[Sample], size: int, images_at_least: int = 0) -> P
         pixels=torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8),
         images=[len(its) for its in images],
         weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
+        keys=None if keys is None else list(keys),
     )
 
 
@@ -78,7 +85,7 @@ def labels_of(sample: Sample) -> Tensor:
 class PlainLlava:
     """The modules of transformers with the weights of `ours` in `dtype`, and the loss of a padded batch.
 
-    What trains is by the stage's rule alone (llava/train/train.py): the projector, in stage finetune the decoder too.
+    What trains is by the stage's rule alone (llava/train/train.py): the projector, in stage finetune the decoder too, or its adapters.
     """
 
     def __init__(
@@ -105,7 +112,8 @@ class PlainLlava:
         self._patches = ours.tower.config.patches
         # Of transformers' towers, CLIP's alone has a row before the patches.
         self._first = 1 if self.tower.config.model_type == "clip_vision_model" else 0
-        self.llm.requires_grad_(stage == "finetune")
+        self.llm.requires_grad_(stage == "finetune" and ours.origin.lora is None)
+        self._row_keys = adapt(self.llm, ours, weights)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What trains, by our names."""
@@ -123,6 +131,8 @@ class PlainLlava:
     def logits(self, batch: Padded) -> tuple[Tensor, Tensor]:
         """Logits [B, L, V] of every token in the model's dtype, and the tokens that are supervised, int64 [B, L], IGNORED elsewhere."""
         embeds_BLD, mask_BL, targets_BL = self._padded(batch)
+        padded = None if batch.keys is None else torch.nn.utils.rnn.pad_sequence(batch.keys, batch_first=True)
+        self._row_keys.padded = None if padded is None else padded.to(self.device)
         with _default_dtype(self.dtype if self.llm.config.model_type == "mpt" else torch.get_default_dtype()):
             return self.llm(inputs_embeds=embeds_BLD, attention_mask=mask_BL, use_cache=False).logits, targets_BL
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastllava.certify import facts
 from fastllava.certify.judge import Figures, judge, measure
@@ -15,9 +16,13 @@ from fastllava.config import Config
 from fastllava.console.speaker import Say
 from fastllava.data.loader import read_sample, steps
 from fastllava.data.plan import Plan, held_out_of
+from fastllava.data.row_keys import row_keys
 from fastllava.distributed.processes import ALONE
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
+from fastllava.model.layers import set_parameter
+from fastllava.model.llava import Llava
+from fastllava.model.lora import drawn
 from fastllava.model.weights import load_llava
 from fastllava.train.dataset import prepare_data
 from fastllava.train.machine import check_run
@@ -53,16 +58,20 @@ def certify(
     plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost(), held_out=held_out)
     parts = choose(plan, n_steps, n_samples, config.train.seed)
     base = load_llava(config.model, Execution.of(config, ops), config.train.seed, config.lora)
+    _draw_what_is_zero(base, config.train.seed)
+    seed = config.train.seed if config.lora.draws else None
     if truth is None:
         truth = "fp64" if device.type == "cpu" or config.train.precision == "fp32" else "fp32"
     variants = Variants(config, base, device, TRUTHS[truth], padded_batch)
     rows, figures, judged = [], [], []
     # Few samples: a worker would take longer to start than they do to read.
     data, chosen = config.data.model_copy(update={"workers": 0}), Selection(tuple(part.step for part in parts))
-    for part, (step, packed) in zip(parts, steps(chosen, 0, prepared, spec, data, pin=False), strict=True):
+    for part, (step, packed) in zip(parts, steps(chosen, 0, prepared, spec, data, pin=False, seed=seed), strict=True):
         samples = [read_sample(prepared, spec, data, int(i), float(w)) for i, w in zip(step.samples, step.weights, strict=True)]
         row = facts.of_step(part, plan, prepared)
-        found, seconds, names = _measured(variants, Contents(samples, packed), row["supervised"])
+        numbers, rows_each = step.samples.tolist(), plan.lengths.n_tokens[step.samples].tolist()
+        keys = None if seed is None else torch.from_numpy(row_keys(seed, step.index, numbers, rows_each)).split(rows_each)
+        found, seconds, names = _measured(variants, Contents(samples, packed, keys), row["supervised"])
         rows.append({**row, "seconds": seconds})
         figures.append(found)
         judged += judge(step.index, found, names, base.dtype)
@@ -73,6 +82,14 @@ def certify(
     _write(certificate, folder)
     say(f"wrote {folder / TEXT} and {folder / JSON}")
     return certificate
+
+
+def _draw_what_is_zero(model: Llava, seed: int) -> None:
+    """Give each B of new adapters, which is zero and leaves A without a gradient, small numbers of its own."""
+    for name, parameter in list(model.named_parameters()):
+        if name.endswith("lora_B.weight") and not parameter.any():
+            values = 0.1 * drawn(name.replace("lora_B", "lora_A"), parameter.shape, seed)
+            set_parameter(model, name, nn.Parameter(values.to(parameter.dtype)))
 
 
 def _measured(variants: Variants, contents: Contents, supervised: int) -> tuple[dict[str, dict[str, Figures]], dict[str, float], list[str]]:

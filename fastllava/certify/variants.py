@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ class Contents:
 
     samples: Sequence[Sample]
     packed: Sequence[Batch]
+    keys: Sequence[Tensor] | None = None
+    """int64 [rows] for each sample: what the dropout of adapters is drawn by; None where nothing is dropped."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Variants:
             plain = PlainLlava(self.base, self.config.stage, dtype, self.device, self.config.data.max_tokens)
             size, step = self.base.spec.size, self.padded_batch
             starts = range(0, len(contents.samples), step)
-            padded = (collate(contents.samples[start : start + step], size) for start in starts)
+            keys = contents.keys
+            of = lambda start: None if keys is None else keys[start : start + step]  # noqa: E731
+            padded = (collate(contents.samples[start : start + step], size, keys=of(start)) for start in starts)
             return accumulate(plain.trained(), [partial(plain.loss, batch) for batch in padded])
         config, ops = self.config, Ops(self.base.chosen)
         if variant != "configured":
@@ -94,6 +98,8 @@ class Variants:
         batches: Sequence[Batch] = contents.packed
         if variant == "single":
             batches = [pack([sample], self.base.spec, self.config.data.max_tokens) for sample in contents.samples]
+            if contents.keys is not None:
+                batches = [replace(batch, row_keys=keys) for batch, keys in zip(batches, contents.keys, strict=True)]
         return accumulate(trained, [partial(_on_device, model, batch, self.device) for batch in batches])
 
     def _too_little(self, variant: str) -> str:

@@ -262,4 +262,4 @@ def _jobs(plan: Steps, first: int, rank: int) -> Iterator[_Job]:
         step = plan.step(index)
         for ranks in step.micro_batches:
             positions = ranks[rank]
-            yield _Job(index, tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))
+            yield _Job(step.index, tuple(step.samples[positions].tolist()), tuple(step.weights[positions].tolist()))

@@ -197,7 +197,7 @@ def _tallied(
         if not accumulates and world == 1:
             for parameter in trained.values():
                 parameter.register_post_accumulate_grad_hook(lambda p: tally.name(p.grad, GRADIENTS))
-        guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, architecture.spec)
+        guard, batch = FiniteGuard(optimizer, device), _batch(micro_batch, architecture.spec, config.lora.draws)
         tally.watch(model)
         tally.begin()
         # Two where there are several: a micro-batch also finds what the one before it has not given back yet.
@@ -237,8 +237,8 @@ def _place(model: Llava, config: Config, dtype: torch.dtype, tally: Tally) -> No
     model.train()
 
 
-def _batch(size: MicroBatch, spec: ImageSpec) -> Batch:
-    """A batch of this size without data."""
+def _batch(size: MicroBatch, spec: ImageSpec, draws: bool) -> Batch:
+    """A batch of this size without data; with keys of its rows where something is drawn by them."""
     patches = size.images * spec.patches
     return Batch(
         token_ids=torch.empty(size.rows, dtype=torch.int64),
@@ -251,4 +251,5 @@ def _batch(size: MicroBatch, spec: ImageSpec) -> Batch:
         supervised_rows=torch.empty(size.supervised, dtype=torch.int32),
         targets=torch.empty(size.supervised, dtype=torch.int64),
         weights=torch.empty(size.supervised),
+        row_keys=torch.empty(size.rows, dtype=torch.int64) if draws else None,
     )

@@ -217,3 +217,26 @@ def test_too_little_memory_is_one_line(settings, monkeypatch):
     monkeypatch.setattr(module, "accumulate", full)
     with pytest.raises(UserError, match=r"^certify: 'truth' .* needs more memory than this GPU has; write --padded-batch 1, or train"):
         certified(settings())
+
+
+LORA = {"rank": 4, "dropout": 0.25}
+
+
+@pytest.mark.parametrize("llm", ["llama", "qwen3"])
+def test_it_holds_with_adapters_and_their_dropout(llm, settings):
+    certificate = certified(settings("finetune", llm, lora=LORA, optim={"projector_lr": 1e-3}))
+    assert certificate.holds, certificate.verdict()
+    judged = {each.name for each in certificate.judged}
+    assert any(name.endswith("q_proj.lora_A.weight") for name in judged)
+    assert not any(name.endswith("proj.weight") for name in judged)
+    for each in certificate.judged:
+        assert each.found is not None
+        assert each.found.norm > 0
+        assert each.found.error < 1e-5
+    assert any("0.25 of its input dropped" in line and "every way saw the same" in line for line in lines(certificate))
+
+
+def test_a_mask_that_depends_on_the_micro_batch_is_found(settings, monkeypatch):
+    honest = loader.row_keys
+    monkeypatch.setattr(loader, "row_keys", lambda seed, step, samples, lengths: honest(seed, step, range(len(samples)), lengths))
+    assert failing(certified(settings("finetune", "llama", lora=LORA))) == {"packing", "whole"}

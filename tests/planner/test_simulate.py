@@ -11,7 +11,7 @@ from torch import nn
 
 from benches.lib.timing import allocations
 from fastllava.batch import Batch, ImageSpec
-from fastllava.config import Config, check_config
+from fastllava.config import Config, LoraConfig, check_config
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava, build_projector
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
@@ -23,6 +23,7 @@ from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
 from fastllava.train import train_step
 from fastllava.train.stages import prepare_stage
 from fastllava_kernels import choose, rooms
+from fastllava_kernels._device import philox
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(
@@ -64,15 +65,17 @@ def real_batch() -> Batch:
     )
 
 
-def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA) -> int:
+def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA, architecture: Architecture = TINY) -> int:
     """The most bytes at once in a step of two micro-batches."""
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = build_llava(dataclasses.replace(TINY, llm=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
+    model = build_llava(dataclasses.replace(architecture, llm=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     trained = prepare_stage(model, config)
     optimizer = build_optimizer(trained.items(), config.optim)
     guard, batch = FiniteGuard(optimizer, CPU), real_batch()
+    if config.lora.draws:
+        batch = dataclasses.replace(batch, row_keys=torch.arange(len(batch.token_ids)))
 
     def step() -> None:
         train_step(model, optimizer, guard, [batch, batch], CPU, config.optim.max_grad_norm)
@@ -110,6 +113,20 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
     assert predicted.memory["master weights"] == 2 * parameters
     # A byte each, and 4 for every 256; those of the norms and biases are fp32.
     assert predicted.memory["optimizer"] == pytest.approx((2 + 8 / 256) * parameters, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_memory_of_adapters(recompute: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a CPU has in int64 on the way stays in the registers of a GPU.
+    monkeypatch.setattr(philox, "dropped", lambda keys, _, width, __: torch.zeros(len(keys), width, dtype=torch.bool))
+    config, lora = config_of("finetune", "bf16", recompute), LoraConfig(rank=8, dropout=dropout)
+    config, ops = config.model_copy(update={"lora": lora}), cpu_ops(torch.bfloat16)
+    adapted = dataclasses.replace(TINY, lora=lora)
+    predicted = simulate(config, adapted, ops, SIZE, accumulates=True)
+    assert predicted.peak == pytest.approx(measured(config, ops, architecture=adapted), rel=0.05)
+    trained = 6 * 8 * (4 * 2 * 96 + 3 * (96 + 256)) + sum(p.numel() for p in build_projector(TINY, reference_ops()).parameters())
+    assert predicted.memory["master weights"] == predicted.memory["gradients"] == 4 * trained
 
 
 def test_kinds_are_what_the_stage_keeps() -> None:

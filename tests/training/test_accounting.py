@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MptConfig, MptForCausalLM
 
 from fastllava.batch import Batch, ImageSpec
-from fastllava.config import ModelConfig, Recompute, Stage
+from fastllava.config import LoraConfig, ModelConfig, Recompute, Stage
 from fastllava.model.architecture import Architecture
 from fastllava.model.execution import Execution
 from fastllava.model.llama import LlamaConfig
@@ -18,6 +18,7 @@ from fastllava.model.ops import Ops, choose_ops
 from fastllava.model.towers import ClipConfig
 from fastllava.model.weights import load_llava
 from fastllava.train.metrics.flops import Accounting, Rows, Work, peak_flops
+from fastllava.train.stages import trained_parts
 
 CPU = torch.device("cpu")
 LENGTHS = (40, 40, 40)  # equal: then the reference's attention is one call, and every sample has its image first
@@ -61,18 +62,23 @@ def write_mpt(folder: Path) -> Path:
         ("none", "supervised", "reference", "mpt"),
         ("selective", "supervised", "varlen", "mpt"),
         ("full", "all", "reference", "mpt"),
+        ("none", "supervised", "reference", "lora"),
+        ("none", "all", "reference", "lora"),
     ],
 )
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_within_one_percent_of_pytorch_s_counter(
     world: Path, tmp_path: Path, stage: Stage, recompute: Recompute, last_layer: Rows, attention_op: str, family: str
 ) -> None:
-    reference = dict.fromkeys(("masked_linear_cross_entropy", "projector_splice"), "reference")
+    if (stage, family) == ("pretrain", "lora"):
+        pytest.skip("adapters are for stage finetune")
+    reference = dict.fromkeys(("masked_linear_cross_entropy", "projector_splice", "lora_linear"), "reference")
     ops = Ops(choose_ops(reference, CPU, torch.float32).chosen | {"attention": attention_op})
-    llm = world / "llm" if family == "llama" else write_mpt(tmp_path)
-    model = load_llava(ModelConfig(llm=llm, vision_tower=world / "clip"), Execution(ops, torch.float32, recompute, last_layer), 0)
+    llm = write_mpt(tmp_path) if family == "mpt" else world / "llm"
+    lora = LoraConfig(rank=8, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]) if family == "lora" else None
+    model = load_llava(ModelConfig(llm=llm, vision_tower=world / "clip"), Execution(ops, torch.float32, recompute, last_layer), 0, lora)
     model.requires_grad_(False)
-    for part in (model.projector,) if stage == "pretrain" else (model.projector, model.llm):
+    for part in trained_parts(model, stage):
         part.requires_grad_(True)
     # Of the whole square, as the counter knows no mask.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -124,6 +130,23 @@ def test_seven_b_by_hand() -> None:
     full = dataclasses.replace(SEVEN_B, recompute="full", last_layer="all")
     assert full.hardware_flops(work).decoder == pytest.approx((6 * 6.476e9 - 2 * 32 * 4096 * 11008) * 10240, rel=1e-3)
     assert full.model_flops(work) == flops
+
+
+def test_adapters_of_seven_b_by_hand() -> None:
+    """A and B of rank 128 on 7 layers: 2.5e6 values of each a decoder layer for queries, keys, values and output, 5.4e6 for the MLP."""
+    work = Work.of([640] * 16, [1] * 16, [32] * 16)
+    architecture = dataclasses.replace(SEVEN_B_MODEL, lora=LoraConfig(rank=128))
+    frozen, adapted = SEVEN_B.model_flops(work), Accounting.of_model(architecture, "finetune").model_flops(work)
+    square, inner = 128 * 2 * 4096, 128 * (4096 + 11008)
+    every_row, supervised_rows = 31 * 10240 * (4 * square + 3 * inner) + 10240 * 2 * square, 512 * (2 * square + 3 * inner)
+    assert adapted.decoder - frozen.decoder == 3 * 2 * (every_row + supervised_rows)
+    assert (adapted.head, adapted.attention) == (frozen.head, frozen.attention)
+    of = lambda recompute: Accounting.of_model(architecture, "finetune", recompute, "all").hardware_flops(work).decoder  # noqa: E731
+    rows = 32 * 10240
+    into, down = 128 * (4 + 2) * 4096 + 128 * 11008, 128 * 4096
+    assert of("norms") - of("none") == 2 * rows * into
+    assert of("selective") - of("norms") == 2 * rows * 2 * (4096 * 11008 + 128 * 11008)
+    assert of("full") - of("none") == 2 * rows * (4 * 4096**2 + 2 * 4096 * 11008 + 4 * square + 3 * inner - down)
 
 
 def test_fewer_tokens_of_an_image_are_fewer_operations() -> None:

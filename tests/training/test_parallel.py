@@ -48,6 +48,8 @@ RUNS = {
     "stage 2 in bf16": {"train": {"precision": "bf16"}},
     "fewer tokens an image": {"model": {"projector_type": "mlp_downsample"}},
     "resumed": {"train": {"max_steps": 8, "checkpoint_steps": 3}},
+    "adapters": {"lora": {"rank": 4, "dropout": 0.1}, "optim": {"projector_lr": 1e-3}},
+    "adapters resumed": {"lora": {"rank": 4, "dropout": 0.1}, "train": {"max_steps": 8, "checkpoint_steps": 3}},
 }
 # How several processes run them.
 PAIRS = {
@@ -62,6 +64,8 @@ PAIRS = {
     "frozen sharded, computed again": ("stage 1", {"parallel": {"frozen": "shard"}, "train": {"recompute": "norms"}}),
     "stage 1 in bf16": ("stage 1 in bf16", {"parallel": {"frozen": "shard"}}),
     "stage 2 in bf16": ("stage 2 in bf16", {}),
+    "adapters, the rest whole": ("adapters", {"parallel": {"frozen": "replicate"}}),
+    "adapters, the rest sharded, computed again": ("adapters", {"parallel": {"frozen": "shard"}, "train": {"recompute": "selective"}}),
 }
 FOURS = {
     "replicas": ("clipped", {"parallel": {"replicas": 2}, "train": {"micro_batch_tokens": 1}}),
@@ -133,8 +137,9 @@ def test_one_of_the_steps_is_of_texts_only(settings, alone):
     assert 0 in [prepared.n_images[plan.step(index).samples].sum() for index in range(4)]
 
 
-def test_goes_on_in_another_number_of_processes(settings, world, alone, tmp_path, monkeypatch):
-    values = values_of(settings, world, tmp_path / "run", RUNS["resumed"])
+@pytest.mark.parametrize("name", ["resumed", "adapters resumed"])
+def test_goes_on_in_another_number_of_processes(settings, world, alone, tmp_path, monkeypatch, name):
+    values = values_of(settings, world, tmp_path / "run", RUNS[name])
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert run(check_config(values), Console(quiet=True)).stopped_by is signal.SIGTERM
@@ -145,7 +150,7 @@ def test_goes_on_in_another_number_of_processes(settings, world, alone, tmp_path
         assert "resuming before step" in said
         assert f"stopped by SIGTERM before step {taken} of 8; the same command goes on" in said
     run(check_config(values), Console(quiet=True))
-    check_equal(tmp_path / "run", alone("resumed", settings))
+    check_equal(tmp_path / "run", alone(name, settings))
 
 
 def test_a_mishap_of_one_process_is_told_once_and_nothing_is_lost(settings, world, alone, tmp_path):

@@ -172,7 +172,10 @@ class Accounting:
         needed = self.model_flops(work)
         rows = work.supervised if self.last_layer == "supervised" else work.rows
         products, adapters, repeated = self._products(), self._adapters(), REPEATED[self.recompute]
-        again, adapted_again = ({name: these[name] for name in repeated if name in these} for these in (products, adapters))
+        again = {name: products[name] for name in repeated if name in products}
+        # What goes into a B is never kept by a layer that is computed again, and what comes out goes with the product beside it.
+        into = {} if self.recompute == "none" else self._adapters(("A",))
+        out_of = {name: part for name, part in self._adapters(("B",)).items() if name in repeated}
         # The columns that attention gets beside those of the heads, for MPT's ALiBi.
         attention = needed.attention * self.llm.attention_width / self.llm.head_dim
         return Flops(
@@ -181,7 +184,8 @@ class Accounting:
             decoder=self._passes() * self._layers(work, rows, products)
             + self._layers(work, rows, again)
             + 3 * self._layers(work, rows, adapters)
-            + self._layers(work, rows, adapted_again),
+            + self._layers(work, rows, into)
+            + self._layers(work, rows, out_of),
             attention=attention * (4 / 3 if self.recompute == "full" else 1),
             head=needed.head,
         )
@@ -194,14 +198,18 @@ class Accounting:
         """Forward of one row through each product of a layer."""
         return {name: 2.0 * weights for name, weights in self.llm.products().items()}
 
-    def _adapters(self) -> dict[str, float]:
-        """Forward of one row through the adapters of each product of a layer: `rank` values for each of its inputs and outputs."""
+    def _adapters(self, matrices: Sequence[str] = ("A", "B")) -> dict[str, float]:
+        """Forward of one row through these matrices of the adapters of each product of a layer."""
         if self.lora is None or self.lora.rank is None:
             return {}
-        # One side of every product is the decoder's width.
+        # One side of every product is the decoder's width: of attention's and the MLP's last ones it comes out.
         width = self.llm.hidden_size
-        sides = {name: width + weights / width for name, weights in self.llm.products().items()}
-        return {name: 2.0 * self.lora.rank * both for name, both in sides.items() if f"{name}_proj" in self.lora.targets}
+        sides = {name: (weights / width, width)[:: 1 if name in ("o", "down") else -1] for name, weights in self.llm.products().items()}
+        return {
+            name: sum(2.0 * self.lora.rank * side for side, matrix in zip(both, "AB", strict=True) if matrix in matrices)
+            for name, both in sides.items()
+            if f"{name}_proj" in self.lora.targets
+        }
 
     def _layers(self, work: Work, last_rows: int, products: Mapping[str, float]) -> float:
         """These products of every layer, where the last one has `last_rows` of all that is no key or value."""
