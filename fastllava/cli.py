@@ -38,6 +38,14 @@ class Layout(StrEnum):
 
     hf = "hf"
     llava = "llava"
+    peft = "peft"
+
+
+class Merge(StrEnum):
+    """How adapters are merged."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
 
 
 class Format(StrEnum):
@@ -207,16 +215,24 @@ def inspect(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")],
-    layout: Annotated[Layout, typer.Option(help="hf: LlavaForConditionalGeneration; llava: the original code")],
+    checkpoint: evaluation.Checkpoint,
+    layout: Annotated[
+        Layout,
+        typer.Option(help="hf: LlavaForConditionalGeneration; llava: the original code; peft: adapters for PEFT on llava-hf"),
+    ],
     out: Annotated[Path, typer.Option(help="folder to write; must be empty or new")],
+    merge: Annotated[
+        Merge | None,
+        typer.Option(help="of adapters: in fp32 and rounded once, or all in fp16 as the original does; fp32 when left out"),
+    ] = None,
+    base: evaluation.Base = None,
 ) -> None:
-    """Write a checkpoint that other tools load, read it back and compare."""
+    """Write a checkpoint that other tools load, read it back and compare. Adapters are merged, but for layout peft."""
     talk_to_whoever_listens()
     from fastllava.console.speaker import speaker
     from fastllava.export import export as run_export
 
-    run_export(checkpoint, layout.value, out, speaker(Console()))
+    run_export(checkpoint, layout.value, out, speaker(Console()), merge=None if merge is None else merge.value, base=base)
 
 
 app.command()(evaluation.answer)

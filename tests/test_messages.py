@@ -30,7 +30,7 @@ OTHERS_OPTIONS = {
     "--untracked-files": "git status",
     "--dump-resource-usage": "cuobjdump",
 }
-NO_KEYS = {"model.encode", "model.safetensors", "kernels.md", "eval.zip", "data.html"}
+NO_KEYS = {"model.encode", "model.language_model", "model.safetensors", "kernels.md", "eval.zip", "data.html"}
 """Names of code, files and others' weights that look like keys."""
 OF_THE_READER = {"model.projector=OUTPUT_DIR_OF_PRETRAIN"}
 """Values that stand for one of the reader's."""

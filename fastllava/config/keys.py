@@ -102,6 +102,9 @@ class ModelConfig(Section):
         json_schema_extra={"pattern": f"^({'|'.join(PROJECTORS.values())})$"},
     )
     select_layer: int = Field(-2, description="hidden state of the tower that feeds the projector; -2 is before the last block")
+    adapter: FilePath | None = Field(
+        None, description="folder of LoRA adapters on model.llm: what lora.rank goes on from; merged into its weights where there is none"
+    )
     tokenizer: FilePath | None = Field(None, description="tokenizer folder or file; model.llm's when left out")
 
     @field_validator("projector_type")

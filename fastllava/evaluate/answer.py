@@ -120,6 +120,7 @@ def answer_file(
     engine: str,
     precision: str,
     skip_bad: bool,
+    base: Path | None = None,
     console: Console,
 ) -> Outcome:
     """`answer_questions` of a questions file, for every process that torchrun started. Raises UserError."""
@@ -132,7 +133,7 @@ def answer_file(
         group.on_first(lambda: ready_to_write(out, "--out"))
         say = speaker(console if group.first else Console(quiet=True))
         most = max(len(question.images) for question in asked)
-        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group, max(1, most))
+        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group, max(1, most), base)
         return answer_questions(
             trained, asked, out, engine=made, max_new_tokens=max_new_tokens, skip_bad=skip_bad, group=group, console=console
         )

@@ -142,7 +142,14 @@ def _answer(question: str, conversation: Conversation, terminal: Terminal) -> No
 
 
 def chat(
-    checkpoint: Path, images: Sequence[Path], *, template: str | None, max_new_tokens: int, temperature: float, precision: str
+    checkpoint: Path,
+    images: Sequence[Path],
+    *,
+    template: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    precision: str,
+    base: Path | None = None,
 ) -> None:
     """`fastllava chat`: load the model, show it the pictures, then answer what is typed or piped in. Raises UserError."""
     if not math.isfinite(temperature):
@@ -153,7 +160,7 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     say = speaker(Console(stderr=True))
-    trained = load_trained(checkpoint, say, precision=precision)
+    trained = load_trained(checkpoint, say, precision=precision, base=base)
     trained = trained if template is None else trained.with_template(template)
     if temperature:
         torch.seed()

@@ -42,6 +42,8 @@ class Trained:
     image_policy: Literal["square", "pad"]
     max_tokens: int
     """A prompt with a picture is cut here, its patches counted, as in training."""
+    base: Path | None
+    """The model that it was trained from, where it was asked for by `--base`."""
     identity: str
     """A hash of the weights and of what decides the computation, wherever and in whatever files they lie."""
 
@@ -75,16 +77,18 @@ def load_trained(
     precision: str = AUTO,
     device: torch.device | None = None,
     group: Processes = ALONE,
+    base: Path | None = None,
 ) -> Trained:
-    """The model of `checkpoint`: a run's output_dir, its checkpoint-N, or a whole LLaVA in the original's layout or in llava-hf's.
+    """The model of `checkpoint`: a run's output_dir, its checkpoint-N, a whole LLaVA in the original's layout or llava-hf's, or adapters.
 
     precision: one of PRECISIONS. device: the GPU of this process when there is one, else the CPU, when left out. `report` gets a
-    line for what was found. Each process of `group` loads it. Raises UserError.
+    line for what was found. base: where the model lies that it was trained from, when not where it says.
+    Each process of `group` loads it. Raises UserError.
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision: '{precision}' is none; write one of {', '.join(PRECISIONS)}")
     device = _device(group.local_rank) if device is None else device
-    subject = find_subject(checkpoint, report)
+    subject = find_subject(checkpoint, report, base)
     path = subject.model.tokenizer or subject.model.llm
     tokenizer = load_tokenizer(path, subject.legacy, "CHECKPOINT")
     loaded = load_subject(subject, report)
@@ -105,7 +109,7 @@ def load_trained(
     report(f"{checkpoint} answers in {str(dtype).removeprefix('torch.')} on {device}")
     policy: Literal["square", "pad"] = "pad" if subject.image_policy == "pad" else "square"
     return Trained(
-        _name(checkpoint.resolve()), checkpoint, model, tokenizer, template(subject.template), policy, subject.max_tokens, identity
+        _name(checkpoint.resolve()), checkpoint, model, tokenizer, template(subject.template), policy, subject.max_tokens, base, identity
     )
 
 

@@ -10,7 +10,12 @@ from fastllava.errors import UserError
 
 # Heavy imports stay inside the commands, as in fastllava.cli.
 
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N or a whole LLaVA checkpoint")]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="output_dir, checkpoint-N, a whole LLaVA checkpoint, or LoRA adapters of one")
+]
+Base = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="the model that CHECKPOINT was trained from, where that is not where CHECKPOINT says")
+]
 TemplateName = Annotated[str | None, typer.Option(help="conversation template; the one it was trained with when left out")]
 BatchSize = Annotated[int, typer.Option(min=1, help="questions at a time; of engine transformers")]
 EngineName = Annotated[str, typer.Option(help="transformers or vllm")]
@@ -34,6 +39,7 @@ def answer(
     engine: EngineName = "transformers",
     precision: Precision = "auto",
     skip_bad: SkipBad = False,
+    base: Base = None,
 ) -> None:
     """Answer a file of questions, greedily. Goes on where it stopped; torchrun splits the questions over processes."""
     from fastllava.console.ending import talk_to_whoever_listens
@@ -54,6 +60,7 @@ def answer(
             engine=engine,
             precision=precision,
             skip_bad=skip_bad,
+            base=base,
             console=Console(),
         )
 
@@ -105,6 +112,7 @@ def evaluate(
     base_url: BaseUrl = None,
     judge_runs: JudgeRuns = 1,
     rules: Rules = None,
+    base: Base = None,
 ) -> None:
     """Answer and score the benchmarks that are there. Goes on where it stopped; torchrun splits the questions over processes."""
     from fastllava.console.ending import talk_to_whoever_listens
@@ -135,6 +143,7 @@ def evaluate(
             skip_bad=skip_bad,
             judge=asked,
             rules=rules,
+            base=base,
             console=console,
         )
         wrong = [one for one in outcomes if one.status == "failed" or (one.status == "missing" and benchmarks is not None)]
@@ -150,6 +159,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token; more: drawn, the more evenly")] = 0.0,
     precision: Precision = "auto",
+    base: Base = None,
 ) -> None:
     """Talk about a picture. /help lists what else can be typed; lines can be piped in too."""
     from fastllava.console.ending import talk_to_whoever_listens
@@ -157,7 +167,9 @@ def chat(
     talk_to_whoever_listens()
     from fastllava.evaluate.chat import chat as begin
 
-    begin(checkpoint, image or [], template=template, max_new_tokens=max_new_tokens, temperature=temperature, precision=precision)
+    begin(
+        checkpoint, image or [], template=template, max_new_tokens=max_new_tokens, temperature=temperature, precision=precision, base=base
+    )
 
 
 def report(

@@ -105,6 +105,7 @@ def evaluate_checkpoint(
     skip_bad: bool = False,
     judge: Judge | None = None,
     rules: Path | None = None,
+    base: Path | None = None,
     console: Console,
 ) -> list[Outcome]:
     """`evaluate` of a checkpoint, for every process that torchrun started; `out` gets report.html too. Raises UserError."""
@@ -116,7 +117,7 @@ def evaluate_checkpoint(
     with processes() as group:
         group.on_first(lambda: ready_to_write(out / SCORES, "--out"))
         say = speaker(console if group.first else Console(quiet=True))
-        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group)
+        trained, made = load_engine(checkpoint, engine, template, batch_size, precision, say, group, base=base)
         about = {"checkpoint": str(checkpoint.resolve()), "model": trained.identity, "template": trained.form.name, "engine": engine}
         about |= {"precision": str(trained.model.dtype).removeprefix("torch."), "version": __version__}
 

@@ -21,7 +21,7 @@ from fastllava.data.templates import Template
 from fastllava.data.tokenizer import Tokenizer
 from fastllava.errors import UserError
 from fastllava.model.execution import Execution
-from fastllava.model.llava import Llava
+from fastllava.model.llava import Llava, normalise
 from fastllava.model.ops import reference_ops
 from fastllava.model.weights import disk_tensors, load_llava
 from fastllava.model.weights.config_files import Vocabulary
@@ -81,18 +81,18 @@ class Check:
         count = len(found)
         for name, tensor in disk_tensors(self._model, self._layout, self._dtype, vocabulary):
             if name not in found or not _same_bits(found.pop(name), tensor):
-                raise _failed(f"tensor {name} was not read back as it was written")
+                raise failed(f"tensor {name} was not read back as it was written")
         if found:
-            raise _failed(f"tensor {next(iter(found))} was read back and never written")
+            raise failed(f"tensor {next(iter(found))} was read back and never written")
         report(f"check: all {count} tensors read back bit for bit")
 
     def _reloaded(self, out: Path, vocabulary: Vocabulary, report: Report) -> None:
         tower = self._source.vision_tower or self._model.origin.tower_folder
-        again = self._source.model_copy(update={"llm": out, "vision_tower": tower, "projector": None, "tokenizer": None})
+        again = self._source.model_copy(update={"llm": out, "vision_tower": tower, "projector": None, "adapter": None, "tokenizer": None})
         reloaded = load_llava(again, Execution(reference_ops(), self._dtype), seed=0)
         logits = self._ask(reloaded, self._asked)[:, : vocabulary.kept]
         if not torch.equal(logits, self._logits[:, : vocabulary.kept]):
-            raise _failed("logits of the fixed image and prompt differ after reading it back")
+            raise failed("logits of the fixed image and prompt differ after reading it back")
         report("check: logits of a fixed image and prompt are equal after reading it back")
 
     def _transformers(self, out: Path, vocabulary: Vocabulary, report: Report) -> None:
@@ -109,7 +109,7 @@ class Check:
             kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
             wrong = [f"{kind}: {', '.join(map(str, info[kind]))}" for kind in kinds if info[kind]]
             if wrong:
-                raise _failed(f"{name} reports {'; '.join(wrong)}")
+                raise failed(f"{name} reports {'; '.join(wrong)}")
             image = theirs.config.image_token_index
             self._tokens(name, processor.tokenizer(PROMPT).input_ids, self._ids or [], image)
             report(f"check: {name} loads it with no missing and no unexpected key, and tokenizes the prompt as training does")
@@ -122,10 +122,30 @@ class Check:
             self._generated(name, theirs, inputs, vocabulary)
             report("check: it answers through generate(**processor(text, images)), with our logits at every token")
 
+    def with_peft(self, base: Path, adapters: Path, report: Report) -> None:
+        """Compare with what PEFT makes of `adapters` on transformers' model of the folder `base`. Raises UserError."""
+        try:
+            import peft
+            import transformers
+        except ImportError:
+            report("check with PEFT: left out, as it is not installed")
+            return
+        name = f"PEFT {peft.__version__}"
+        with _quiet(transformers.utils.logging), torch.no_grad():
+            loaded: Any = transformers.LlavaForConditionalGeneration.from_pretrained(base, torch_dtype=self._dtype)
+            theirs = peft.PeftModel.from_pretrained(loaded, adapters).eval()
+            image, spec = loaded.config.image_token_index, self._model.spec
+            ids = [token for i in self._asked for token in ([image] * spec.patches if i == IMAGE_ID else [i])]
+            pixels = normalise(torch.from_numpy(self._image)[None], torch.tensor(spec.mean), torch.tensor(spec.std))
+            answer = theirs(input_ids=torch.tensor([ids]), pixel_values=pixels.to(self._dtype)).logits[0].float()
+        kept = self._model.llm.config.vocab_size
+        share = self._share(name, answer[:, :kept], self._logits)
+        report(f"check: {name} and transformers {transformers.__version__} load it; logits differ from ours by {share:.1e} of their norm")
+
     def _tokens(self, name: str, found: list[int], expected: list[int], image: int) -> None:
         expected = [image if i == IMAGE_ID else i for i in expected]
         if found != expected:
-            raise _failed(f"{name} tokenizes the prompt to {found}, training to {expected}")
+            raise failed(f"{name} tokenizes the prompt to {found}, training to {expected}")
 
     def _chat(self, name: str, processor: Any, tokenizer: Tokenizer, image: int, report: Report) -> None:
         """A conversation as training writes it, and the part of it that is supervised."""
@@ -151,7 +171,7 @@ class Check:
         marked = [at + skipped for at, yes in enumerate(found["assistant_masks"]) if yes]
         supervised = [at for begin, end in expected.supervised for at in range(begin, end)]
         if marked != supervised:
-            raise _failed(f"{name} takes the tokens {marked} of a conversation for the answers, training {supervised}")
+            raise failed(f"{name} takes the tokens {marked} of a conversation for the answers, training {supervised}")
         more = f" (it cannot mark what {form.name} supervises in questions)" if self._template.everywhere else ""
         report(f"check: its chat template writes, and marks as answers, what training does{more}")
 
@@ -160,7 +180,7 @@ class Check:
         try:
             answer = theirs.generate(**inputs, **options)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise _failed(f"generate of {name} raises: {' '.join(str(error).split())[:200]}") from error
+            raise failed(f"generate of {name} raises: {' '.join(str(error).split())[:200]}") from error
         new = answer.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         ours = self._ask(self._model, [*self._asked, *(i % vocabulary.kept for i in new)])
         ours = ours[-len(new) - 1 : -1, : vocabulary.kept]
@@ -170,7 +190,7 @@ class Check:
         """How far the logits of `name` are from ours, as a share of their norm."""
         share = ((found - ours).norm() / ours.norm()).item() if found.shape == ours.shape else math.inf
         if not share <= _BOUND[self._dtype]:
-            raise _failed(f"logits of {name} differ from ours by {share:.3g} of their norm")
+            raise failed(f"logits of {name} differ from ours by {share:.3g} of their norm")
         return share
 
     def _ask(self, model: Llava, ids: list[int]) -> Tensor:
@@ -213,5 +233,6 @@ def _same_bits(found: Tensor, expected: Tensor) -> bool:
     return same and torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
-def _failed(what: str) -> UserError:
+def failed(what: str) -> UserError:
+    """The error of a check that does not hold."""
     return UserError(f"--out: the check of the written checkpoint failed: {what}; nothing was kept, please report this line")

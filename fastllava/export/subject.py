@@ -1,4 +1,4 @@
-"""What a checkpoint is: a run's output_dir, its checkpoint-N, or a whole LLaVA checkpoint, and how it was trained."""
+"""What a checkpoint is: a run's output_dir, its checkpoint-N, a whole LLaVA checkpoint or adapters of one, and how it was trained."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,24 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllava.config import PROJECTORS, Config, ModelConfig, check_config, projector_name
+from fastllava.config import Config, LoraConfig, ModelConfig, check_config
 from fastllava.console.masking import paths_behind
 from fastllava.data.templates import TEMPLATES
 from fastllava.disk import read_json_object
 from fastllava.errors import UserError
+from fastllava.export.base import find_base, llava_of, recipe
 from fastllava.export.chat_template import chat_template
 from fastllava.model.execution import Execution
 from fastllava.model.llava import Llava
+from fastllava.model.lora import is_adapter
 from fastllava.model.ops import reference_ops
-from fastllava.model.weights import load_llava
+from fastllava.model.weights import load_llava, read_origin
+from fastllava.model.weights.adapters import is_adapter_folder, read_adapter
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json
 from fastllava.model.weights.layouts import layout_of
+from fastllava.model.weights.merging import LowRank, Merge
 from fastllava.model.weights.tower_configs import read_preprocessor
 from fastllava.model.weights.write import TEMPLATE_KEY
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage_of
-from fastllava.train.state.fingerprint import differences, fingerprint
+from fastllava.train.state.fingerprint import differences, fingerprint, hashed
 
-_REMEDY = "give the output_dir of a run, its checkpoint-N, or a whole LLaVA checkpoint"
+_REMEDY = "give the output_dir of a run, its checkpoint-N, a whole LLaVA checkpoint, or LoRA adapters of one"
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,17 @@ class Subject:
     legacy: bool | None
     start: Mapping[str, Any] = field(default_factory=dict)
     """Fingerprint of what `model` must still be, as far as it is known."""
+    added: LowRank | None = None
+    """Adapters that the checkpoint holds, to be merged into the weights of `model`."""
+    lora: LoraConfig | None = None
+    """What these adapters are."""
 
 
-def find_subject(checkpoint: Path, report: Callable[[str], object]) -> Subject:
+def find_subject(checkpoint: Path, report: Callable[[str], object], base: Path | None = None) -> Subject:
     """What the folder `checkpoint` is; no weights are read but those of a checkpoint-N. `report` gets a line.
 
-    Raises UserError when it is none of the three, is not whole, or is damaged.
+    base: the folder of the model that it was trained from, where that is not where `checkpoint` says.
+    Raises UserError when it is none of those in `_REMEDY`, is not whole, or is damaged.
     """
     if not checkpoint.is_dir():
         raise UserError(f"CHECKPOINT: {checkpoint} is no folder; {_REMEDY}")
@@ -56,7 +65,7 @@ def find_subject(checkpoint: Path, report: Callable[[str], object]) -> Subject:
 
         run, weights = read_model(checkpoint)
         report(f"{checkpoint} is a checkpoint of stage {run.stage}")
-        return replace(_of_run(run, run.model, weights), start=_start(checkpoint / "state.json", run))
+        return _of_weights(checkpoint, run, weights, base)
     run_config = read_optional_json(checkpoint / "run_config.json", "CHECKPOINT")
     run = check_config(run_config) if run_config else None
     # Of weights alone: a config.json may be mended by hand, as when the tower has moved.
@@ -65,8 +74,12 @@ def find_subject(checkpoint: Path, report: Callable[[str], object]) -> Subject:
             f"CHECKPOINT: {checkpoint} holds the result of a run, but its {broken}; start its training again, which writes the result "
             "again from its last checkpoint, or bring the file back from a copy"
         )
+    if is_adapter_folder(checkpoint):
+        return _of_adapter(checkpoint, run, base, report)
     # Stage pretrain's config.json tells the original's loader of a projector, and has no model beside it.
     if (checkpoint / "config.json").is_file() and not (run is not None and run.stage == "pretrain"):
+        if base is not None:
+            raise UserError(f"--base: {checkpoint} holds a whole model, which needs no other; leave --base out")
         return _of_folder(checkpoint, run, report)
     if run is None:
         raise UserError(f"CHECKPOINT: {checkpoint} holds no run_config.json and no config.json; {_REMEDY}")
@@ -74,8 +87,38 @@ def find_subject(checkpoint: Path, report: Callable[[str], object]) -> Subject:
     if not projector.is_file():
         raise UserError(f"CHECKPOINT: the run in {checkpoint} has not ended; let it end, or give one of its checkpoint-N folders")
     report(f"{checkpoint} is the output_dir of stage {run.stage}")
-    subject = _of_run(run, run.model.model_copy(update={"projector": projector}), {})
-    return replace(subject, start=_start(checkpoint / SUMMARY_FILE, run))
+    return _of_run(run, _on_base(checkpoint, run, base, projector=projector), _start(checkpoint / SUMMARY_FILE, run))
+
+
+def _of_weights(checkpoint: Path, run: Config, weights: dict[str, Tensor], base: Path | None) -> Subject:
+    """A run's checkpoint-N with these weights: adapters are to be merged, the rest is laid over what the run began with."""
+    changes: dict[str, Any] = {}
+    if run.lora.wanted:
+        # They have been trained on since it gave them.
+        changes = {"adapter": None}
+    subject = _of_run(run, _on_base(checkpoint, run, base, **changes), _start(checkpoint / "state.json", run))
+    if not run.lora.wanted:
+        return replace(subject, weights=weights)
+    adapters = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
+    rest = {name: tensor for name, tensor in weights.items() if name not in adapters}
+    return replace(subject, weights=rest, added=LowRank(run.lora.scale, adapters, f"CHECKPOINT: {checkpoint}"), lora=run.lora)
+
+
+def _of_adapter(checkpoint: Path, run: Config | None, base: Path | None, report: Callable[[str], object]) -> Subject:
+    """A folder of adapters: the output_dir of a LoRA run, or the original's, or PEFT's."""
+    adapter = read_adapter(checkpoint, "CHECKPOINT")
+    if run is not None:
+        report(f"{checkpoint} is the output_dir of stage {run.stage}, with adapters of rank {adapter.rank}")
+        model = _on_base(checkpoint, run, base, projector=None, adapter=checkpoint)
+        subject = _of_run(run, model, _start(checkpoint / SUMMARY_FILE, run))
+    else:
+        model, given, folder, layout = llava_of(adapter, find_base(checkpoint, adapter.base, base))
+        report(
+            f"{checkpoint} holds adapters of rank {adapter.rank} on {model.llm}; scale {adapter.scale:g}, on {', '.join(adapter.targets)}"
+        )
+        subject = _of_llava(model, given, folder, layout, report)
+    llm = read_origin(subject.model).llm
+    return replace(subject, added=adapter.to_be_added(llm.num_hidden_layers), lora=adapter.lora)
 
 
 def _start(file: Path, run: Config) -> dict[str, Any]:
@@ -84,7 +127,7 @@ def _start(file: Path, run: Config) -> dict[str, Any]:
         start = read_json_object(file).get("start")
     except (OSError, ValueError):
         return {}
-    trained = {"model.projector"} if run.stage == "pretrain" else {"model.projector", "model.llm"}
+    trained = {"model.projector"} if run.stage == "pretrain" or run.lora.wanted else {"model.projector", "model.llm"}
     parts = {key: part for key, part in start.items() if isinstance(part, dict)} if isinstance(start, dict) else {}
     return {key: {"config": part.get("config"), **({} if key in trained else part)} for key, part in parts.items()}
 
@@ -92,7 +135,7 @@ def _start(file: Path, run: Config) -> dict[str, Any]:
 def _unmasked(model: ModelConfig) -> ModelConfig:
     """`model` with the paths that are here. What looked like a password in them was masked when run_config.json was written."""
     found = {}
-    for key in ("llm", "vision_tower", "projector", "tokenizer"):
+    for key in ("llm", "vision_tower", "projector", "adapter", "tokenizer"):
         path = getattr(model, key)
         if isinstance(path, Path):
             paths = paths_behind(path)
@@ -105,10 +148,17 @@ def _unmasked(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update=found)
 
 
-def _of_run(run: Config, model: ModelConfig, weights: dict[str, Tensor]) -> Subject:
+def _on_base(checkpoint: Path, run: Config, base: Path | None, **changes: Any) -> ModelConfig:
+    """The model that `run` began with, found again, and these changes to it."""
+    model = run.model if base is None else run.model.model_copy(update={"llm": base})
     model = _unmasked(model)
+    return model.model_copy(update={"llm": find_base(checkpoint, str(model.llm), base), **changes})
+
+
+def _of_run(run: Config, model: ModelConfig, start: Mapping[str, Any] | None = None) -> Subject:
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    return Subject(model, weights, dtype, run.data.template, run.data.image_policy, run.data.max_tokens, run.data.legacy)
+    data = run.data
+    return Subject(model, {}, dtype, data.template, data.image_policy, data.max_tokens, data.legacy, start or {})
 
 
 def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]) -> Subject:
@@ -117,16 +167,16 @@ def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]
     layout = layout_of(given)
     if layout == "llm":
         raise UserError(f"CHECKPOINT: {folder} holds an LLM without tower and projector; {_REMEDY}")
-    kind = given.get("mm_projector_type", "linear") if layout == "llava" else "mlp2x_gelu"
-    layer = given.get("mm_vision_select_layer" if layout == "llava" else "vision_feature_layer", -2)
-    if projector_name(str(kind)) is None:
-        raise UserError(f"CHECKPOINT: {folder}/config.json has the projector {kind!r}; only {', '.join(PROJECTORS)} are supported")
-    if not isinstance(layer, int):
-        raise UserError(f"CHECKPOINT: {folder}/config.json selects the tower's layers {layer}; only one layer is supported")
+    kind, layer = recipe(given, layout, folder)
     model = ModelConfig(llm=folder, projector_type=kind, select_layer=layer)  # pyright: ignore[reportCallIssue]
     if run is not None:
         report(f"{folder} is the output_dir of stage {run.stage}")
-        return _of_run(run, model, {})
+        return _of_run(run, model)
+    return _of_llava(model, given, folder, layout, report)
+
+
+def _of_llava(model: ModelConfig, given: Mapping[str, Any], folder: Path, layout: str, report: Callable[[str], object]) -> Subject:
+    """A LLaVA from elsewhere, which the config.json `given` in `folder` describes."""
     if layout == "llava":
         policy, length = given.get("image_aspect_ratio", "square"), given.get("tokenizer_model_max_length", 2048)
     else:
@@ -134,7 +184,7 @@ def _of_folder(folder: Path, run: Config | None, report: Callable[[str], object]
     policy, named = policy if policy == "pad" else "square", _named_template(folder, given)
     known = f"template {named}" if named else "template v1, as it names none"
     report(f"{folder} is a LLaVA checkpoint in layout {layout}; image policy {policy}, and {known}")
-    return Subject(model, {}, _stored_dtype(folder), named or "v1", policy, length, None)
+    return Subject(model, {}, _stored_dtype(model.llm), named or "v1", policy, length, None)
 
 
 def _length(folder: Path) -> int:
@@ -164,13 +214,17 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return found or torch.float32
 
 
-def load_subject(subject: Subject, report: Callable[[str], object]) -> Llava:
-    """The model on the CPU, frozen, in the subject's dtype, computing with the reference of every op.
+def load_subject(subject: Subject, report: Callable[[str], object], merge: Merge = "fp32") -> Llava:
+    """The model on the CPU, frozen, in the subject's dtype, computing with the reference of every op; adapters merged as `merge` says.
 
     Raises UserError when it cannot be read, does not fit, or is not the model that the training began with.
     """
-    model = load_llava(subject.model, Execution(reference_ops(), subject.dtype), seed=0)
-    if changed := differences(fingerprint(model), subject.start) if subject.start else {}:
+    before: dict[str, str] = {}
+    added = subject.added
+    if added is not None:
+        added = replace(added, how=merge, before=lambda name, weight: before.update({name: hashed(weight)}))
+    model = load_llava(subject.model, Execution(reference_ops(), subject.dtype), seed=0, added=added)
+    if changed := differences(fingerprint(model, before=before), subject.start) if subject.start else {}:
         raise UserError(f"CHECKPOINT: it was trained on another model: {'; '.join(changed.values())}; bring back the model of then")
     parameters = dict(model.named_parameters())
     with torch.no_grad():

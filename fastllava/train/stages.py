@@ -11,7 +11,15 @@ from fastllava.errors import UserError
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.llava import Llava
 from fastllava.model.lora import adapters, is_adapter
-from fastllava.model.weights import projector_config, projector_file, read_origin, write_checkpoint, write_projector
+from fastllava.model.weights import (
+    projector_config,
+    projector_file,
+    read_adapter,
+    read_origin,
+    write_checkpoint,
+    write_lora,
+    write_projector,
+)
 from fastllava.train.metrics.summary import damage_of
 
 
@@ -22,16 +30,36 @@ def check_start(config: Config) -> None:
     """
     if config.stage == "pretrain" and config.model.projector_type == "identity":
         raise UserError("model.projector_type: identity has no weights, so stage pretrain has nothing to train; run stage finetune")
-    plain_llm = read_origin(config.model).layout == "llm"
+    origin = read_origin(config.model, config.lora)
+    trained = None if config.model.adapter is None else _checked_adapter(config, config.model.adapter, origin.llm.num_hidden_layers)
+    wanting = origin.layout == "llm" and trained is None
     if isinstance(config.model.projector, Path):
         path = projector_file(config.model.projector)
         if (broken := damage_of(path.parent, (path.name,))) is not None:
             raise UserError(f"model.projector: {path.parent} is the output_dir of a run, but its {broken}; start that run again to mend it")
-    if config.stage == "finetune" and config.model.projector is None and config.model.projector_type != "identity" and plain_llm:
+    if config.stage == "finetune" and config.model.projector is None and config.model.projector_type != "identity" and wanting:
         raise UserError(
             "model.projector: is missing; stage finetune starts from stage pretrain's projector: write "
             "model.projector=OUTPUT_DIR_OF_PRETRAIN/mm_projector.safetensors, or model.projector=fresh to start from a new one"
         )
+
+
+def _checked_adapter(config: Config, folder: Path, layers: int) -> Path | None:
+    """Where the projector lies that comes with the adapters of model.adapter. Raises UserError when they are not what the run wants."""
+    if (broken := damage_of(folder, (".safetensors", ".bin"))) is not None:
+        raise UserError(f"model.adapter: {folder} is the output_dir of a run, but its {broken}; start that run again to mend it")
+    adapter = read_adapter(folder, "model.adapter")
+    if config.lora.wanted:
+        adapter.to_go_on_from(config.lora, layers)
+    else:
+        adapter.to_be_added(layers)
+    trained = None if adapter.projector_files is None else adapter.projector_files.path
+    if trained is not None and isinstance(config.model.projector, Path):
+        raise UserError(
+            f"model.projector: {config.model.projector}, and the projector that was trained with model.adapter is {trained}; write "
+            "model.projector=null to take that one"
+        )
+    return trained
 
 
 def trained_parts(model: Llava, stage: Stage) -> list[nn.Module]:
@@ -80,10 +108,14 @@ def write_result(
     """Write what the stage leaves in output_dir, in the compute dtype as the original does; the files. Raises OSError.
 
     pretrain: mm_projector.safetensors, mm_projector.bin and the config.json that the original's loader wants beside them.
-    finetune: the first two and a whole checkpoint in the original's layout.
+    finetune: the first two and a whole checkpoint in the original's layout; where adapters train the original's four files of those alone.
     `state` is `gather_result`'s where the model is sharded. `report` gets a line for whatever was left out or changed.
     """
     dtype = COMPUTE_DTYPE[config.train.precision]
+    if config.lora.wanted:
+        about = {"image_policy": config.data.image_policy, "max_tokens": config.data.max_tokens, "projector_lr": config.optim.projector_lr}
+        files = write_lora(model, config.output_dir, dtype, source=config.model, **about, state=state)
+        return [config.output_dir / name for name in files]
     projector = None
     if state is not None:
         projector = {name.removeprefix("projector."): tensor for name, tensor in state.items() if name.startswith("projector.")}

@@ -254,7 +254,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llava_llama", "mm_projector_type": "ldpnet"}')
     cases = [
-        (run / "llava", "gguf", tmp_path / "new", r"^--layout: 'gguf' is no layout; write hf or llava"),
+        (run / "llava", "gguf", tmp_path / "new", r"^--layout: 'gguf' is no layout; write hf, llava or peft"),
         (run / "llava", "hf", tmp_path / "full", r"^--out: .*full exists and is not an empty folder; give a new one"),
         (run / "llava", "hf", tmp_path / "full" / "file", r"^--out: .*file exists and is not an empty folder"),
         (tmp_path / "nowhere", "hf", tmp_path / "new", r"^CHECKPOINT: .*nowhere is no folder; give the output_dir of a run"),

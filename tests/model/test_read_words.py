@@ -39,5 +39,5 @@ def test_an_adapter_is_recognised_whatever_lies_beside_it(tiny, tmp_path):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}))
     (folder / "config.json").write_text((tiny.llm / "config.json").read_text())
-    with pytest.raises(UserError, match=r"LoRA adapter .*lmsys/vicuna-7b-v1\.5.*merge"):
+    with pytest.raises(UserError, match=r"LoRA adapter .*lmsys/vicuna-7b-v1\.5.*; write model\.adapter="):
         tiny.load(llm=folder)

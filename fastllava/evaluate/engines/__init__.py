@@ -69,15 +69,16 @@ def load_engine(
     report: Callable[[str], object],
     group: Processes = ALONE,
     pictures: int = 1,
+    base: Path | None = None,
 ) -> tuple[Trained, Engine]:
     """The model of `checkpoint`, asked with the template of that name where one is given, and the engine called `name` over it.
 
-    `pictures`: the most that a prompt shows. Every process of `group` calls this. Raises UserError.
+    `pictures`: the most that a prompt shows; `base`: `load_trained`'s. Every process of `group` calls this. Raises UserError.
     """
     with group.first_speaks():
         # vLLM fills the GPUs by itself.
         device = torch.device("cpu") if name == "vllm" else None
-        trained = load_trained(checkpoint, report, precision=precision, device=device, group=group)
+        trained = load_trained(checkpoint, report, precision=precision, device=device, group=group, base=base)
         trained = trained if template is None else trained.with_template(template)
         return trained, make_engine(name, trained, batch_size, report, pictures)
 

@@ -20,6 +20,7 @@ from fastllava.errors import UserError
 from fastllava.evaluate.checkpoint import Trained
 from fastllava.evaluate.engines import Prompt, rows_of
 from fastllava.export import export
+from fastllava.model.weights.adapters import is_adapter_folder
 from fastllava.model.weights.files import read_json
 from fastllava.model.weights.layouts import layout_of
 from fastllava.model.weights.write import not_in_hf
@@ -84,7 +85,8 @@ def hf_folder(trained: Trained, report: Callable[[str], object]) -> Path:
 
     Raises UserError where that layout cannot hold the model.
     """
-    if (trained.folder / "config.json").is_file() and layout_of(read_json(trained.folder / "config.json", "CHECKPOINT")) == "hf":
+    whole = (trained.folder / "config.json").is_file() and not is_adapter_folder(trained.folder)
+    if whole and layout_of(read_json(trained.folder / "config.json", "CHECKPOINT")) == "hf":
         return trained.folder
     if (reason := not_in_hf(trained.model)) is not None:
         raise UserError(f"--engine: vllm reads Hugging Face's layout, which {reason}; write --engine transformers")
@@ -92,7 +94,7 @@ def hf_folder(trained: Trained, report: Callable[[str], object]) -> Path:
     if not (folder / "config.json").is_file():
         report(f"vLLM reads llava-hf's layout: writing it to {folder}, once")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(trained.folder, "hf", folder, report)
+        export(trained.folder, "hf", folder, report, base=trained.base)
     return folder
 
 

@@ -145,6 +145,15 @@ def projector_config(model: Llava, dtype: torch.dtype, source: ModelConfig, imag
     return found | {"vocab_size": model.llm.config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
 
 
+def lora_config(
+    model: Llava, dtype: torch.dtype, source: ModelConfig, image_policy: str, max_tokens: int, projector_lr: float | None
+) -> dict[str, Any]:
+    """config.json beside adapters, as the original's LoRA training writes it: of the base, and of tower and projector."""
+    found = projector_config(model, dtype, source, image_policy, max_tokens)
+    of_base = {"_name_or_path": str(source.llm), "architectures": model.origin.text.get("architectures") or found["architectures"]}
+    return found | of_base | {"mm_projector_lr": projector_lr}
+
+
 def _original_config(
     model: Llava, text: Mapping[str, Any], source: ModelConfig, image_policy: str, max_tokens: int, home: Path
 ) -> dict[str, Any]:

@@ -7,6 +7,8 @@
 | projector | projector... | model.mm_projector... | multi_modal_projector.linear_{1,2}..., of mlp2x_gelu alone |
 | tower | tower.vision_model... | model.vision_tower.vision_tower.vision_model... | vision_tower.vision_model... |
 
+Layout "module" is llava-hf's as transformers' own modules are named since 4.52, and PEFT names adapters: model.language_model.layers...,
+model.multi_modal_projector.linear_{1,2}....
 In an MPT `transformer` stands for `model`: llm.transformer.blocks..., in layout "llava" transformer.mm_projector...; it has no layout "hf".
 """
 
@@ -61,6 +63,10 @@ _TABLES: Mapping[str, tuple[_Part, ...]] = {
         _Part("llm.model.", "language_model.model.", r"(model\.language_model|language_model)\.(model\.)?"),
         *(_Part(ours, theirs, rf"(model\.)?{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
         _Part("tower.vision_model.", "vision_tower.vision_model.", r"(model\.)?vision_tower\.(vision_model\.)?"),
+    ),
+    "module": (
+        _Part("llm.model.", "model.language_model.", r"model\.language_model\."),
+        *(_Part(ours, f"model.{theirs}", rf"model\.{re.escape(theirs)}") for ours, theirs in _HF_PROJECTORS),
     ),
     "tower": (_Part("tower.vision_model.", "vision_model.", r"vision_model\.|(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)"),),
     "projector": (

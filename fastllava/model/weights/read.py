@@ -12,23 +12,23 @@ from fastllava.batch import ImageSpec
 from fastllava.config import LoraConfig, ModelConfig
 from fastllava.errors import UserError, or_download
 from fastllava.model.architecture import Architecture
-from fastllava.model.build import build_llava, build_projector
+from fastllava.model.build import build_llava
 from fastllava.model.execution import Execution
 from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.lora import drawn, is_adapter
 from fastllava.model.mpt import MptConfig
-from fastllava.model.ops import reference_ops
-from fastllava.model.projectors import KINDS, kind_of
+from fastllava.model.projectors import kind_of
 from fastllava.model.towers import TowerConfig
+from fastllava.model.weights.adapter_config import ADAPTER_CONFIG
+from fastllava.model.weights.adapters import Adapter, is_adapter_folder, read_adapter
 from fastllava.model.weights.configs import decoder_config, image_token, text_rows
 from fastllava.model.weights.files import TensorFiles, read_json, read_optional_json, without_code
-from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_disk, to_ours
+from fastllava.model.weights.fill import fill
+from fastllava.model.weights.layouts import Layout, ignored, layout_of, to_ours
+from fastllava.model.weights.merging import NOTHING, LowRank
 from fastllava.model.weights.tower_configs import image_spec, read_preprocessor, tower_config, vision_part
 from fastllava_kernels.room import Sizes
-
-TABLES = ("llm.model.embed_tokens.weight", "llm.transformer.wte.weight", "llm.lm_head.weight")
-"""The tensors with a row for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ def read_origin(config: ModelConfig, lora: LoraConfig | None = None) -> Origin:
     llm = decoder_config(text, where)
     if layout == "hf" and isinstance(llm, MptConfig):
         raise UserError(f"{where}: text_config is an MPT's, which Hugging Face's layout does not hold; give it in the original's layout")
-    tower_folder = find_tower(config, given, layout)
+    said = {} if config.adapter is None else read_optional_json(config.adapter / "config.json", "model.adapter")
+    described = [(folder, given)] if config.adapter is None else [(folder, given), (config.adapter, said)]
+    tower_folder = _find_tower(config, layout, *described)
     if tower_folder is None:
         vision, place = dict(given["vision_config"]), where
         vision.setdefault("model_type", "clip_vision_model")
@@ -88,7 +90,9 @@ def read_origin(config: ModelConfig, lora: LoraConfig | None = None) -> Origin:
         vision, place = read_json(tower_folder / "config.json", "model.vision_tower"), f"model.vision_tower: {tower_folder}/config.json"
     tower = tower_config(vision, place)
     if layout != "llm":
-        _check_recipe(config, given, layout, where, tower)
+        _check_recipe(config, given, layout, key, folder, tower)
+    if config.adapter is not None and said and layout_of(said) == "llava":
+        _check_recipe(config, said, "llava", "model.adapter", config.adapter, tower)
     preprocessor = read_preprocessor(tower_folder, "model.vision_tower") if tower_folder else {}
     if not preprocessor and layout == "hf":
         preprocessor = read_preprocessor(folder, key)
@@ -107,7 +111,7 @@ def read_origin(config: ModelConfig, lora: LoraConfig | None = None) -> Origin:
         generation=without_code(read_optional_json(folder / "generation_config.json", key)),
         preprocessor=preprocessor,
         tower_folder=tower_folder,
-        mm_vision_tower=given.get("mm_vision_tower"),
+        mm_vision_tower=given.get("mm_vision_tower") or said.get("mm_vision_tower"),
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
         lora=lora if lora is not None and lora.wanted else None,
@@ -125,29 +129,43 @@ def read_image_spec(config: ModelConfig) -> ImageSpec:
     return read_origin(config).spec
 
 
-def load_llava(config: ModelConfig, execution: Execution, seed: int, lora: LoraConfig | None = None) -> Llava:
+def load_llava(config: ModelConfig, execution: Execution, seed: int, lora: LoraConfig | None = None, added: LowRank | None = None) -> Llava:
     """The model of `config` on the CPU, every tensor rounded to the dtype of `execution` as it is read, one at a time.
 
-    With the adapters that `lora` asks for, drawn from `seed`.
+    With the adapters that `lora` asks for: those of model.adapter, or else drawn from `seed`. Without any, those of model.adapter
+    are merged into the weights that they lie on as those are read, or `added`, where it is given, in their place.
 
-    The projector comes from model.projector, else from a whole LLaVA in model.llm, else it is drawn fresh from `seed`
-    (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.
+    The projector comes from model.projector, else from model.adapter, else from a whole LLaVA in model.llm, else it is drawn fresh from
+    `seed` (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.
     Raises UserError when a file cannot be read, or a tensor is missing, unexpected or of another shape.
     """
     origin, dtype = read_origin(config, lora), execution.dtype
+    adapter = None if config.adapter is None else read_adapter(config.adapter, "model.adapter")
+    going_on: Mapping[str, Tensor] = {}
+    if adapter is not None and added is None:
+        if origin.lora is not None:
+            going_on = adapter.to_go_on_from(origin.lora, origin.llm.num_hidden_layers)
+        else:
+            added = adapter.to_be_added(origin.llm.num_hidden_layers)
+    added = added or NOTHING
     files = TensorFiles(config.llm, "model.llm")
     found = {name: to_ours(name, origin.layout) for name in files.names if not ignored(name)}
     heads = [name for name, ours in found.items() if ours == "llm.lm_head.weight"] if origin.llm.tied else []
     for name in heads:
         del found[name]
     parts = {"llm"} | {str(ours).split(".")[0] for ours in found.values()} & {"tower", "projector"}
-    if config.projector is not None and "projector" in parts:
+    projector = _projector(config, adapter)
+    if (config.projector is not None or projector is not None) and "projector" in parts:
         parts.remove("projector")
         found = {name: ours for name, ours in found.items() if not str(ours).startswith("projector.")}
-    path = projector_file(config.projector) if isinstance(config.projector, Path) else None
-    source = config.llm if "projector" in parts else path
+    source = config.llm if "projector" in parts else None if projector is None else projector[0].path
     model = build_llava(origin, execution, "fresh" if source is None else str(source))
-    _fill(model, parts, files, found, dtype)
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        return added.merged(name, tensor, dtype)
+
+    added.check({name: parameter.shape for name, parameter in model.named_parameters()}, f"model.llm {config.llm}")
+    fill(model, parts, files, found, convert)
     for name in heads:
         if not torch.equal(files.one(name)[: origin.llm.vocab_size].to(dtype), model.llm.head_weight):
             raise UserError(f"model.llm: {config.llm} says tie_word_embeddings and holds another {name}; write tie_word_embeddings: false")
@@ -155,17 +173,32 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int, lora: LoraC
         if origin.tower_folder is None:
             raise UserError(f"model.vision_tower: is missing, and {config.llm} holds no weights of one; give the folder of its tower")
         files = TensorFiles(origin.tower_folder, "model.vision_tower")
-        _fill(model, {"tower"}, files, {name: to_ours(name, "tower") for name in files.names if not ignored(name)}, dtype)
-    if path is not None:
-        files = TensorFiles(path, "model.projector")
-        _fill(model, {"projector"}, files, {name: to_ours(name, "projector") for name in files.names}, dtype)
+        fill(model, {"tower"}, files, {name: to_ours(name, "tower") for name in files.names if not ignored(name)}, convert)
+    if projector is not None:
+        fill(model, {"projector"}, *projector, convert)
     elif source is None:
         for name, tensor in model.projector.draw(seed).items():
             set_parameter(model.projector, name, nn.Parameter(tensor.to(dtype)))
     for name, parameter in list(model.named_parameters()):
         if is_adapter(name):
-            set_parameter(model, name, nn.Parameter(drawn(name, parameter.shape, seed).to(dtype)))
+            tensor = going_on[name] if name in going_on else drawn(name, parameter.shape, seed)
+            if tensor.shape != parameter.shape:
+                found, wanted = list(tensor.shape), list(parameter.shape)
+                raise UserError(
+                    f"model.adapter: {config.adapter} has {name} {found}, where {wanted} is needed; give adapters of {config.llm}"
+                )
+            set_parameter(model, name, nn.Parameter(tensor.to(dtype, copy=True)))
     return model
+
+
+def _projector(config: ModelConfig, adapter: Adapter | None) -> tuple[TensorFiles, Mapping[str, str | None]] | None:
+    """The files of the projector and our names of its tensors, where it lies outside model.llm and is not to be drawn."""
+    if isinstance(config.projector, Path):
+        files = TensorFiles(projector_file(config.projector), "model.projector")
+        return files, {name: to_ours(name, "projector") for name in files.names}
+    if config.projector is None and adapter is not None and adapter.projector_files is not None:
+        return adapter.projector_files, adapter.projector_names
+    return None
 
 
 def projector_file(path: Path) -> Path:
@@ -180,43 +213,45 @@ def projector_file(path: Path) -> Path:
     return path
 
 
-def find_tower(config: ModelConfig, given: Mapping[str, Any], layout: Layout) -> Path | None:
+def _find_tower(config: ModelConfig, layout: Layout, *described: tuple[Path, Mapping[str, Any]]) -> Path | None:
     """The folder of the tower's config.json: model.vision_tower, or where an original checkpoint says, or beside it by that name.
 
-    None for a llava-hf checkpoint, which describes its tower itself. Raises UserError when there is none.
+    None for a llava-hf checkpoint, which describes its tower itself. `described`: model.llm, and model.adapter where there is one,
+    with what their config.json say. Raises UserError when there is none.
     """
     if config.vision_tower is not None:
         return config.vision_tower
-    if layout == "hf" and given.get("vision_config"):
+    if layout == "hf" and described[0][1].get("vision_config"):
         return None
-    name = given.get("mm_vision_tower")
-    if not isinstance(name, str) or not name:
+    told = [(folder, name) for folder, given in described if isinstance(name := given.get("mm_vision_tower"), str) and name]
+    if not told:
         raise UserError(
             f"model.vision_tower: is missing, and {config.llm} names no vision tower; give the folder of a CLIP or SigLIP vision model"
         )
-    places = [Path(name), config.llm / "vision_tower", config.llm / name, config.llm.absolute().parent / Path(name).name]
+    places = []
+    for folder, name in told:
+        places += [Path(name), folder / "vision_tower", folder / name, folder.absolute().parent / Path(name).name]
     for place in places:
         if (place / "config.json").is_file():
             return place
+    folder, name = told[0]
     raise UserError(
-        f"model.vision_tower: is missing, and the tower {name!r} of {config.llm} is in none of "
+        f"model.vision_tower: is missing, and the tower {name!r} of {folder} is in none of "
         f"{', '.join(str(place) for place in places)}; give the folder of that tower, or put it there{or_download(Path(name))}"
     )
 
 
 def _refuse_adapter(folder: Path) -> None:
     """Raises UserError for a LoRA adapter, which is no model by itself, whether or not a config.json lies beside it."""
-    whole = any(folder.glob("*model*.safetensors*")) and not (folder / "adapter_model.safetensors").is_file()
-    if not (folder / "adapter_config.json").is_file() or whole or any(folder.glob("pytorch_model*.bin*")):
-        return
-    base = read_json(folder / "adapter_config.json", "model.llm").get("base_model_name_or_path")
-    raise UserError(
-        f"model.llm: {folder} holds a LoRA adapter (adapter_config.json), trained on {str(base)[:200]!r}, and no whole model; "
-        "merge it into that model first (peft: merge_and_unload, save_pretrained) and give the merged folder"
-    )
+    if is_adapter_folder(folder):
+        base = read_json(folder / ADAPTER_CONFIG, "model.llm").get("base_model_name_or_path")
+        raise UserError(
+            f"model.llm: {folder} holds a LoRA adapter ({ADAPTER_CONFIG}), trained on {str(base)[:200]!r}, and no whole model; "
+            f"write model.adapter={folder}, and the folder of that model as model.llm"
+        )
 
 
-def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, where: str, tower: TowerConfig) -> None:
+def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout, key: str, folder: Path, tower: TowerConfig) -> None:
     """Refuse a whole LLaVA that was trained in a way this model does not compute, or with another setting than the config's."""
     if layout == "hf":
         layer, feature = given.get("vision_feature_layer", -2), given.get("vision_feature_select_strategy", "default")
@@ -227,12 +262,10 @@ def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout,
         kind, patches = given.get("mm_projector_type", "linear"), ("patch",) if tower.CLASS_ROWS else ("patch", "cls_patch")
     if layer != config.select_layer:
         raise UserError(
-            f"model.select_layer: {config.select_layer}, but {config.llm} was trained with {layer}; write model.select_layer={layer}"
+            f"model.select_layer: {config.select_layer}, but {folder} was trained with {layer}; write model.select_layer={layer}"
         )
     if config.projector is None and kind != config.projector_type:
-        raise UserError(
-            f"model.projector_type: {config.projector_type!r}, but {config.llm} has {kind!r}; write model.projector_type={kind}"
-        )
+        raise UserError(f"model.projector_type: {config.projector_type!r}, but {folder} has {kind!r}; write model.projector_type={kind}")
     unsupported = {
         "the class row goes to its projector": tower.CLASS_ROWS > 0 and feature not in patches,
         f"its projector gets other rows than the {tower.NAME} tower's patches ({feature})": not tower.CLASS_ROWS and feature not in patches,
@@ -246,65 +279,4 @@ def _check_recipe(config: ModelConfig, given: Mapping[str, Any], layout: Layout,
     }
     for what, holds in unsupported.items():
         if holds:
-            raise UserError(f"{where}: {what}, which is not supported; give a checkpoint of LLaVA-1.5's kind")
-
-
-def _fill(model: Llava, parts: set[str], files: TensorFiles, found: Mapping[str, str | None], dtype: torch.dtype) -> None:
-    """Give the parameters of `parts` their tensors; `found` is our name by name on disk."""
-    wanted = {name: p for name, p in model.named_parameters() if name.split(".")[0] in parts and not is_adapter(name)}
-    disk_names = {ours: name for name, ours in found.items() if ours in wanted}
-    problems = [f"lacks {name}" + _shape(p) for name, p in wanted.items() if name not in disk_names]
-    problems += [f"holds {name}, which this model does not have" for name, ours in found.items() if disk_names.get(str(ours)) != name]
-    if not problems:
-        for name, tensor in files.stream():
-            ours = found.get(name)
-            if ours is None:
-                continue
-            if ours in TABLES and len(tensor) == model.origin.rows:
-                tensor = tensor[: model.llm.config.vocab_size]
-            if tensor.shape != wanted[ours].shape:
-                problems.append(f"has {name}{_shape(tensor)}, where{_shape(wanted[ours])} is needed")
-            elif not tensor.is_floating_point():
-                problems.append(f"has {name} in {str(tensor.dtype).removeprefix('torch.')}, where floating-point numbers are needed")
-            elif not problems:
-                # A copy, so that nothing goes on living in the file.
-                set_parameter(model, ours, nn.Parameter(tensor.to(dtype, copy=True)))
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        remedy = "give weights that fit the config.json"
-        if parts == {"projector"}:
-            remedy = _projector_remedy(files, wanted, model.origin)
-        raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
-
-
-def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor], origin: Origin) -> str:
-    """What the file of a projector holds, beside the names that are read, and what to do about it."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in files.stream()}
-    held = ", ".join(f"{name[:80]!r} {list(shape)}" for name, shape in list(shapes.items())[:6])
-    held = f"it holds {held}{' and more' if len(shapes) > 6 else ''}"
-    needed = {to_disk(name, "llava"): tuple(tensor.shape) for name, tensor in wanted.items()}
-    if sorted(shapes.values()) == sorted(needed.values()) and shapes.keys() != needed.keys():
-        return f"{held}: its shapes fit and its names do not; rename its tensors to {', '.join(needed)}"
-    layers = sum(len(shape) == 2 for shape in shapes.values())
-    ours = {to_ours(name, "projector"): shape for name, shape in shapes.items()}
-    for other in (name.replace("N", str(layers)) for name in KINDS):
-        if ours == _projector_shapes(origin, other):
-            return f"{held}, which is a projector of another type; write model.projector_type={other}"
-    if layers and layers != sum(len(shape) == 2 for shape in needed.values()) and layers <= 9:
-        kind = "linear" if layers == 1 else f"mlp{layers}x_gelu"
-        return f"{held}, which is a projector of {layers} layer{'s' if layers > 1 else ''}; write model.projector_type={kind}"
-    return f"{held}; give a projector trained with this tower, this LLM and this model.projector_type"
-
-
-def _projector_shapes(origin: Origin, projector_type: str) -> dict[str | None, tuple[int, ...]]:
-    """By our names, the shapes of this type's weights between the tower and the decoder of `origin`; none where it does not fit them."""
-    try:
-        with torch.device("meta"):
-            projector = build_projector(replace(origin, projector_type=projector_type), reference_ops())
-    except UserError:
-        return {}
-    return {f"projector.{name}": tuple(weight.shape) for name, weight in projector.named_parameters()}
-
-
-def _shape(tensor: Tensor) -> str:
-    return f" {list(tensor.shape)}"
+            raise UserError(f"{key}: {folder}/config.json: {what}, which is not supported; give a checkpoint of LLaVA-1.5's kind")

@@ -1,12 +1,9 @@
 """From a model to files: the projector alone, or a whole checkpoint in the original's layout or in llava-hf's.
 
-Everything is written beside its place, synced, and renamed; a config.json comes last, so a folder that has one is whole.
+Everything is written beside its place, synced, and renamed (`beside`).
 """
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastllava.config import ModelConfig
-from fastllava.disk import sync, writing
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
 from fastllava.model.mpt import Mpt
 from fastllava.model.projectors import KINDS, Projector, kind_of
+from fastllava.model.weights.beside import beside_its_place, names_below, on_cpu
 from fastllava.model.weights.config_files import Vocabulary, config_files, tower_config, tower_preprocessor, vocabulary_of
 from fastllava.model.weights.files import dump_json
+from fastllava.model.weights.fill import TABLES
 from fastllava.model.weights.layouts import to_disk
-from fastllava.model.weights.read import TABLES
 from fastllava.model.weights.tokenizer_files import WrittenTokenizer, find_tokenizer, write_hf, write_original
 
 TEMPLATE_KEY = "fastllava_template"
@@ -45,13 +42,13 @@ def write_projector(
     original's loader. The names of the files. Raises OSError.
     """
     state = projector.state_dict() if state is None else state
-    tensors = {to_disk(f"projector.{name}", "llava"): _on_cpu(tensor, dtype) for name, tensor in state.items()}
-    with _beside(folder, 2 * sum(tensor.nbytes for tensor in tensors.values())) as beside:
+    tensors = {to_disk(f"projector.{name}", "llava"): on_cpu(tensor, dtype) for name, tensor in state.items()}
+    with beside_its_place(folder, 2 * sum(tensor.nbytes for tensor in tensors.values())) as beside:
         save_file(tensors, beside / "mm_projector.safetensors", metadata={"format": "pt"})
         torch.save(tensors, beside / "mm_projector.bin")
         if config is not None:
             dump_json(config, beside / "config.json")
-        return _names(beside)
+        return names_below(beside)
 
 
 def write_checkpoint(
@@ -87,7 +84,7 @@ def write_checkpoint(
     if layout == "llava" and not model.tower.config.CLASS_ROWS:
         report(f"config.json: the original's code builds CLIP towers only, and this one is {model.tower.config.NAME}; fastllava reads it")
     values = model.state_dict() if state is None else state
-    with _beside(folder, dtype.itemsize * sum(tensor.numel() for tensor in values.values())) as beside:
+    with beside_its_place(folder, dtype.itemsize * sum(tensor.numel() for tensor in values.values())) as beside:
         tokenizer = _write_tokenizer(model, layout, beside, source, max_tokens, legacy, report)
         if layout == "hf" and chat_template is not None:
             (beside / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -111,7 +108,7 @@ def write_checkpoint(
             dump_json(value, beside / name)
         if layout == "llava" and source.vision_tower is None and model.origin.tower_folder is None:
             _write_tower(model, beside / "vision_tower", dtype)
-        return _names(beside)
+        return names_below(beside)
 
 
 def not_in_hf(model: Llava) -> str | None:
@@ -130,7 +127,7 @@ def disk_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name on disk, tensor on the CPU in `dtype`) of everything in the checkpoint, one at a time."""
     for name, tensor in (model.state_dict() if state is None else state).items():
-        yield to_disk(name, layout, model.llm.HOME), _on_cpu(vocabulary.fit(tensor) if name in TABLES else tensor, dtype)
+        yield to_disk(name, layout, model.llm.HOME), on_cpu(vocabulary.fit(tensor) if name in TABLES else tensor, dtype)
 
 
 def _write_tokenizer(
@@ -162,7 +159,7 @@ def _write_tokenizer(
 def _write_tower(model: Llava, folder: Path, dtype: torch.dtype) -> None:
     """The tower as a folder of its own: the original's loader wants one besides the weights in the checkpoint."""
     folder.mkdir()
-    save_file({name: _on_cpu(tensor, dtype) for name, tensor in model.tower.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: on_cpu(tensor, dtype) for name, tensor in model.tower.state_dict().items()}, folder / "model.safetensors")
     dump_json(tower_config(model), folder / "config.json")
     dump_json(tower_preprocessor(model.spec), folder / "preprocessor_config.json")
 
@@ -194,47 +191,3 @@ def _write_shard(tensors: dict[str, Tensor], file: Path) -> list[str]:
     names = list(tensors)
     tensors.clear()
     return names
-
-
-@contextmanager
-def _beside(folder: Path, needed: int) -> Iterator[Path]:
-    """A new folder inside `folder`; when the block ends well its files move to `folder`, config.json last, else it vanishes.
-
-    Raises OSError for whatever cannot be written; about `needed` bytes will be.
-    """
-    with writing(folder, needed), _moved_to(folder) as beside:
-        yield beside
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-@contextmanager
-def _moved_to(folder: Path) -> Iterator[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_by_a_killed_run in folder.glob(".writing-*"):
-        shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        yield beside
-        files = sorted((path for path in beside.rglob("*") if path.is_file()), key=lambda path: path == beside / "config.json")
-        for path in files:
-            path.chmod(0o644)
-            sync(path)
-        if (beside / "config.json").exists():
-            # An earlier checkpoint in the same folder may have been cut otherwise, and its files would be read first.
-            for pattern in ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
-                for stale in folder.glob(pattern):
-                    stale.unlink()
-        for path in files:
-            place = folder / path.relative_to(beside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
-        sync(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _on_cpu(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to("cpu", dtype).contiguous()

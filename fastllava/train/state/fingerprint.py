@@ -31,8 +31,11 @@ _DRAWN = "drawn"
 _MOST_THREADS = 8
 
 
-def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
-    """The fingerprint of a model as `load_llava` gives it, on the CPU; all `processes` together, each hashing its share."""
+def fingerprint(model: Llava, processes: Processes = ALONE, *, before: Mapping[str, str] | None = None) -> Fingerprint:
+    """The fingerprint of a model as `load_llava` gives it, on the CPU; all `processes` together, each hashing its share.
+
+    before: hashes (`hashed`) of weights as they were read, by our name, where adapters have been merged into them since.
+    """
     spec = {"mean": model.spec.mean, "std": model.spec.std}
     configs = {
         "llm": asdict(model.llm.config),
@@ -48,8 +51,8 @@ def fingerprint(model: Llava, processes: Processes = ALONE) -> Fingerprint:
     }
     mine = list(tensors)[processes.rank :: processes.world]
     with processes.together(), ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-        hashed = dict(zip(mine, threads.map(_hashed, (tensors[name] for name in mine)), strict=True))
-    hashes = {name: value for part in processes.gather(hashed) for name, value in part.items()}
+        hashes = dict(zip(mine, threads.map(hashed, (tensors[name] for name in mine)), strict=True))
+    hashes = {name: value for part in processes.gather(hashes) for name, value in part.items()} | dict(before or {})
     weights = {part: _together({name: hashes[name] for name in tensors if name.startswith(f"{part}.")}) for part in KEYS}
     if drawn:
         weights["projector"] = _DRAWN
@@ -74,7 +77,8 @@ def differences(now: Fingerprint, then: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _hashed(tensor: Tensor) -> str:
+def hashed(tensor: Tensor) -> str:
+    """SHA-256 of a tensor on the CPU: its dtype, shape and bits."""
     plain = tensor.detach().contiguous()
     digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)}\n".encode())
     if plain.numel():

@@ -15,6 +15,8 @@ from fastllava.config import Config, as_written, same_training
 from fastllava.console.masking import masked_values
 from fastllava.disk import held_alone, read_json_object
 from fastllava.errors import UserError
+from fastllava.model.weights.adapter_config import ADAPTER_CONFIG
+from fastllava.model.weights.adapters import ADAPTER_WEIGHTS
 from fastllava.train.metrics.log import METRICS_FILE, read_metrics
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage
 from fastllava.train.state.checkpoint import PROGRESS, RUN_CONFIG, Checkpoint, newest
@@ -46,7 +48,7 @@ PLACES = frozenset(KEYS.values())
 # A change here is the same training in another order of additions: allowed, and said.
 _ROUNDING = {"kernels", *(key for key, _ in same_training())}
 _WRITTEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WRITTEN += ("mm_projector.safetensors", "mm_projector.bin", METRICS_FILE)
+_WRITTEN += ("mm_projector.safetensors", "mm_projector.bin", ADAPTER_CONFIG, *ADAPTER_WEIGHTS, METRICS_FILE)
 """What a run, or somebody else, leaves in output_dir and a new run would write over."""
 
 
