@@ -19,24 +19,32 @@ def find_base(checkpoint: Path, named: str | None, given: Path | None) -> Path:
     Raises UserError, which says how to name it, when it is not there, or is no whole model.
     """
     if given is not None:
-        if not (given / CONFIG).is_file():
+        if not _holds_a_config(given):
             raise UserError(f"--base: {given} holds no {CONFIG}; give the folder of the model that {checkpoint} was trained from")
         places = [given]
     else:
         beside = checkpoint.absolute().parent
         places = [] if named is None else [Path(named).expanduser(), beside / named, beside / Path(named).name]
     for place in places:
-        if (place / CONFIG).is_file():
+        if _holds_a_config(place):
             if is_adapter_folder(place):
                 merge = f"merge it first (fastllava export {place} --layout llava --out DIR) and write --base DIR"
                 raise UserError(f"CHECKPOINT: {checkpoint} was trained from {place}, which holds adapters itself; {merge}")
             return place
     if named is None:
         raise UserError(f"CHECKPOINT: {checkpoint} does not say from what model it was trained; name the folder of that with --base DIR")
+    looked_at = ", ".join(str(place)[:200] for place in places)
     raise UserError(
-        f"CHECKPOINT: {checkpoint} was trained from {named[:200]!r}, which is in none of {', '.join(map(str, places))}; name its folder "
-        f"with --base DIR{or_download(Path(named))}"
+        f"CHECKPOINT: {checkpoint} was trained from {named[:200]!r}, which is in none of {looked_at}; name its folder with --base DIR"
+        f"{or_download(Path(named))}"
     )
+
+
+def _holds_a_config(place: Path) -> bool:
+    try:
+        return (place / CONFIG).is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def llava_of(adapter: Adapter, base: Path) -> tuple[ModelConfig, Mapping[str, Any], Path, Layout]:

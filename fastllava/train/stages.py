@@ -115,6 +115,9 @@ def write_result(
     if config.lora.wanted:
         about = {"image_policy": config.data.image_policy, "max_tokens": config.data.max_tokens, "projector_lr": config.optim.projector_lr}
         files = write_lora(model, config.output_dir, dtype, source=config.model, **about, state=state)
+        folder = config.output_dir.name
+        if not all(word in folder.lower() for word in ("llava", "lora")):
+            report(f"note: the original code tells adapters by 'llava' and 'lora' in the folder's name, and {folder} has not both")
         return [config.output_dir / name for name in files]
     projector = None
     if state is not None:

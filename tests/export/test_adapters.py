@@ -127,6 +127,55 @@ def test_peft_loads_exported_adapters_and_computes_what_we_do(world, tmp_path, n
     torch.testing.assert_close(united, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
 
 
+@pytest.mark.parametrize("rooted", [False, True])
+def test_what_peft_trained_on_llava_hf_computes_the_same_here(world, tmp_path, rooted):
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    plain = transformers.LlavaForConditionalGeneration.from_pretrained(world / "hf")
+    wanted = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=rooted,
+        init_lora_weights=False,
+        target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)",
+        modules_to_save=["multi_modal_projector"],
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(plain, wanted).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "theirs", "CHECKPOINT")
+    assert (adapter.rank, adapter.targets, len(adapter.projector())) == (3, ("q_proj", "v_proj", "down_proj"), 4)
+    export(tmp_path / "theirs", "hf", tmp_path / "whole", lambda line: None)
+    whole = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
+    image, side = plain.config.image_token_index, plain.config.vision_config.image_size
+    ids = torch.tensor([[1, 5, *[image] * plain.config.image_seq_length, 9, 20, 31]])
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    theirs, ours = (logits(each, plain.config, ids, pixels) for each in (model, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_adapters_that_peft_put_on_the_tower_too_are_refused(world, tmp_path):
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    plain = transformers.LlavaForConditionalGeneration.from_pretrained(world / "hf")
+    peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(
+        UserError, match=r"adapts the vision tower \(\S+\), and only q_proj, .* of the decoder are computed; merge it into its base"
+    ) as error:
+        find_subject(tmp_path / "theirs", lambda line: None)
+    assert "\n" not in str(error.value)
+    # The remedy.
+    model = peft.PeftModel.from_pretrained(transformers.LlavaForConditionalGeneration.from_pretrained(world / "hf"), tmp_path / "theirs")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    load_subject(find_subject(tmp_path / "merged", lambda line: None), lambda line: None)
+
+
 def test_a_base_that_is_not_there_is_named_by_an_option_that_works(world, tmp_path):
     away = tmp_path / "elsewhere" / "adapters"
     shutil.copytree(world / "mine", away)

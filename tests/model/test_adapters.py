@@ -132,12 +132,15 @@ def test_uniform_patterns_and_the_root_of_the_rank_are_computed(tiny, tmp_path):
         ({"r": 8}, "of rank 3, and adapter_config.json says 8"),
         ({"alpha_pattern": {"q_proj": 5}}, "alpha_pattern: gives .* alpha 6 and .*q_proj 5"),
         ({"alpha_pattern": {"(": 5}}, r"has the key '\(', which is not matched"),
-        ({"alpha_pattern": {r"([\w.]+)+!": 5}}, "which is not matched .it could take for ever"),
+        ({"alpha_pattern": {r"([\w.]+)+!": 5}}, "which is not matched .to match it could take for ever"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
         ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication is \[\[0, 2\], \[1, 3\]\] \(it copies layers"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
         ({"something_of_a_later_version": 0.5}, "something_of_a_later_version is 0.5, which is not computed here"),
+        ({"alpha_pattern": {".*.*.*x": 5}}, "to match it could take for ever"),
+        ({"r": 10**400}, "r is '10+', which PEFT never writes"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan', which PEFT never writes"),
         ({"r": "3"}, "r is '3', which PEFT never writes"),
         ({"lora_alpha": True}, "lora_alpha is 'True', which PEFT never writes"),
         ({"lora_dropout": 1.5}, "lora_dropout is '1.5'"),
@@ -277,7 +280,8 @@ def test_the_originals_folders_are_read_and_written_name_for_name(larger, tmp_pa
     theirs = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
     assert equal(torch.load(tmp_path / "non_lora_trainables.bin", weights_only=True), dict(theirs))
     written, said = (json.loads((place / "adapter_config.json").read_text()) for place in (tmp_path, folder))
-    assert sorted(written) == sorted(OLD)
+    oldest = json.loads((larger / "lora" / "layouts" / "adapter_config_peft_0.4.0.json").read_text())
+    assert sorted(written) == sorted(OLD) == sorted(oldest)
     assert set(written.pop("target_modules")) == set(said["target_modules"])
     assert written == {key: said[key] for key in written}
 

@@ -128,6 +128,19 @@ def test_answers_come_from_the_adapters_and_a_moved_base_is_named(done, world, t
         load_trained(away, base=other)
 
 
+def test_vllm_gets_the_merged_model_and_a_report_is_written(golden, tmp_path):
+    from fastllava.evaluate.engines.vllm_engine import hf_folder
+    from fastllava.evaluate.report.write import write_report
+
+    run(check_config({**golden_config("finetune", golden, tmp_path / "golden", max_steps=1), "lora": LORA}))
+    out = tmp_path / "golden" / "run"
+    folder = hf_folder(load_trained(out, precision="fp32"), lambda line: None)
+    assert folder != out
+    assert (folder / "model.safetensors").is_file()
+    page = write_report(out, None).read_text()
+    assert "lora.rank" in page
+
+
 def test_a_run_goes_on_from_adapters_that_agree_with_it(done, world, tmp_path):
     there = {"adapter": str(done), "projector": None}
     run(check_config(config_of(world, tmp_path / "more", model=there, train={"max_steps": 1})))

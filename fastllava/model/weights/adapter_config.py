@@ -45,8 +45,9 @@ _WORDS = {
     "target_parameters": "it adapts parameters that are no linear layer",
 }
 """What a field stands for, where its name does not say it."""
-_NESTED = re.compile(r"\)[*+{]")
-_LONGEST = 300
+_NESTED = re.compile(r"\)[*+{?]|(?:[*+{?].*){3}")
+_LONGEST, _MOST = 300, 500
+"""Keys of rank_pattern and alpha_pattern that are matched: others could take for ever."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Said:
         """What `pattern` gives to a layer, as PEFT finds it: by the first key that its name, or the end of it, matches."""
         for key, value in pattern.items():
             try:
-                if len(key) > _LONGEST or _NESTED.search(key):
-                    raise ValueError("it could take for ever to match")
+                if len(key) > _LONGEST or _NESTED.search(key) or len(pattern) > _MOST:
+                    raise ValueError("to match it could take for ever")
                 if re.fullmatch(rf"(.*\.)?({key})", module):
                     return value
             except (re.error, ValueError) as error:
@@ -130,7 +131,7 @@ def read_adapter_config(folder: Path, key: str) -> Said:
 
 
 def _number(value: Any, least: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= 2**53
 
 
 def _is_text(value: Any) -> bool:
