@@ -152,6 +152,9 @@ def lay_out(root: Path) -> None:
     (data / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
     (data / "llava_v1_5_mix665k.json").write_text(json.dumps(chats))
 
+    (root / "my_task.json").write_text(json.dumps(chats))
+    (root / "my_images").symlink_to(data)
+
     (root / "images").mkdir()
     shutil.copyfile(data / "coco" / "train2017" / "1.png", root / "images" / "1.png")
     (root / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": "1.png", "text": "What is it?"}) + "\n")
