@@ -47,7 +47,7 @@ def implementations(done: train.RunResult) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("choice", rounds(RUNNABLE), ids=in_words)
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "lora"])
 def test_kernels(name, choice, golden, tmp_path) -> None:
     config = check_config({**config_of(name, golden, tmp_path / name), "kernels": choice})
     done = train.run(config)

@@ -25,7 +25,11 @@ def test_through_the_command(name, each_golden, tmp_path):
     check_equal(name, each_golden, tmp_path / name)
 
 
-OTHERWISE = {"pretrain": {"recompute": "selective"}, "finetune": {"recompute": "norms", "last_layer": "all"}}
+OTHERWISE = {
+    "pretrain": {"recompute": "selective"},
+    "finetune": {"recompute": "norms", "last_layer": "all"},
+    "lora": {"recompute": "full", "last_layer": "all"},
+}
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
@@ -34,7 +38,12 @@ def test_a_sample_a_micro_batch_computed_otherwise(name, golden, tmp_path):
     check_equal(name, golden, tmp_path / name)
 
 
-PARALLEL = {"pretrain": {"frozen": "shard"}, "finetune": {}, "finetune_accum": {"reshard": False, "reduce": "step"}}
+PARALLEL = {
+    "pretrain": {"frozen": "shard"},
+    "finetune": {},
+    "finetune_accum": {"reshard": False, "reduce": "step"},
+    "lora": {"frozen": "shard"},
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
