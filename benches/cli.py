@@ -271,6 +271,14 @@ def budget(
 
 
 @app.command()
+def host(out: Out = None) -> None:
+    """Microseconds of the host for a call of an op, without what computes it. No GPU."""
+    from benches import host as module
+
+    module.bench(_sheet(out, resume=False))
+
+
+@app.command()
 def report(
     charts: Annotated[Path | None, typer.Option(help="folder for the charts of all results, such as benches/results")] = None,
 ) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastllava_kernels.op import Op
+
 SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """How much farther from fp64 truth than the reference in the same dtype an implementation may be: ||got - truth|| / ||truth||."""
 
@@ -37,9 +39,9 @@ def outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+def custom_op(name: str) -> Callable[[Callable[..., Any]], Op]:
     """Make a function the op fastllava::`name`, which writes over no input and computes as outside autocast."""
-    return lambda function: torch.library.custom_op(f"fastllava::{name}", outside_autocast(function), mutates_args=())
+    return lambda function: Op(name, outside_autocast(function))
 
 
 class _Apart(torch.autograd.Function):
@@ -113,10 +115,12 @@ class Contract:
             for place, what in places:
                 if torch.is_grad_enabled():
                     args = (*args[:place], _refused(args[place], what), *args[place + 1 :])
-            if in_autocast(args[0]) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                given, form = tree_flatten(args)
-                return _Apart.apply(outside, form, *given)
-            return outside(*args)
+            if not in_autocast(args[0]):
+                return function(*args)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return outside(*args)
+            given, form = tree_flatten(args)
+            return _Apart.apply(outside, form, *given)
 
         return call
 

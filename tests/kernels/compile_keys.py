@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -38,6 +37,7 @@ from fastllava.train.metrics.flops import Accounting
 from fastllava.train.stages import trained_parts
 from fastllava_kernels._device import launch, liger
 from fastllava_kernels._tuning import tuning
+from fastllava_kernels.op import Op
 
 ARCHITECTURES = {"sm_80": (80, 108), "sm_90": (90, 132)}
 """Compute capability and multiprocessors."""
@@ -81,11 +81,13 @@ def count_in_place_of_launching(capability: int) -> None:
 def run_ops_on_tensors_without_data(arch: str) -> None:
     """From now on an op with kernels runs its code on such tensors, as on a GPU of `arch`, where else it would only give their shapes."""
 
-    def register_fake(self: CustomOpDef, fake: Any) -> Any:
-        self._abstract_fn = fake if "attention" in self._qualname else self._init_fn
+    register = Op.register_fake
+
+    def register_fake(self: Op, fake: Any) -> Any:
+        register(self, fake if "attention" in self.name else self.function)
         return fake
 
-    CustomOpDef.register_fake = register_fake
+    Op.register_fake = register_fake
     launch.takes = lambda tensor: True
     liger.takes = lambda tensor, interpretable=False: True
     launch.on_device_of = lambda tensor: nullcontext()
@@ -154,7 +156,7 @@ def main() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = model_of(config, dict(word.split("=") for word in chosen))
             for micro_batch in sizes:
-                model(_batch(micro_batch, size.spec)).backward()
+                model(_batch(micro_batch, size.spec, draws=False)).backward()
                 model.zero_grad(set_to_none=True)
     print(json.dumps({"rows": len({s.rows for s in sizes}), "keys": {name: len(found) for name, found in sorted(keys.items())}}))
 

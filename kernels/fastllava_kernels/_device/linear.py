@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllava_kernels._device.gelu import gelu, gelu_and_slope
-from fastllava_kernels._device.launch import inner_contiguous, on_device_of
+from fastllava_kernels._device.launch import cdiv, inner_contiguous, on_device_of
 from fastllava_kernels._tuning import tuning
 
 _YES, _NO = tl.constexpr(True), tl.constexpr(False)
@@ -267,7 +267,7 @@ class LinearKernels:
         d_out = inner_contiguous(d_out_MK)
         d_pre_MN, act_MN = torch.empty_like(pre_MN), torch.empty_like(pre_MN)
         config = self._config("gelu_backward", d_out)
-        partial_BN = pre_MN.new_empty(triton.cdiv(m, config["BLOCK_M"]), n, dtype=torch.float32)
+        partial_BN = pre_MN.new_empty(cdiv(m, config["BLOCK_M"]), n, dtype=torch.float32)
         constants: dict[str, Any] = {**config, "EVEN_N": n % config["BLOCK_N"] == 0, "EVEN_K": k % config["BLOCK_K"] == 0}
         with on_device_of(d_out):
             gelu_backward_kernel[_grid(m, n, config)](
@@ -282,7 +282,7 @@ class LinearKernels:
 
 
 def _grid(m: int, n: int, config: Mapping[str, int]) -> tuple[int]:
-    return (triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
+    return (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]),)
 
 
 # In fp32 the product is no tensor core's: tiles made for those take minutes to compile and more memory than there is.

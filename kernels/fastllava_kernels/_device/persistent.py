@@ -8,9 +8,9 @@ the architecture runs them. While a program computes with a block of rows, the n
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import triton
 from torch import Tensor
 
+from fastllava_kernels._device.launch import cdiv, power_of_2
 from fastllava_kernels._tuning import tuning
 
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
@@ -33,13 +33,13 @@ def share(kernel: tuning.Kernel, rows: int, width: int, x: Tensor, **constants: 
     Where a block would be a few rows, one row is a block of fewer warps: a thread has as much to do, and keeps less.
     """
     config = tuning.config(kernel, rows, x.device)
-    block_d = triton.next_power_of_2(width)
+    block_d = power_of_2(width)
     parts = max(1, config["BLOCK"] // block_d)
     if config["num_warps"] // parts >= FEWEST_WARPS:
         config |= {"BLOCK": config["BLOCK"] // parts, "num_warps": config["num_warps"] // parts, "PROGRAMS": config["PROGRAMS"] * parts}
     if max(block_d, config["BLOCK"]) * x.element_size() > BYTES_AHEAD:
         config["STAGES"] = 1
-    blocks = triton.cdiv(rows, triton.cdiv(config["BLOCK"], block_d))
+    blocks = cdiv(rows, cdiv(config["BLOCK"], block_d))
     return config | {"WIDTH": width, "BLOCK_D": block_d} | constants, (min(blocks, config["PROGRAMS"]),)
 
 
@@ -54,10 +54,8 @@ def described(
         name=name,
         function=function,
         signature={**pointers, "rows": "i32", "eps": "fp32"},
-        constants={**constants, "WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)},
-        candidates={
-            arch: _candidates(resident * count, max(1, WHOLE // triton.next_power_of_2(width))) for arch, count in MULTIPROCESSORS.items()
-        }
+        constants={**constants, "WIDTH": width, "BLOCK_D": power_of_2(width)},
+        candidates={arch: _candidates(resident * count, max(1, WHOLE // power_of_2(width))) for arch, count in MULTIPROCESSORS.items()}
         | {"interpreter": [_config(1024, 3, 1, 1)]},
         rows="rows",
         unaligned={"WIDTH": width - 3},

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllava_kernels import indices
-from fastllava_kernels._device.launch import inner_contiguous, on_device_of
+from fastllava_kernels._device.launch import cdiv, inner_contiguous, on_device_of
 from fastllava_kernels._tuning import tuning
 
 
@@ -139,7 +139,7 @@ class RowKernels:
         places, ids = places.contiguous(), None if ids is None else ids.contiguous()
         config = self._config(name, len(places), out)
         constants: dict[str, Any] = config | {"LOOKUP": ids is not None}
-        grid = len(places), triton.cdiv(out.shape[1], config["BLOCK_D"])
+        grid = len(places), cdiv(out.shape[1], config["BLOCK_D"])
         with on_device_of(out):
             copy_rows_kernel[grid](
                 source, places, places if ids is None else ids, out,
@@ -152,12 +152,12 @@ class RowKernels:
         source, count, columns = inner_contiguous(source_TD), len(places_P), source_TD.shape[1]
         config = self._config("gather_sum" if want_sum else "gather", count, source)
         constants: dict[str, Any] = config | {"SUM": want_sum}
-        blocks = triton.cdiv(count, config["BLOCK_ROWS"])
+        blocks = cdiv(count, config["BLOCK_ROWS"])
         out_PD = source.new_empty(count, columns)
         partial_BD = source.new_empty((blocks, columns) if want_sum else (0,), dtype=torch.float32)
         if count:
             with on_device_of(source):
-                gather_rows_kernel[blocks, triton.cdiv(columns, config["BLOCK_D"])](
+                gather_rows_kernel[blocks, cdiv(columns, config["BLOCK_D"])](
                     source, places_P.contiguous(), out_PD, partial_BD, count, source.shape[0], columns, source.stride(0), **constants
                 )
         return out_PD, partial_BD.sum(0) if want_sum else partial_BD
@@ -176,7 +176,7 @@ class RowKernels:
         keys, order = torch.sort(torch.where(indices.inside(places, len(ids_T)), tokens, len(table_VD)), stable=True)
         config = self._config("segment_sum", len(places), source)
         with on_device_of(source):
-            segment_sum_kernel[len(places), triton.cdiv(source.shape[1], config["BLOCK_D"])](
+            segment_sum_kernel[len(places), cdiv(source.shape[1], config["BLOCK_D"])](
                 source, keys, places.index_select(0, order), gradient_VD,
                 len(places), source.shape[0], len(gradient_VD), source.shape[1], source.stride(0), gradient_VD.stride(0),
                 **config,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllava_kernels._device.launch import on_device_of
+from fastllava_kernels._device.launch import cdiv, on_device_of, power_of_2
 from fastllava_kernels._tuning import tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -154,7 +154,7 @@ def loss_rows(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor, gradient_
     config = tuning.config(KERNELS["masked_linear_cross_entropy." + ("row" if one_block else "long_row")], rows, logits_NV.device)
     config |= {"WANTS_GRADIENT": wants_gradient, "ONE_BLOCK": one_block}
     if one_block:
-        config["BLOCK_V"] = triton.next_power_of_2(vocabulary)
+        config["BLOCK_V"] = power_of_2(vocabulary)
     with on_device_of(logits_NV):
         _loss_row[(rows,)](
             logits_NV,
@@ -176,7 +176,7 @@ def scale(gradient: Tensor, grad_loss: Tensor) -> None:
     elements = gradient.numel()
     config = tuning.config(KERNELS["masked_linear_cross_entropy.scale"], elements, gradient.device)
     with on_device_of(gradient):
-        _scale[(triton.cdiv(elements, config["BLOCK"]),)](gradient, grad_loss, elements, **config)
+        _scale[(cdiv(elements, config["BLOCK"]),)](gradient, grad_loss, elements, **config)
 
 
 def scatter_rows(
@@ -195,7 +195,7 @@ def scatter_rows(
     master = weight_VD.dtype is not d_hidden_TD.dtype
     config = tuning.config(KERNELS["masked_linear_cross_entropy.scatter_row" + ("_master" if master else "")], rows, d_rows_MD.device)
     with on_device_of(d_rows_MD):
-        _scatter_row[(rows, triton.cdiv(width, config["BLOCK_D"]))](
+        _scatter_row[(rows, cdiv(width, config["BLOCK_D"]))](
             d_rows_MD,
             residual_M,
             grad_loss,

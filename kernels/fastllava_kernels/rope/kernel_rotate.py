@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllava_kernels._device.launch import on_device_of
+from fastllava_kernels._device.launch import on_device_of, power_of_2
 from fastllava_kernels._tuning import tuning
 
 
@@ -74,8 +74,8 @@ def rotate(q_THK: Tensor, k_TGK: Tensor, cos_TK: Tensor, sin_TK: Tensor, backwar
     if not rows:
         return q_out, k_out
     config = tuning.config(KERNELS["rope.backward" if backward else "rope.forward"], rows, q_THK.device)
-    config |= {"BACKWARD": backward, "BLOCK_K": triton.next_power_of_2(width // 2)}
-    config |= {"BLOCK_H": triton.next_power_of_2(q_heads), "BLOCK_G": triton.next_power_of_2(k_heads)}
+    config |= {"BACKWARD": backward, "BLOCK_K": power_of_2(width // 2)}
+    config |= {"BLOCK_H": power_of_2(q_heads), "BLOCK_G": power_of_2(k_heads)}
     with on_device_of(q_THK):
         _rotate[(rows,)](
             q_THK,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllava_kernels._device.launch import on_device_of
+from fastllava_kernels._device.launch import cdiv, on_device_of
 from fastllava_kernels._tuning import tuning
 
 
@@ -51,7 +51,7 @@ def _launch(name: str, function: Any, *tensors: Tensor) -> None:
         return
     config = tuning.config(KERNELS[name], tensors[0].shape[0], tensors[0].device)
     with on_device_of(tensors[0]):
-        function[(triton.cdiv(elements, config["BLOCK"]),)](*tensors, elements, **config)
+        function[(cdiv(elements, config["BLOCK"]),)](*tensors, elements, **config)
 
 
 def _kernel(name: str, function: Any, pointers: tuple[str, ...]) -> tuning.Kernel:
