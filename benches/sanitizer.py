@@ -20,7 +20,7 @@ from benches.lib.results import CANNOT, Row, Sheet
 from benches.lib.world import check_device, world
 from fastllava_kernels import rooms
 from fastllava_kernels._tuning import tuning
-from fastllava_kernels._tuning.tune import Noted
+from fastllava_kernels._tuning.tuning import Noted
 from fastllava_kernels.masked_linear_cross_entropy.kernel_loss_rows import LARGEST_ROW
 from fastllava_kernels.workload import Shape
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -16,7 +15,7 @@ from benches.lib import results
 from fastllava.config import Recompute
 from fastllava_kernels import rooms
 from fastllava_kernels._device.launch import INTERPRETED
-from fastllava_kernels._tuning import tune, tuning
+from fastllava_kernels._tuning import tuning
 
 CPU = torch.device("cpu")
 ORDER = ["ceilings", "tests", "kernels", "step", "peers", "ablate", "profile", "tuning", "sanitizer"]
@@ -152,24 +151,6 @@ def test_tuning_writes_a_table_beside_the_results(tmp_path: Path) -> None:
     assert table == {}, "a kernel that stays with its first candidate is not kept twice"
     assert not (tuning.TABLES / "interpreter.json").exists()
     assert len(measure(tmp_path, "tuning", name, "--size", "tiny", "--tables", str(tmp_path / "tables"))) == 2
-
-
-def test_the_fastest_that_passes_the_gate_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = next(iter(tuning.kernels().values()))
-    configs = kernel.candidates["sm_90"]
-    refused = ["{'x': 1}: OutOfResources: shared memory"]
-    monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(tune, "_launching", lambda *_: ("7b", lambda: None))
-    monkeypatch.setattr(tune, "_times", lambda *_: ({0: 3.0, 1: 1.0, 2: 2.0}, list(refused)))
-    problems = {1: ["spills (8)"]}
-    resources = lambda kernel, config, arch: SimpleNamespace(problems=lambda *_: problems.get(configs.index(config), []))  # noqa: E731
-    monkeypatch.setattr(tune.aot, "compile_kernel", resources)
-    found = tune.measure(kernel, None, torch.device("cuda"))
-    assert found.chosen == configs[2]
-    assert found.refused == [*refused, f"{dict(configs[1])}: spills (8)"]
-    problems |= {0: ["spills (1)"], 2: ["spills (1)"]}
-    with pytest.raises(ValueError, match=r"no candidate for sm_90 passes: \{'x': 1\}"):
-        tune.measure(kernel, None, torch.device("cuda"))
 
 
 def tool(folder: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int = 0) -> None:

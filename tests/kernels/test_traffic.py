@@ -93,7 +93,7 @@ def test_nothing_is_counted_outside_of_the_interpreter() -> None:
 
 def test_every_launch_asks_for_its_kernel_by_name() -> None:
     told = []
-    config = traffic._Telling({"BLOCK": 16}, lambda: told.append(1))
+    config = traffic.tuning.Noted({"BLOCK": 16}, lambda: told.append(1))
     name = next(iter(tuning.kernels()))
     with tuning.override(name, config):
         assert tuning.config(tuning.kernels()[name], 1, torch.device("cpu"))["BLOCK"] == 16

@@ -305,7 +305,11 @@ def _tiles(m: int, n: int, k: int, splits: int, warps: int, stages: int) -> Mapp
 # 128x128 in 128 registers or fewer leaves room for a second block on each multiprocessor, whose products hide the epilogue.
 _CANDIDATES = {
     "sm_90": [_tiles(128, 128, 64, 2, 8, 3), _tiles(128, 256, 64, 2, 8, 3), _tiles(128, 256, 64, 1, 8, 4), _tiles(128, 128, 64, 1, 8, 4)],
-    "sm_80": [_tiles(128, 128, 64, 1, 8, 3), _tiles(128, 128, 32, 1, 8, 4), _tiles(64, 128, 64, 1, 4, 3), _tiles(128, 128, 64, 2, 8, 3)],
+    "sm_80": [
+        *(_tiles(128, 128, 64, 1, 8, 3), _tiles(128, 128, 32, 1, 8, 4), _tiles(64, 128, 64, 1, 4, 3), _tiles(128, 128, 64, 2, 8, 3)),
+        # Two blocks of 4 warps on a multiprocessor; then tiles that read less again. An epilogue on quarters, or they spill.
+        *(_tiles(128, 128, 32, 2, 4, 4), _tiles(128, 128, 64, 2, 4, 3), _tiles(128, 256, 64, 2, 8, 3), _tiles(256, 128, 64, 2, 8, 3)),
+    ],
     "interpreter": [_tiles(32, 32, 16, 1, 4, 1)],
 }
 _LINEAR_SIGNATURE = {

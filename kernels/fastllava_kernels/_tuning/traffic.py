@@ -135,23 +135,6 @@ def counting() -> Iterator[Counter]:
 _METHODS = ("create_masked_load", "create_masked_store", "create_dot")
 
 
-class _Telling(Mapping[str, int]):
-    """A configuration that tells the counter whose launch has asked for it."""
-
-    def __init__(self, config: tuning.Config, tell: Callable[[], None]) -> None:
-        self._config, self._tell = config, tell
-
-    def __getitem__(self, key: str) -> int:
-        self._tell()
-        return self._config[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._config)
-
-    def __len__(self) -> int:
-        return len(self._config)
-
-
 def shapes(room: str) -> Mapping[str, Shape]:
     """What a room is run at: the widths of 7B and few rows; and rows of logits that are longer than a block."""
     known, (wide_name, widths) = rooms()[room].workload.shapes, _wide(room)
@@ -184,7 +167,7 @@ def measure(room: str, name: str, shape: Shape) -> list[Traffic]:
             for kernel in (kernel for kernel in tuning.kernels().values() if kernel.room == room):
                 tell = _teller(counter, kernel.name)
                 config = _for_few_rows(kernel.candidates[ARCHITECTURE][0], shape, _wide(room)[1])
-                stack.enter_context(tuning.override(kernel.name, _Telling(config, tell)))
+                stack.enter_context(tuning.override(kernel.name, tuning.Noted(config, tell)))
             result = call()
         part: Pass = "backward" if run == "backward" else "forward"
         floor = workload.cost(shape, dtype, part).bytes
@@ -194,13 +177,10 @@ def measure(room: str, name: str, shape: Shape) -> list[Traffic]:
     with torch.no_grad():
         note("evaluation", lambda: function(*args))
     out = _outputs(note("forward", lambda: function(*args)))
-    if not any(one.requires_grad for one in out):
-        # No training of LLaVA goes back through this room, and its kernels are there all the same.
-        args = tuple(one.requires_grad_() if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in args)
-        out = _outputs(function(*args))
     outs = [one for one in out if one.requires_grad]
-    # The gradient of a loss is 1, as in training.
-    note("backward", lambda: torch.autograd.backward(outs, [torch.ones_like(one) for one in outs]))
+    if outs:
+        # The gradient of a loss is 1, as in training.
+        note("backward", lambda: torch.autograd.backward(outs, [torch.ones_like(one) for one in outs]))
     return found
 
 

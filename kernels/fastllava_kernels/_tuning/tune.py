@@ -1,68 +1,56 @@
 """Write the tables of kernel configurations, offline: `python -m fastllava_kernels._tuning.tune` chooses by compiling, without a GPU.
 
-It takes the first candidate that passes the ahead-of-time gate. `fastllava bench tuning` chooses by `measure` here the fastest that
-passes it, by the median of interleaved runs of the room at the first of its shapes that launches the kernel. Both write
-<arch>.json under the running Triton minor version; entries of other versions stay as they are, and a kernel that only ever runs
-with its first candidate is left out.
+It takes the first candidate that passes the ahead-of-time gate. `fastllava bench tuning` takes of those that pass it the fastest, by the
+time of the kernel alone: what is here finds a shape of the room that launches it, and keeps its launches. Both write <arch>.json under
+the running Triton minor version; entries of other versions stay as they are, and a kernel that only ever runs with its first candidate is
+left out.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastllava_kernels import rooms
+from fastllava_kernels._device.launch import on_device_of
 from fastllava_kernels._tuning import aot, tuning
-from fastllava_kernels._tuning.tuning import ANY, Config, Kernel
+from fastllava_kernels._tuning.tuning import ANY, Config, Kernel, Noted
 from fastllava_kernels.workload import Shape
 
 SIZE = "7b"
-ROUNDS = 20
-WARM_UP = 2
-
-
-class Noted(Mapping[str, int]):
-    """A configuration that knows whether a launch has taken it."""
-
-    def __init__(self, config: Config) -> None:
-        self._config, self.taken = config, False
-
-    def __getitem__(self, key: str) -> int:
-        self.taken = True
-        return self._config[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._config)
-
-    def __len__(self) -> int:
-        return len(self._config)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a bucket of a kernel takes with each candidate."""
+class Launch:
+    """One launch of a kernel, to be repeated with the same arguments, which stay as it leaves them."""
 
-    shape: str
-    """The shape of the room's workload that launches the kernel."""
-    milliseconds: Mapping[int, float]
-    """Median time of the room's forward and backward, by the number of each candidate that ran."""
-    chosen: Config
-    """The fastest candidate that passes the gate."""
-    refused: Sequence[str]
-    """Which candidates did not run or did not pass, and why, in words."""
+    function: Any
+    grid: Any
+    args: Sequence[Any]
+    constants: Mapping[str, Any]
+
+    def __call__(self) -> None:
+        """Launch it again."""
+        with on_device_of(next(x for x in self.args if isinstance(x, Tensor))):
+            self.function.run(*self.args, grid=self.grid, warmup=False, **self.constants)
+
+
+def gate(kernel: Kernel, config: Config, arch: str) -> list[str]:
+    """What the ahead-of-time gate has against a candidate, such as that it spills; nothing when all is well."""
+    return aot.compile_kernel(kernel, config, arch).problems(arch, config["num_warps"], kernel.matmul)
 
 
 def compiling(kernel: Kernel, arch: str) -> list[Config]:
     """The candidates for `arch` that pass the gate, in their order. Raises ValueError when none does."""
     passing, against = [], []
     for config in kernel.candidates[arch]:
-        problems = aot.compile_kernel(kernel, config, arch).problems(arch, config["num_warps"], kernel.matmul)
+        problems = gate(kernel, config, arch)
         if problems:
             against.append(f"{dict(config)}: {', '.join(problems)}")
         else:
@@ -72,29 +60,11 @@ def compiling(kernel: Kernel, arch: str) -> list[Config]:
     return passing
 
 
-def measure(kernel: Kernel, bound: int | None, device: torch.device, size: str = SIZE, rounds: int = ROUNDS) -> Measured:
-    """Time every candidate in turn, with `rows` at the bucket's bound, and choose the fastest that passes the gate.
+def launching(kernel: Kernel, config: Config, bound: int | None, device: torch.device, size: str) -> tuple[str, Callable[[], None]]:
+    """The first shape of `size` in the room's workload whose forward and backward launch the kernel, and what runs them.
 
-    Raises ValueError when no shape of the size launches the kernel, or nothing passes.
+    bound: the rows, in place of the shape's. Raises ValueError when no shape launches it.
     """
-    arch = tuning.architecture(device)
-    candidates = kernel.candidates[arch]
-    shape, call = _launching(kernel, candidates[0], bound, device, size)
-    times, refused = _times(kernel, candidates, call, device, rounds)
-    for number in sorted(times, key=times.__getitem__):
-        # Without a GPU there is no machine code to look at.
-        config = candidates[number]
-        problems = (
-            aot.compile_kernel(kernel, config, arch).problems(arch, config["num_warps"], kernel.matmul) if device.type == "cuda" else []
-        )
-        if not problems:
-            return Measured(shape, times, config, refused)
-        refused.append(f"{dict(config)}: {', '.join(problems)}")
-    raise ValueError(f"{kernel.name}: no candidate for {arch} passes: {'; '.join(refused)}")
-
-
-def _launching(kernel: Kernel, config: Config, bound: int | None, device: torch.device, size: str) -> tuple[str, Callable[[], None]]:
-    """The first shape of `size` in the room's workload whose forward and backward launch the kernel, and what runs them."""
     room = rooms()[kernel.room]
     function, workload = room.implementations["triton"].function, room.workload
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -108,30 +78,33 @@ def _launching(kernel: Kernel, config: Config, bound: int | None, device: torch.
     raise ValueError(f"{kernel.name}: no shape of {size} in room {kernel.room} launches it")
 
 
+@contextmanager
+def launches(kernel: Kernel, config: Config) -> Iterator[list[Launch]]:
+    """Grows by each launch of the kernel within, which takes this configuration. Those of others with the same function are left out."""
+    found: list[Launch] = []
+    asked: list[str] = []
+    launch = kernel.function.run
+
+    def run(*args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        if asked and asked[-1] == kernel.name:
+            found.append(Launch(kernel.function, grid, args, constants))
+        return launch(*args, grid=grid, warmup=warmup, **constants)
+
+    with ExitStack() as stack:
+        for other in (other for other in tuning.kernels().values() if other.function is kernel.function):
+            chosen = config if other is kernel else tuning.config(other, 2**31, torch.device("cpu"))
+            stack.enter_context(tuning.override(other.name, Noted(chosen, lambda name=other.name: asked.append(name))))
+        kernel.function.run = run
+        try:
+            yield found
+        finally:
+            del kernel.function.run
+
+
 def shapes(room: str, size: str) -> Mapping[str, Shape]:
     """Return the shapes of a room beside a decoder of this size; those of the tower are the same beside every one but "tiny"."""
     found = rooms()[room].workload.shapes
     return {name: shape for name, shape in found.items() if name.partition("-")[0] in (size, "tower" if size != "tiny" else size)}
-
-
-def _times(
-    kernel: Kernel, candidates: Sequence[Config], call: Callable[[], None], device: torch.device, rounds: int
-) -> tuple[dict[int, float], list[str]]:
-    """Median milliseconds by the candidate's number, and why others did not run, such as for want of shared memory."""
-    taken: dict[int, list[float]] = {number: [] for number in range(len(candidates))}
-    refused = []
-    for repeat in range(rounds + WARM_UP):
-        for number in list(taken):
-            try:
-                with tuning.override(kernel.name, candidates[number]):
-                    milliseconds = _time(call, device)
-            except Exception as error:
-                refused.append(f"{dict(candidates[number])}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-                del taken[number]
-                continue
-            if repeat >= WARM_UP:
-                taken[number].append(milliseconds)
-    return {number: statistics.median(each) for number, each in taken.items()}, refused
 
 
 def _run(function: Any, args: Any) -> None:
@@ -140,20 +113,6 @@ def _run(function: Any, args: Any) -> None:
     outs = list(out) if isinstance(out, tuple) else [out]
     if any(o.requires_grad for o in outs):
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
-
-
-def _time(call: Callable[[], None], device: torch.device) -> float:
-    """Return the milliseconds that a call takes."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - began)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def write(arch: str, chosen: Mapping[str, Mapping[str, Config]], folder: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ Triton minor version -> rows (the bucket's upper bound, or "any") -> configurati
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +33,24 @@ Config = Mapping[str, int]
 """Constants of a kernel such as BLOCK_M, and num_warps, num_stages."""
 
 _overridden: dict[str, Config] = {}
+
+
+class Noted(Mapping[str, int]):
+    """A configuration that knows whether a launch has taken it, and tells when one does."""
+
+    def __init__(self, config: Config, tell: Callable[[], Any] = lambda: None) -> None:
+        self._config, self._tell, self.taken = config, tell, False
+
+    def __getitem__(self, key: str) -> int:
+        self.taken = True
+        self._tell()
+        return self._config[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
+
+    def __len__(self) -> int:
+        return len(self._config)
 
 
 @dataclass(frozen=True)
