@@ -23,6 +23,12 @@ MICRO_BATCH = MicroBatch(rows=16384, samples=19, images=16, supervised=2400, lon
 """One of stage finetune; a layer's bytes go with its rows alone."""
 LIMITS = {"swiglu": 1.0, "rope": 1.0, "splice": 1.06}
 """The most that a room's kernels may move in a pass, over the floor of its workload. What the others move is listed."""
+DISPATCHED: Mapping[str, int] = {"pretrain": 60, "finetune": 95}
+"""The most ops that the host may dispatch for a layer and micro-batch with `train.recompute=none`, both passes, views too.
+
+At 4,096 rows, the smallest micro-batch that the planner looks at, a layer takes an H200 5.3 and 7.6 ms (reckoned, lab book). Of that the
+host may take a tenth, 530 and 760 us, which is 8 us an op with the launch of its kernel.
+"""
 Layers = Mapping[tuple[Stage, Recompute], Layer]
 Traffic = Mapping[str, Any]
 """A line of fastllava_kernels._tuning.traffic."""
@@ -36,8 +42,13 @@ class Budget:
     kernels: Sequence[Traffic]
 
     def problems(self) -> list[str]:
-        """Rooms over their limit, in words."""
+        """Layers and rooms over their limit, in words."""
+        dispatched = {stage: _calls(layer) for (stage, recompute), layer in self.layers.items() if recompute == "none"}
         return [
+            f"{stage}: {count:g} ops dispatched for a layer, {DISPATCHED[stage]} at most"
+            for stage, count in dispatched.items()
+            if count > DISPATCHED[stage]
+        ] + [
             f"{room} ({shape}, {run}): {moved / floor:.3f} of its floor, {LIMITS[room]} at most"
             for (room, shape, run), (moved, floor) in _by_room(self.kernels).items()
             if room in LIMITS and moved > (LIMITS[room] + 0.005) * floor
@@ -50,12 +61,16 @@ class Budget:
 
 def count(size: str = SIZE, rooms: Sequence[str] = (), recomputes: Sequence[Recompute] = get_args(Recompute)) -> Budget:
     """Count everything anew, or some of it: minutes for 7B and all rooms."""
-    layers: Layers = {
+    return Budget(layers(size, recomputes), kernels(rooms))
+
+
+def layers(size: str, recomputes: Sequence[Recompute]) -> Layers:
+    """What a decoder layer does in both stages."""
+    return {
         (stage, recompute): look_at(_config(stage, recompute), size_named(size), MICRO_BATCH)
         for stage in get_args(Stage)
         for recompute in recomputes
     }
-    return Budget(layers, kernels(rooms))
 
 
 def kernels(rooms: Sequence[str] = ()) -> list[Traffic]:
@@ -90,17 +105,24 @@ def _layers(layers: Layers) -> Iterator[str]:
     yield "## A decoder layer"
     yield ""
     yield f"{SIZE.upper()}, bf16, one micro-batch of two, {MICRO_BATCH.rows:,} rows, with the ops that `auto` takes on a GPU."
-    yield "Ops: those dispatched that move anything. Floor: every input and result once, with all fused that a product or a norm"
+    most = " and ".join(f"{count} in stage {stage}" for stage, count in DISPATCHED.items())
+    yield "Dispatched: all ops, views too, each of which takes the host's time. With `train.recompute=none` both passes together have"
+    yield f"at most {most}: at 8 us an op, a tenth of the GPU's time at 4,096 rows."
+    yield "Ops: those that move anything. Floor: every input and result once, with all fused that a product or a norm"
     yield "can take in (`fastllava/planner/layer.py`)."
     yield ""
-    yield "| stage | recompute | pass | ops | GB | floor | over floor |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| stage | recompute | pass | dispatched | ops | GB | floor | over floor |"
+    yield "|---|---|---|---|---|---|---|---|"
     for (stage, recompute), layer in layers.items():
         for part in (FORWARD, BACKWARD):
             total, floor = layer.total(part), layer.floor[part]
-            figures = f"{total.count:g} | {total.bytes / 1e9:.3f} | {floor / 1e9:.3f} | {total.bytes / floor:.2f}"
+            figures = f"{layer.calls(part):g} | {total.count:g} | {total.bytes / 1e9:.3f} | {floor / 1e9:.3f} | {total.bytes / floor:.2f}"
             yield f"| {stage} | {recompute} | {part} | {figures} |"
     yield ""
+
+
+def _calls(layer: Layer) -> float:
+    return sum(layer.calls(part) for part in (FORWARD, BACKWARD))
 
 
 def _ops(layers: Layers) -> Iterator[str]:

@@ -6,7 +6,7 @@ in the compute dtype already, and gradients of weights are summed in fp32 by the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,14 +34,20 @@ class Layer:
     """One decoder layer, one micro-batch of several."""
 
     ops: Mapping[tuple[str, str], Dispatched]
-    """By part of the step, and op."""
+    """Those that move anything, by part of the step, and op."""
     floor: Mapping[str, float]
     """Bytes by part of the step."""
+    dispatched: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """How many ops, views too, by part of the step and namespace."""
 
     def total(self, part: str) -> Dispatched:
         """All ops of a part together."""
         found = [op for (where, _), op in self.ops.items() if where == part]
         return Dispatched(sum(op.count for op in found), sum(op.bytes for op in found))
+
+    def calls(self, part: str) -> float:
+        """How many ops the host dispatches in a part, whether they move anything or not."""
+        return sum(count for (where, _), count in self.dispatched.items() if where == part)
 
 
 def look_at(config: Config, size: Size, micro_batch: MicroBatch) -> Layer:
@@ -56,7 +62,8 @@ def look_at(config: Config, size: Size, micro_batch: MicroBatch) -> Layer:
     backward = sum(moved[1] for moved in parts.values())
     repeated = sum(parts[name][0] for name in _REPEATED[config.train.recompute])
     floor = {FORWARD: sum(moved[0] for moved in parts.values()), BACKWARD: backward + repeated}
-    return Layer(layer_ops(config, size.origin, gpu_ops(config.kernels), micro_batch), floor)
+    found = layer_ops(config, size.origin, gpu_ops(config.kernels), micro_batch)
+    return Layer(found.moving, floor, found.all)
 
 
 def _parts(llm: LlamaConfig, size: MicroBatch, dtype: torch.dtype, trains: bool) -> Mapping[str, tuple[float, float]]:

@@ -4,6 +4,7 @@ The layers of a decoder are alike, so two shallow decoders say what a deep one t
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,19 +121,28 @@ def _deep(config: Config, architecture: Architecture, ops: Ops, micro_batch: Mic
     return StepCost(each(few.memory, more.memory), each(few.traffic, more.traffic), deep(few.communicated, more.communicated))
 
 
-def layer_ops(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch) -> Mapping[tuple[str, str], Dispatched]:
-    """What one decoder layer dispatches for one micro-batch of several on one GPU, by part of the step and op.
+@dataclass(frozen=True)
+class LayerOps:
+    """What one decoder layer dispatches for one micro-batch of several on one GPU."""
 
-    The difference of two shallow decoders: their first and last layers are not like the others.
-    """
-    few, more = (_tallied(config, architecture, ops, micro_batch, True, 1, depth) for depth in _SHALLOW)
-    batches = more[1]
-    differences = {key: more[0].ops[key] - few[0].ops[key] for key in more[0].ops}
-    return {
-        key: Dispatched(count / batches, (more[0].moved[key] - few[0].moved[key]) / batches)
-        for key, count in sorted(differences.items())
-        if count
+    moving: Mapping[tuple[str, str], Dispatched]
+    """What moves anything, by part of the step and op."""
+    all: Mapping[tuple[str, str], float]
+    """How many ops, views too, by part of the step and namespace."""
+
+
+def layer_ops(config: Config, architecture: Architecture, ops: Ops, micro_batch: MicroBatch) -> LayerOps:
+    """Look at one decoder layer: the difference of two shallow decoders, whose first and last layers are not like the others."""
+    (few, batches), (more, _) = (_tallied(config, architecture, ops, micro_batch, True, 1, depth) for depth in _SHALLOW)
+    moving = {
+        key: Dispatched(count / batches, (more.moved[key] - few.moved[key]) / batches)
+        for key, count in _differences(few.ops, more.ops).items()
     }
+    return LayerOps(moving, {key: count / batches for key, count in _differences(few.dispatched, more.dispatched).items()})
+
+
+def _differences(few: Counter[tuple[str, str]], more: Counter[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    return {key: more[key] - few[key] for key in sorted(more) if more[key] != few[key]}
 
 
 @contextmanager

@@ -29,9 +29,13 @@ _LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton
 FORWARD, BACKWARD, REST = "forward", "backward", "rest"
 """The passes of a step: what the model computes, what its gradients take, and all else."""
 
+_PRODUCTS = {"aten::mm", "aten::addmm"}
 # The optimizer and the gradient's norm. Of DTensors, a dry run of the whole comes here too.
 _ONCE_A_STEP = {"aten::_fused_adamw_", "fastllava::low_bit_adamw", "aten::linalg_vector_norm", "aten::_foreach_norm"}
 
+
+SUMS = "sums in products"
+"""The part of what products add their results to, and of results in fp32: a product at its ceiling writes in its inputs' dtype."""
 
 PARTS: Mapping[str, str] = {
     "casts": r"aten::_to_copy",
@@ -42,7 +46,7 @@ PARTS: Mapping[str, str] = {
     "swiglu": r"fastllava::swiglu_\w+",
     "loss": r"fastllava::masked_linear_cross_entropy_\w+",
 }
-"""Names for what moves bytes, with the names of the ops; whatever is not among them is "other"."""
+"""Names for what moves bytes, with the names of the ops; whatever is not among them is "other". Products have SUMS."""
 
 
 def part_of(name: str) -> str:
@@ -68,11 +72,13 @@ class Tally(TorchDispatchMode):
     peak: Counter[str] = field(default_factory=Counter)
     """By kind, when all together were most."""
     traffic: Counter[str] = field(default_factory=Counter)
-    """By part, read and written by ops that are no matrix product, attention, collective or optimizer."""
+    """By part, read and written by ops that are no matrix product, attention, collective or optimizer; of products see SUMS."""
     ops: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How many were dispatched that move anything, by part of the step and name; products, attention and the optimizer are among them."""
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)
     """What these read and write."""
+    dispatched: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How many were dispatched at all, views too, by part of the step and namespace, such as "aten": each takes time of the host."""
     communicated: int = 0
     """Handed to collectives: of a gather or a reduction the whole, unsharded tensor."""
 
@@ -109,8 +115,8 @@ class Tally(TorchDispatchMode):
         """Work is counted, and the peak looked for, from here on."""
         self.peak = Counter(self.live)
         self.traffic, self.communicated = Counter(), 0
-        self.ops.clear()
-        self.moved.clear()
+        for counted in (self.ops, self.moved, self.dispatched):
+            counted.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -128,23 +134,29 @@ class Tally(TorchDispatchMode):
         if self.sharded:
             self._resize()
         self._look(_within(func, args))
-        self._count(func, args, kwargs, inputs, new)
+        self._count(func, args, kwargs, inputs, new, result)
         return result
 
-    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], new: list[Tensor]) -> None:
+    def _count(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], new: list[Tensor], result: Any
+    ) -> None:
+        # Autograd's engine is at work; a layer that is computed again is so within it.
+        part = BACKWARD if torch._C._current_graph_task_id() != -1 else self._part
+        # Tensors without data are asked for their device by ops of that name, of which others have none.
+        self.dispatched[part, func.namespace] += func.namespace != "prim"
         if func.namespace == "c10d":
             self.communicated += max((tensor.nbytes for tensor in (*inputs, *new)), default=0)
         elif not _moves_nothing(func):
             name = func.name().partition(".")[0]
             read = () if name.endswith("_like") else _read(func, args, kwargs)
             moved = sum(tensor.nbytes for tensor in (*read, *new, *_written(func, args, kwargs)))
-            # Autograd's engine is at work; a layer that is computed again is so within it.
-            part = BACKWARD if torch._C._current_graph_task_id() != -1 else self._part
             if moved:
                 self.ops[part, _told(name, inputs, new)] += 1
                 self.moved[part, _told(name, inputs, new)] += moved
             if not (func.overloadpacket in flop_registry or "attention" in func.name() or name in _ONCE_A_STEP):
                 self.traffic[part_of(name)] += moved
+            elif name in _PRODUCTS:
+                self.traffic[SUMS] += _beside_a_product(name, args, result)
 
     def _track(self, tensor: Tensor) -> _Storage:
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -173,6 +185,12 @@ class Tally(TorchDispatchMode):
             self.peak = Counter(self.live)
             if within:
                 self.peak[WORKSPACE] += within
+
+
+def _beside_a_product(name: str, args: tuple[Any, ...], result: Tensor) -> int:
+    """What it moves beside its operands and a result in their dtype: what it adds to, and a result that is wider."""
+    added, operand = (args[0].nbytes, args[1]) if name == "aten::addmm" else (0, args[0])
+    return added + (result.nbytes if result.dtype != operand.dtype else 0)
 
 
 def _told(name: str, inputs: list[Tensor], new: list[Tensor]) -> str:

@@ -13,7 +13,11 @@ from fastllava.planner.simulate import Dispatched
 from fastllava_kernels import rooms
 from fastllava_kernels._tuning import tuning
 
-LAYER = Layer({("forward", "aten::mm"): Dispatched(7, 3e9), ("rest", "aten::zeros"): Dispatched(1, 1e9)}, {"forward": 2e9, "backward": 4e9})
+LAYER = Layer(
+    {("forward", "aten::mm"): Dispatched(7, 3e9), ("rest", "aten::zeros"): Dispatched(1, 1e9)},
+    {"forward": 2e9, "backward": 4e9},
+    {("forward", "aten"): 40, ("forward", "fastllava"): 5, ("backward", "aten"): 50, ("rest", "aten"): 99},
+)
 
 
 def traffic(room: str, run: str, moved: int, floor: float = 1000.0) -> dict[str, Any]:
@@ -40,6 +44,12 @@ def test_a_room_over_its_limit_is_named() -> None:
     assert made(splice=1100).problems() == ["splice (7b, forward): 1.100 of its floor, 1.06 at most"]
 
 
+def test_a_layer_that_dispatches_more_than_it_may_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(budget.DISPATCHED, "finetune", 94)
+    assert made().problems() == ["finetune: 95 ops dispatched for a layer, 94 at most"]
+    assert Budget({("finetune", "full"): LAYER}, []).problems() == [], "what is computed again is listed only"
+
+
 def test_kernels_of_a_pass_count_together() -> None:
     both = Budget({}, [traffic("swiglu", "forward", 600), traffic("swiglu", "forward", 600)])
     assert both.problems() == ["swiglu (7b, forward): 1.200 of its floor, 1.0 at most"]
@@ -47,7 +57,7 @@ def test_kernels_of_a_pass_count_together() -> None:
 
 def test_what_the_tables_say() -> None:
     table = made().render()
-    assert "| finetune | none | forward | 7 | 3.000 | 2.000 | 1.50 |" in table
+    assert "| finetune | none | forward | 45 | 7 | 3.000 | 2.000 | 1.50 |" in table
     assert "| forward | `aten::mm` | 7 | 3.000 |" in table
     assert "aten::zeros" not in table, "what is no part of forward or backward"
     assert "| splice.forward | 7b | forward | 950 | 100 | 1.061 |" in table
@@ -84,6 +94,11 @@ def test_the_committed_tables_have_every_room_and_every_kernel(repo: Path) -> No
     # Rooms share functions: one of those that launch it is enough.
     listed = {kernel.function for name, kernel in tuning.kernels().items() if f"\n| {name} |" in committed}
     assert listed == {kernel.function for kernel in tuning.kernels().values()}
+
+
+def test_a_layer_dispatches_no_more_than_it_may() -> None:
+    """What the host dispatches goes with the code alone, not with sizes."""
+    assert Budget(budget.layers("tiny", ["none"]), []).problems() == []
 
 
 @pytest.mark.exhaustive

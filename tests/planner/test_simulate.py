@@ -4,11 +4,13 @@ That record also has what libraries allocate within an op and give back before i
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benches import budget
 from benches.lib.timing import allocations
 from fastllava.batch import Batch, ImageSpec
 from fastllava.config import Config, LoraConfig, check_config
@@ -20,6 +22,8 @@ from fastllava.model.ops import Ops, reference_ops
 from fastllava.model.towers import ClipConfig
 from fastllava.optim import FiniteGuard, build_optimizer, low_bit
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
+from fastllava.planner.sizes import size_named
+from fastllava.planner.tally import SUMS, part_of
 from fastllava.train import train_step
 from fastllava.train.stages import prepare_stage
 from fastllava_kernels import choose, rooms
@@ -171,12 +175,12 @@ def test_a_frozen_decoder_is_sharded_or_whole_as_the_config_says() -> None:
     assert frozen["replicate"] - frozen["shard"] == pytest.approx(weights * 7 / 8, rel=0.01)
 
 
-def bytes_of_a_layer(stage: str) -> dict[str, int]:
+def bytes_of_a_layer(stage: str, origin: Architecture = TINY, size: MicroBatch = SIZE) -> dict[str, int]:
     """What one more layer in the middle of the decoder moves for a micro-batch, by part."""
     config, costs = config_of(stage, "bf16", "none"), []
     for layers in (6, 7):
-        deeper = dataclasses.replace(TINY, llm=dataclasses.replace(LLAMA, num_hidden_layers=layers))
-        costs.append(simulate(config, deeper, gpu_ops({}), SIZE, accumulates=True).traffic)
+        deeper = dataclasses.replace(origin, llm=dataclasses.replace(origin.llm, num_hidden_layers=layers))
+        costs.append(simulate(config, deeper, gpu_ops({}), size, accumulates=True).traffic)
     few, more = costs
     return {part: more[part] - few[part] for part in more}
 
@@ -195,5 +199,38 @@ def test_bytes_of_a_layer_by_part(stage: str) -> None:
     # fp32 weights read and bf16 written once for both micro-batches; gradients are summed within the products.
     assert layer["casts"] == pytest.approx(6 / 2 * weights if trains else 0, rel=0.02, abs=200)
     assert layer["gradient adds"] < 0.05 * weights
-    assert sum(layer.values()) > 0
+    # What trains adds 4 bytes a weight to 4 that are there; the second and third of q, k, v and of gate, up add to an input's gradient.
+    assert layer[SUMS] == (8 * weights if trains else 0) + 3 * 2 * rows * width
     assert layer["norms"] > 2 * rows * width * 10
+
+
+def committed_bytes(repo: Path, stage: str) -> dict[str, float]:
+    """The bytes of a layer in the committed table of ops, by the planner's part; GB with three digits."""
+    text = (repo / "kernels/budget.md").read_text(encoding="utf-8")
+    table = text[text.index("Op by op") : text.index("## Triton kernels")]
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+    found: dict[str, float] = {}
+    for cells in lines:
+        name = cells[1].strip("`").partition(" ")[0]
+        part = "products" if name in ("aten::mm", "aten::addmm") else "attention" if "attention" in name else part_of(name)
+        found[part] = found.get(part, 0.0) + 1e9 * float(cells[head.index(stage) + 1])
+    return found
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_bytes_of_a_layer_are_those_of_the_committed_table(repo: Path, stage: str) -> None:
+    """What the planner prices is what kernels/budget.md lists, part by part; products and attention have prices of their own."""
+    size = size_named(budget.SIZE)
+    committed, priced = committed_bytes(repo, stage), bytes_of_a_layer(stage, size.origin, budget.MICRO_BATCH)
+    assert {"norms", "rope", "swiglu", "adds"} < committed.keys() & priced.keys()
+    for part in (committed.keys() | priced.keys()) - {"products", "attention", SUMS}:
+        # Each op of the table is rounded to a thousandth of a GB.
+        assert priced.get(part, 0) == pytest.approx(committed.get(part, 0), abs=2e6), f"{part}; {budget.COMMAND}"
+    llm, rows = size.llm, budget.MICRO_BATCH.rows
+    sizes = [(llm.hidden_size, llm.hidden_size)] * 4 + [(llm.hidden_size, llm.intermediate_size)] * 3
+    weights = sum(takes * gives for takes, gives in sizes)
+    operands = 2 * sum(rows * (takes + gives) + takes * gives for takes, gives in sizes)
+    # Forward and both gradients, whose bf16 results are theirs; of a weight's gradient the product reads and writes fp32.
+    trains = stage == "finetune"
+    plain = (2 + trains) * operands - (2 * weights if trains else 0)
+    assert committed["products"] == pytest.approx(plain + priced[SUMS], abs=5e6)

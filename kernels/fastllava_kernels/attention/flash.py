@@ -113,8 +113,12 @@ def define(name: str, library: Library) -> Attention:
         q_THK, k_TGK, v_TGK, cu_seqlens, ctx.max_seqlen, ctx.causal = inputs
         ctx.save_for_backward(q_THK, k_TGK, v_TGK, *output, cu_seqlens)
         ctx.mark_non_differentiable(output[1])
+        # No zeros in place of the gradient that the log has not.
+        ctx.set_materialize_grads(False)
 
-    def gradients(ctx: Any, grad_THK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, grad_THK: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_THK is None:
+            return (None,) * 6
         return *backward(grad_THK, *ctx.saved_tensors, ctx.max_seqlen, ctx.causal), None, None, None
 
     forward.register_autograd(gradients, setup_context=keep)
