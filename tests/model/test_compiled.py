@@ -1,23 +1,29 @@
 """torch.compile of layers and of the whole forward: the eager losses and gradients, in few graphs, all of them whole."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastllava.config import Compile, Recompute
+from fastllava.config import Compile, LoraConfig, Recompute
 from fastllava.errors import UserError
 from fastllava.model.compiled import GRAPHS, check_compiler
 from fastllava.model.execution import Execution
+from fastllava.model.lora import drawn
 from fastllava.model.ops import choose_ops
 from fastllava.model.weights import load_llava
+from fastllava.train.stages import trained_parts
 
 CPU = torch.device("cpu")
 
 
-def model_of(tiny, **execution):
+def model_of(tiny, lora=None, **execution):
     ops = choose_ops({}, CPU, torch.float32, compiled=True)
-    model = load_llava(tiny.config(projector="fresh"), Execution(ops, torch.float32, **execution), 5)
-    model.tower.requires_grad_(False)
+    model = load_llava(tiny.config(projector="fresh"), Execution(ops, torch.float32, **execution), 5, lora)
+    model.requires_grad_(False)
+    for part in trained_parts(model, "finetune"):
+        part.requires_grad_(True)
     return model
 
 
@@ -47,6 +53,27 @@ def test_few_graphs_give_the_eager_gradients(tiny, mode: Compile, recompute: Rec
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(expected[0]), rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert 1 <= graphs.frame_count <= GRAPHS[mode]
+
+
+@pytest.mark.parametrize(("mode", "recompute"), [("layer", "none"), ("layer", "selective"), ("step", "full")])
+def test_all_layers_with_adapters_share_their_graphs(tiny, mode: Compile, recompute: Recompute) -> None:
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    samples, lora = tiny.mixed(), LoraConfig(rank=2, dropout=0.25)
+    batches = [tiny.pack([samples[i] for i in group], weight=0.1) for group in GROUPS[:3]]
+    batches = [dataclasses.replace(batch, row_keys=7 * torch.arange(len(batch.token_ids))) for batch in batches]
+    models = [model_of(tiny, lora, recompute=recompute), model_of(tiny, lora, recompute=recompute, compile=mode, backend=graphs)]
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.weight"):
+                parameter.data = drawn(name.replace("lora_B", "lora_A"), parameter.shape, 1)
+    expected, found = (losses_and_gradients(model, batches) for model in models)
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(expected[0]), rtol=1e-5, atol=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() + gradient.norm() > 0
         assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     assert 1 <= graphs.frame_count <= GRAPHS[mode]
 

@@ -62,7 +62,7 @@ def check(
     what = "x is [T, D], and each layer has W [F, D], a bias [F] or None, A [R, D] with the same R, and B [F, R]"
     fits(good, "lora_linear", what, x_TD, *weights, *(bias for bias in biases if bias is not None), *A, *B)
     good = whole(keys, streams) and keys.shape in ((x_TD.shape[0],), (0,)) and streams.shape == (layers,)
-    fits(good, "lora_linear", f"keys are [{x_TD.shape[0]}] or [0], and streams [{layers}], whole numbers", keys, streams)
+    fits(good, "lora_linear", "keys are [T] or [0], and streams [n], whole numbers", keys, streams)
     if not 0 <= philox.threshold(dropout) < philox.LEVELS:
         raise ValueError(f"lora_linear: dropout is at least 0 and less than 1, and is {dropout}")
 
