@@ -135,6 +135,7 @@ def large(wrong: str | None) -> Certificate:
         "padded_batch": 2,
         "settings": {"recompute": "none"},
         "kernels": {"attention": "varlen"},
+        "lora": None,
         "model": {"llm": "a", "vision_tower": "b", "projector": "c", "trained": 7, "frozen": 3, "weights_sha256": "0" * 64},
         "data": {"records": "r.json", "prepared_digest": "1" * 64, "samples": 9},
         "config_sha256": "2" * 64,

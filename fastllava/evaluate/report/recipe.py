@@ -22,7 +22,7 @@ EFFECTS: Mapping[Effect, str] = {
     "nothing": "No bit of the result",
 }
 """What a difference does to the numbers, the weightiest first."""
-_INPUTS = PLACES | {"data.records", "data.images", "eval.held_out"}
+_INPUTS = PLACES | {"model.adapter", "data.records", "data.images", "eval.held_out"}
 _WIDTH_OF_13B = 5120
 _MISSING = object()
 
@@ -48,7 +48,12 @@ def recipe_of(run: Run) -> str | None:
     model = run.written.get("model")
     named = "13b" in str(model.get("llm") if isinstance(model, dict) else "").lower()
     size = "13b" if width == _WIDTH_OF_13B or (width is None and named) else "7b"
-    return f"llava15_{size}_{run.stage}"
+    lora = run.written.get("lora")
+    if run.stage == "pretrain" or not isinstance(lora, dict) or lora.get("rank") is None:
+        return f"llava15_{size}_{run.stage}"
+    # On a whole LLaVA, which brings its projector, it is training for a task.
+    begins = [model.get(key) for key in ("projector", "adapter")] if isinstance(model, dict) else []
+    return f"llava15_{size}_finetune_{'lora' if any(begins) else 'task_lora'}"
 
 
 def differences(written: Mapping[str, Any], recipe: str) -> list[Difference]:

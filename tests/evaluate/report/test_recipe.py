@@ -76,6 +76,10 @@ def test_keys_of_another_version_are_left_out() -> None:
         ({"stage": 3}, None),
         ({"model": {"llm": "models/Vicuna-13B"}}, "llava15_13b_finetune"),
         ({"model": "broken"}, "llava15_7b_finetune"),
+        ({"lora": {"rank": 4}, "model": {"llm": "x", "projector": "p"}}, "llava15_7b_finetune_lora"),
+        ({"lora": {"rank": None}}, "llava15_7b_finetune"),
+        ({"lora": "broken"}, "llava15_7b_finetune"),
+        ({"lora": {"rank": 4}, "model": {"llm": "models/llava-v1.5-13b"}}, "llava15_13b_finetune_task_lora"),
     ],
 )
 def test_which_recipe_it_is_compared_with(run_made_once: Made, changes: dict[str, Any], name: str | None) -> None:
