@@ -57,7 +57,7 @@ class Recent:
 def recent(optimizer: torch.optim.Optimizer) -> Recent:
     """What belongs to the steps that `optimizer` made: part of a run's state, as its moments are."""
     if not hasattr(optimizer, "recent"):
-        device = optimizer.param_groups[0]["params"][0].device
+        device = next(parameter for group in optimizer.param_groups for parameter in group["params"]).device
         optimizer.recent = Recent(device)  # pyright: ignore[reportAttributeAccessIssue] (kept with what it belongs to)
     return optimizer.recent  # pyright: ignore[reportAttributeAccessIssue]
 

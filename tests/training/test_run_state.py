@@ -218,6 +218,19 @@ def test_a_damaged_result_is_named_and_written_again(damage, own, tmp_path):
     assert "complete: nothing to do" in (tmp_path / "said").read_text()
 
 
+def test_a_complete_run_of_a_version_with_fewer_keys_is_complete(own, tmp_path):
+    """Keys that have come since have their defaults, which are what that version did."""
+    train(own)
+    for name in ("run_summary.json", "run_config.json"):
+        path = tmp_path / "run" / name
+        written = json.loads(path.read_text())
+        config = written["config"] if name == "run_summary.json" else written
+        del config["lora"], config["data"]["max_images"], config["train"]["deterministic"]
+        path.write_text(json.dumps(written))
+    train(own, tmp_path / "said")
+    assert "complete: nothing to do" in (tmp_path / "said").read_text()
+
+
 def test_a_damaged_result_without_a_checkpoint_is_one_line(own, tmp_path):
     own["train"] |= {"checkpoint_steps": None, "checkpoint_minutes": None}
     train(own)

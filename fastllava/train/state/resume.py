@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastllava.config import Config, as_written, same_training
+from fastllava.config import Config, as_written, check_config, same_training
 from fastllava.console.masking import masked_values
 from fastllava.disk import held_alone, read_json_object
 from fastllava.errors import UserError
@@ -183,7 +183,7 @@ def _check_same(
     start_then: Mapping[str, Any],
     report: Report,
 ) -> None:
-    now_flat, then_flat = _flat(as_written(config)), _flat(masked_values(dict(then)))
+    now_flat, then_flat = _flat(as_written(config)), _flat(_with_defaults(then))
     free = _FREE | (PLACES if start_then else set())
     changed = [k for k in sorted(now_flat.keys() | then_flat.keys()) if now_flat.get(k) != then_flat.get(k)]
     described = {k: f"{k} was {_short(then_flat.get(k))} and is now {_short(now_flat.get(k))}" for k in changed}
@@ -206,6 +206,14 @@ def _check_same(
             report(f"{text}: the same model in another place")
     if start and not start_then:
         report("note: it was written by a version that kept no hashes of weights, so whether model.* is the same model cannot be told")
+
+
+def _with_defaults(then: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A written config with the keys that have come since; as it is where this version does not take it."""
+    try:
+        return as_written(check_config(then))
+    except UserError:
+        return masked_values(dict(then))
 
 
 def changes_nothing(key: str) -> bool:
