@@ -14,7 +14,7 @@ CONFIG = "config.json"
 
 
 def find_base(checkpoint: Path, named: str | None, given: Path | None) -> Path:
-    """The folder of the model that `checkpoint` was trained from: `given` (`--base`), or where it says, or beside it by that name.
+    """The folder of the model that `checkpoint` was trained from: `given` (`--base`), or where it says, or in or beside it by that name.
 
     Raises UserError, which says how to name it, when it is not there, or is no whole model.
     """
@@ -23,8 +23,11 @@ def find_base(checkpoint: Path, named: str | None, given: Path | None) -> Path:
             raise UserError(f"--base: {given} holds no {CONFIG}; give the folder of the model that {checkpoint} was trained from")
         places = [given]
     else:
-        beside = checkpoint.absolute().parent
-        places = [] if named is None else [Path(named).expanduser(), beside / named, beside / Path(named).name]
+        places = []
+        if named is not None:
+            within, beside = checkpoint.absolute(), checkpoint.absolute().parent
+            places = [Path(named), within / Path(named).name, beside / named, beside / Path(named).name]
+        places = list(dict.fromkeys(places))
     for place in places:
         if _holds_a_config(place):
             if is_adapter_folder(place):

@@ -1,6 +1,7 @@
 """The check of a written checkpoint: every tensor bit for bit, logits of a fixed image and prompt, and transformers' view of it."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,7 +132,8 @@ class Check:
             report("check with PEFT: left out, as it is not installed")
             return
         name = f"PEFT {peft.__version__}"
-        with _quiet(transformers.utils.logging), torch.no_grad():
+        with _quiet(transformers.utils.logging), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
             loaded: Any = transformers.LlavaForConditionalGeneration.from_pretrained(base, torch_dtype=self._dtype)
             theirs = peft.PeftModel.from_pretrained(loaded, adapters).eval()
             image, spec = loaded.config.image_token_index, self._model.spec

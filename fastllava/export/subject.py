@@ -183,7 +183,8 @@ def _of_llava(model: ModelConfig, given: Mapping[str, Any], folder: Path, layout
         policy, length = "pad" if read_preprocessor(folder, "CHECKPOINT").get("do_pad") else "square", _length(folder)
     policy, named = policy if policy == "pad" else "square", _named_template(folder, given)
     known = f"template {named}" if named else "template v1, as it names none"
-    report(f"{folder} is a LLaVA checkpoint in layout {layout}; image policy {policy}, and {known}")
+    what = "is a LLaVA checkpoint" if model.adapter is None else "describes a LLaVA"
+    report(f"{folder} {what} in layout {layout}; image policy {policy}, and {known}")
     return Subject(model, {}, _stored_dtype(model.llm), named or "v1", policy, length, None)
 
 

@@ -111,6 +111,11 @@ def test_peft_loads_exported_adapters_and_computes_what_we_do(world, tmp_path, n
     plain = transformers.LlavaForConditionalGeneration.from_pretrained(base)
     model = peft.PeftModel.from_pretrained(plain, out).eval()
     names = {key for key, _ in model.named_parameters() if ".lora_" in key}
+    if name != "peft":
+        # Moved as a whole, it is found again.
+        shutil.copytree(out, tmp_path / "moved")
+        (out / "base").rename(tmp_path / "aside")
+        assert find_subject(tmp_path / "moved", lambda line: None).model.llm == tmp_path / "moved" / "base"
     assert len(names) == 2 * 7 * plain.config.text_config.num_hidden_layers
     assert not any("vision_tower" in key or "projector" in key for key in names)
     # Against the whole model that we write, and after PEFT's own merge.

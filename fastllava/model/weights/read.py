@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +230,9 @@ def _find_tower(config: ModelConfig, layout: Layout, *described: tuple[Path, Map
             f"model.vision_tower: is missing, and {config.llm} names no vision tower; give the folder of a CLIP or SigLIP vision model"
         )
     places = []
-    for folder, name in told:
-        places += [Path(name), folder / "vision_tower", folder / name, folder.absolute().parent / Path(name).name]
+    for _, name in told:
+        beside = [(folder / "vision_tower", folder / name, folder.absolute().parent / Path(name).name) for folder, _ in described]
+        places += [Path(name), *chain.from_iterable(beside)]
     for place in places:
         if (place / "config.json").is_file():
             return place
