@@ -90,6 +90,30 @@ def test_tiles_in_any_order_and_any_part_give_the_same_bits(splits: int, group: 
     assert max(distances(smaller, [tensor.double() for tensor in plain_ones])) < 1e-6
 
 
+@pytest.mark.parametrize("width", [48, 45])
+def test_tiles_that_descriptors_copy_give_the_same_bits(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """45 columns do not begin at multiples of 16 bytes: then pointers are taken after all."""
+    x, weight, bias, pre = numbers(70, 40), numbers(width, 40, seed=1), numbers(width, seed=2), numbers(70, 40, seed=3)
+    made = []
+    descriptors = linear._by_descriptors
+    monkeypatch.setattr(linear, "_by_descriptors", lambda *args: made.append(descriptors(*args)) or made[-1])
+
+    def everything() -> list[Tensor]:
+        placed = torch.zeros(75, width, device=DEVICE)
+        LINEAR.linear_place(x, weight, bias, integers(*range(74, 4, -1)), placed)
+        straight = MLP.linear(x, weight, bias)
+        return [placed, straight, *LINEAR.linear_gelu(x, weight, bias, True), *LINEAR.gelu_backward(straight, weight, pre)]
+
+    plain_ones = everything()
+    assert made == [False] * 4
+    usual = tuning.config(tuning.kernels()["projector_mlp.linear"], 70, DEVICE)
+    usual.pop("enable_fp_fusion")
+    with overridden([*LINEAR.kernels, *MLP.kernels], usual | {"TMA": 1}):
+        copied = everything()
+    assert made[4:] == [True, True, True, width == 48]
+    assert all(torch.equal(a, b) for a, b in zip(plain_ones, copied, strict=True))
+
+
 @contextmanager
 def overridden(names: list[str], config: dict[str, int]) -> Iterator[None]:
     if not names:

@@ -36,8 +36,8 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.conste
 def _product(
     a_ptr,
     b_ptr,
-    rows,
-    columns,
+    block_m,
+    column,
     M,
     N,
     K,
@@ -46,11 +46,31 @@ def _product(
     B_IS_NK: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> Any:
-    """Compute a [M, K] times b, which is stored as [N, K] or as [K, N]: fp32 [BLOCK_M, BLOCK_N]."""
+    """Compute a [M, K] times b, which is stored as [N, K] or as [K, N]: fp32 [BLOCK_M, BLOCK_N].
+
+    TMA: whole tiles are copied by descriptors, for which rows begin at multiples of 16 bytes; what is beyond an end is 0.
+    """
+    if TMA:
+        a_tiles = tl.make_tensor_descriptor(a_ptr, [M, K], [a_stride, 1], [BLOCK_M, BLOCK_K])  # pyright: ignore[reportArgumentType]
+        if B_IS_NK:
+            b_tiles = tl.make_tensor_descriptor(b_ptr, [N, K], [b_stride, 1], [BLOCK_N, BLOCK_K])  # pyright: ignore[reportArgumentType]
+        else:
+            b_tiles = tl.make_tensor_descriptor(b_ptr, [K, N], [b_stride, 1], [BLOCK_K, BLOCK_N])  # pyright: ignore[reportArgumentType]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            a = a_tiles.load([block_m * BLOCK_M, start])  # pyright: ignore[reportArgumentType]
+            if B_IS_NK:
+                b = tl.trans(b_tiles.load([column, start]))  # pyright: ignore[reportArgumentType]
+            else:
+                b = b_tiles.load([start, column])  # pyright: ignore[reportArgumentType]
+            sums = tl.dot(a, b, sums, input_precision="ieee")
+        return sums
+    rows, columns = block_m * BLOCK_M + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     # Rows beyond the end repeat the last one, so that the loop needs no mask for them; they are not stored.
     inner = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + tl.minimum(rows, M - 1).to(tl.int64)[:, None] * a_stride + inner[None, :]
@@ -139,6 +159,7 @@ def linear_kernel(
     KEEP: tl.constexpr,
     PLACE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -146,9 +167,8 @@ def linear_kernel(
     SPLITS: tl.constexpr,
 ) -> None:
     """Compute out = x @ weight.T + bias; GELU: its GELU, with what goes into it into pre if KEEP; PLACE: row m to out[map[m]]."""
-    rows, column, _ = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    columns = column + tl.arange(0, BLOCK_N)
-    sums = _product(x_ptr, weight_ptr, rows, columns, M, N, K, x_stride, K, _YES, _YES, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    rows, column, block_m = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    sums = _product(x_ptr, weight_ptr, block_m, column, M, N, K, x_stride, K, _YES, _YES, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     if PLACE:
         places = tl.load(map_ptr + rows, mask=rows < M, other=rows_out).to(tl.int64)
         # Below 0 is no row either.
@@ -205,6 +225,7 @@ def gelu_backward_kernel(
     d_out_stride,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -216,8 +237,7 @@ def gelu_backward_kernel(
     d_out: [M, K] and weight: [K, N] of the Linear after the GELU; pre, d_pre, act: [M, N]; partial: fp32 [blocks of M, N].
     """
     rows, column, block_m = _tile(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    columns = column + tl.arange(0, BLOCK_N)
-    sums = _product(d_out_ptr, weight_ptr, rows, columns, M, N, K, d_out_stride, N, _NO, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums = _product(d_out_ptr, weight_ptr, block_m, column, M, N, K, d_out_stride, N, _NO, EVEN_N, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K)
     _store_gelu_backward(sums, rows, column, block_m, M, N, pre_ptr, d_pre_ptr, act_ptr, partial_ptr, SPLITS, BLOCK_M, BLOCK_N)
 
 
@@ -254,7 +274,12 @@ class LinearKernels:
             return
         x = inner_contiguous(x)
         config = self._config(name, x)
-        constants: dict[str, Any] = {**config, **VARIANTS[name], "EVEN_K": k % config["BLOCK_K"] == 0}
+        constants: dict[str, Any] = {
+            **config,
+            **VARIANTS[name],
+            "EVEN_K": k % config["BLOCK_K"] == 0,
+            "TMA": _by_descriptors(config, x, weight),
+        }
         with on_device_of(x):
             linear_kernel[_grid(m, n, config)](
                 x, weight, bias, pre, out, x if places is None else places.contiguous(), m, n, k, out.shape[0], x.stride(0),
@@ -268,7 +293,8 @@ class LinearKernels:
         d_pre_MN, act_MN = torch.empty_like(pre_MN), torch.empty_like(pre_MN)
         config = self._config("gelu_backward", d_out)
         partial_BN = pre_MN.new_empty(cdiv(m, config["BLOCK_M"]), n, dtype=torch.float32)
-        constants: dict[str, Any] = {**config, "EVEN_N": n % config["BLOCK_N"] == 0, "EVEN_K": k % config["BLOCK_K"] == 0}
+        even = {"EVEN_N": n % config["BLOCK_N"] == 0, "EVEN_K": k % config["BLOCK_K"] == 0}
+        constants: dict[str, Any] = {**config, **even, "TMA": _by_descriptors(config, d_out, weight_KN)}
         with on_device_of(d_out):
             gelu_backward_kernel[_grid(m, n, config)](
                 d_out, weight_KN, pre_MN, d_pre_MN, act_MN, partial_BN, m, n, k, d_out.stride(0),
@@ -281,12 +307,26 @@ class LinearKernels:
         return chosen | _FP32 if x.is_cuda and x.dtype is torch.float32 else chosen
 
 
+def _by_descriptors(config: Mapping[str, int], *operands: Tensor) -> bool:
+    """Whether tiles are copied by descriptors: where the configuration has them, and rows begin at multiples of 16 bytes."""
+    if not config.get("TMA") or any((x.stride(0) * x.element_size()) % 16 or x.data_ptr() % 16 for x in operands):
+        return False
+    # What a thread that launches has to say, and autograd's has not.
+    triton.set_allocator(_scratch)
+    return True
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors of a launch, which PyTorch gives to no one before the stream is done with it."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _grid(m: int, n: int, config: Mapping[str, int]) -> tuple[int]:
     return (cdiv(m, config["BLOCK_M"]) * cdiv(n, config["BLOCK_N"]),)
 
 
 # In fp32 the product is no tensor core's: tiles made for those take minutes to compile and more memory than there is.
-_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLITS": 0, "num_warps": 4, "num_stages": 2}
+_FP32 = {"TMA": False, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "SPLITS": 0, "num_warps": 4, "num_stages": 2}
 
 VARIANTS: Mapping[str, Mapping[str, bool]] = {
     "linear_gelu": {"GELU": True, "KEEP": True, "PLACE": False},
@@ -304,7 +344,11 @@ def _tiles(m: int, n: int, k: int, splits: int, warps: int, stages: int) -> Mapp
 
 # 128x128 in 128 registers or fewer leaves room for a second block on each multiprocessor, whose products hide the epilogue.
 _CANDIDATES = {
-    "sm_90": [_tiles(128, 128, 64, 2, 8, 3), _tiles(128, 256, 64, 2, 8, 3), _tiles(128, 256, 64, 1, 8, 4), _tiles(128, 128, 64, 1, 8, 4)],
+    "sm_90": [
+        *(_tiles(128, 128, 64, 2, 8, 3), _tiles(128, 256, 64, 2, 8, 3), _tiles(128, 256, 64, 1, 8, 4), _tiles(128, 128, 64, 1, 8, 4)),
+        # Tiles copied by descriptors.
+        *({**_tiles(128, n, 64, 2, 8, 3), "TMA": 1} for n in (256, 128)),
+    ],
     "sm_80": [
         *(_tiles(128, 128, 64, 1, 8, 3), _tiles(128, 128, 32, 1, 8, 4), _tiles(64, 128, 64, 1, 4, 3), _tiles(128, 128, 64, 2, 8, 3)),
         # Two blocks of 4 warps on a multiprocessor; then tiles that read less again. An epilogue on quarters, or they spill.
@@ -332,7 +376,7 @@ def _described(name: str, variant: str) -> tuning.Kernel:
         name=name,
         function=linear_kernel if is_linear else gelu_backward_kernel,
         signature=signature,
-        constants={**VARIANTS[variant], "EVEN_K": True} if is_linear else {"EVEN_N": True, "EVEN_K": True},
+        constants={**(VARIANTS[variant] if is_linear else {"EVEN_N": True}), "EVEN_K": True, "TMA": False},
         candidates=_CANDIDATES,
         rows="patches",
         divisible=frozenset({"N", "K", "x_stride", "d_out_stride"}) & frozenset(signature),
