@@ -63,12 +63,15 @@ class Truth(StrEnum):
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo"),
+    lora: Annotated[bool, typer.Option("--lora", help="stage 2 trains adapters in place of the language model")] = False,
+) -> None:
     """Train both stages on pictures drawn here, then answer questions about pictures the model has not seen."""
     talk_to_whoever_listens()
     from fastllava.demo.run import demo as run_demo
 
-    run_demo(out)
+    run_demo(out, lora=lora)
 
 
 @app.command()

@@ -48,29 +48,38 @@ class DemoResult:
     with_options: float
     """Share of right letters in [0, 1] in the demo's benchmark in the form of ScienceQA."""
     checkpoint: Path
-    """A whole checkpoint in the original's layout."""
+    """What stage 2 leaves: a whole checkpoint in the original's layout, or its LoRA folder."""
     report: Path
     seconds: float
 
 
-def demo(out: Path, settings: DemoSettings | None = None, console: Console | None = None, overrides: tuple[str, ...] = ()) -> DemoResult:
+def demo(
+    out: Path,
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+    overrides: tuple[str, ...] = (),
+    lora: bool = False,
+) -> DemoResult:
     """Run the demo in the folder `out` and leave everything there. The same call again goes on where an earlier one stopped.
 
-    `overrides` go to both stages' configs, as on the command line. Raises UserError when `out` holds something else.
+    `overrides` go to both stages' configs, as on the command line. `lora`: stage 2 trains adapters in place of the language model, and
+    what comes of it lies in `out`/lora; set, backbones and stage 1 are those of the demo without it. Raises UserError when `out` holds
+    something else.
     """
     threads = torch.get_num_threads()
     # The demo's tensors are small: a second thread waits more than it works, and badly so beside other programs.
     torch.set_num_threads(1)
     try:
-        return _demo(out, settings or DemoSettings(), console or Console(), overrides)
+        return _demo(out, settings or DemoSettings(), console or Console(), overrides, lora)
     finally:
         torch.set_num_threads(threads)
 
 
-def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[str, ...]) -> DemoResult:
+def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[str, ...], lora: bool) -> DemoResult:
     began = time.monotonic()
     say = speaker(console)
-    pretrain, finetune = stage_configs(out, overrides)
+    pretrain, finetune = stage_configs(out, overrides, lora)
+    home = finetune.output_dir.parent
     if _claim(out, settings):
         say(f"{out} holds this demo already: going on where it stopped")
 
@@ -83,11 +92,12 @@ def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[
     before = answers_of(_untrained(out / "untrained", pretrain, finetune), drawn, out / "answers" / "before.jsonl", console)
     say("stage 1: the projector learns to show the pictures to the language model, on captions")
     _train(pretrain, console)
-    say("stage 2: projector and language model learn to answer, on conversations")
+    learns = "projector and adapters of the language model" if lora else "projector and language model"
+    say(f"stage 2: {learns} learn to answer, on conversations")
     _train(finetune, console)
     say("after training:")
-    after = answers_of(finetune.output_dir, drawn, out / "answers" / "after.jsonl", console)
-    science = evaluated(finetune.output_dir, out / "benchmarks", out / "eval", console)
+    after = answers_of(finetune.output_dir, drawn, home / "answers" / "after.jsonl", console)
+    science = evaluated(finetune.output_dir, out / "benchmarks", home / "eval", console)
 
     questions = [one.question for one in drawn.held_out]
     accuracy = compare(questions, before, after)
@@ -97,24 +107,25 @@ def _demo(out: Path, settings: DemoSettings, console: Console, overrides: tuple[
     say(f"{of} {with_options:.1%} are answered with the right letter")
     examples = [Example(drawn.images / one.image, one.question, b, a) for one, b, a in zip(drawn.held_out, before, after, strict=True)]
     seconds = time.monotonic() - began
-    report = write_report(out, accuracy, examples, [pretrain.output_dir, finetune.output_dir], seconds)
+    report = write_report(home, accuracy, examples, [pretrain.output_dir, finetune.output_dir], seconds)
     say(f"report:     {report}\ncheckpoint: {finetune.output_dir}\nset:        {out / 'data'}\ntook {seconds:.0f} s; to go on:")
     say(f"  fastllava inspect {drawn.finetune} --tokenizer {out / 'llm'} --template v1")
     asking = f"--questions {drawn.questions} --images {drawn.images}"
-    say(f"  fastllava answer {finetune.output_dir} {asking} --max-new-tokens 8 --out {out / 'my-answers.jsonl'}")
-    say(f"  fastllava eval {finetune.output_dir} --data {out / 'benchmarks'} --benchmarks scienceqa --out {out / 'my-eval'}")
+    say(f"  fastllava answer {finetune.output_dir} {asking} --max-new-tokens 8 --out {home / 'my-answers.jsonl'}")
+    say(f"  fastllava eval {finetune.output_dir} --data {out / 'benchmarks'} --benchmarks scienceqa --out {home / 'my-eval'}")
     say(f"  fastllava chat {finetune.output_dir} --image {drawn.images / drawn.held_out[0].image}")
-    say(f"  fastllava export {finetune.output_dir} --layout hf --out {out / 'hf'}")
-    say(f"  fastllava train {_write_config(out / 'finetune.yaml', finetune)} train.epochs=1 output_dir={out / 'one-epoch'}")
+    say(f"  fastllava export {finetune.output_dir} --layout hf --out {home / 'hf'}")
+    say(f"  fastllava train {_write_config(home / 'finetune.yaml', finetune)} train.epochs=1 output_dir={home / 'one-epoch'}")
     return DemoResult(accuracy, with_options, finetune.output_dir, report, seconds)
 
 
-def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, Config]:
-    """The shipped configs of both stages, with `out` in the place of their folder demo/."""
+def stage_configs(out: Path, overrides: tuple[str, ...] = (), lora: bool = False) -> tuple[Config, Config]:
+    """The shipped configs of both stages, with `out` in the place of their folder demo/; `lora`: stage 2's with adapters."""
 
     def load(stage: str) -> Config:
+        adapted = lora and stage == "finetune"
         places = {
-            "output_dir": out / stage,
+            "output_dir": out / "lora" / stage if adapted else out / stage,
             "model.llm": out / "llm",
             "model.vision_tower": out / "tower",
             "data.records": out / "data" / f"{stage}.json",
@@ -125,7 +136,7 @@ def stage_configs(out: Path, overrides: tuple[str, ...] = ()) -> tuple[Config, C
             places["eval.held_out"] = out / "data" / "held_out.json"
             places["model.projector"] = out / "pretrain" / "mm_projector.safetensors"
         words = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-        return load_config(SHIPPED / f"demo_{stage}.yaml", [*words, *overrides])
+        return load_config(SHIPPED / f"demo_{stage}{'_lora' if adapted else ''}.yaml", [*words, *overrides])
 
     return load("pretrain"), load("finetune")
 

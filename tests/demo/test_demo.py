@@ -190,6 +190,19 @@ def test_the_same_demo_again_goes_on_and_another_one_is_refused(tiny):
         demo(out, DemoSettings(seed=2), quiet())
 
 
+def test_adapters_lie_beside_the_demo_without_them(tiny):
+    out, result = tiny
+    written = (out / "finetune" / "model.safetensors").stat().st_mtime_ns
+    adapted = demo(out, TINY, quiet(), ("train.epochs=1",), lora=True)
+    assert (out / "finetune" / "model.safetensors").stat().st_mtime_ns == written
+    assert adapted.checkpoint == out / "lora" / "finetune" != result.checkpoint
+    assert (adapted.checkpoint / "adapter_model.safetensors").exists()
+    assert not (adapted.checkpoint / "model.safetensors").exists()
+    assert adapted.report == out / "lora" / "report.html"
+    assert read_answers(out / "lora" / "answers" / "after.jsonl").whole()
+    assert adapted.accuracy.before == result.accuracy.before
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files"):
