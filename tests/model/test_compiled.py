@@ -57,7 +57,10 @@ def test_few_graphs_give_the_eager_gradients(tiny, mode: Compile, recompute: Rec
     assert 1 <= graphs.frame_count <= GRAPHS[mode]
 
 
-@pytest.mark.parametrize(("mode", "recompute"), [("layer", "none"), ("layer", "selective"), ("step", "full")])
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [("layer", "none"), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (("layer", "selective"), ("step", "full")))],
+)
 def test_all_layers_with_adapters_share_their_graphs(tiny, mode: Compile, recompute: Recompute) -> None:
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")

@@ -107,7 +107,10 @@ LAID_OUT = {
 }
 
 
-@pytest.mark.parametrize("case", LAID_OUT)
+_SLOW = {case: pytest.mark.exhaustive for case in LAID_OUT if "computed again" in case}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=_SLOW.get(case, ())) for case in LAID_OUT])
 def test_dropout_is_the_same_however_samples_are_laid_out(settings, tmp_path, unbroken, case):
     near(trained(values_of(settings, tmp_path / "run", train=LAID_OUT[case])), unbroken)
 
@@ -123,7 +126,7 @@ def test_dropout_is_there_and_is_drawn_by_the_seed(settings, tmp_path, unbroken)
     assert abs(whole[0][3]["loss"] / unbroken[0][3]["loss"] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.exhaustive)])
 def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, recompute):
     train = {"recompute": recompute}
     unbroken = trained(values_of(settings, tmp_path / "unbroken", train=train))
