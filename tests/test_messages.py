@@ -121,8 +121,8 @@ def test_values_that_messages_name_are_taken() -> None:
     refused = {}
     for setting in sorted(named):
         try:
-            # Adapters are no matter for stage pretrain.
-            stage = "finetune" if setting.startswith("lora.") else "pretrain"
+            # Adapters, and what lies under them, are no matter for stage pretrain.
+            stage = "finetune" if setting.startswith("lora.") else "finetune_lora" if setting.startswith("model.quantize") else "pretrain"
             load_config(REPO / "configs" / f"llava15_7b_{stage}.yaml", [setting])
         except UserError as error:
             refused[setting] = str(error)

@@ -11,6 +11,7 @@ from fastllava.config import LEVER, Config, as_written, marked, value_of
 from fastllava.data.plan import Plan
 from fastllava.data.prepared import PreparedSet
 from fastllava.model.llava import Llava
+from fastllava.model.quantised import count
 from fastllava.train.metrics.summary import commit_in_words, versions
 from fastllava.train.stages import trained_parts
 
@@ -53,7 +54,7 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
             "vision_tower": str(base.origin.tower_folder or config.model.llm),
             "projector": base.projector_source,
             "trained": trained,
-            "frozen": sum(weight.numel() for weight in base.parameters()) - trained,
+            "frozen": count(base) - trained,
             "weights_sha256": _sha256_of(base),
         },
         "data": {

@@ -21,6 +21,7 @@ from fastllava.data.loader import Sample
 from fastllava.model import hf_reference
 from fastllava.model.llava import Llava
 from fastllava.model.projectors import kind_of
+from fastllava.model.quantised import dense
 
 IGNORED = -100
 """The target of a token that is not supervised."""
@@ -104,7 +105,7 @@ class PlainLlava:
         self.wide = torch.promote_types(dtype, torch.float32)
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (ours.spec.mean, ours.spec.std))
         if weights is None:
-            weights = {name: weight.detach().to(device, dtype) for name, weight in ours.named_parameters()}
+            weights = {name: weight.to(device, dtype) for name, weight in dense(ours, ours.dtype)}
         self.llm = hf_reference.decoder(ours, weights.__getitem__, dtype, attention).eval()
         self.tower = hf_reference.tower(ours, weights.__getitem__, dtype).eval().requires_grad_(False)
         self.projector = {name: nn.Parameter(weights[f"projector.{name}"]) for name, _ in ours.projector.named_parameters()}

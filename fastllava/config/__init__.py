@@ -12,6 +12,7 @@ from fastllava.config.keys import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    Quantize,
     Recompute,
     Rows,
     Stage,

@@ -68,7 +68,7 @@ _PRECISION = "write train.precision=bf16, which keeps fp32 master weights, or tr
 _SHARDING = "leave it out: under torchrun FSDP2 shards weights, gradients and optimizer state over the GPUs, and parallel.* says how"
 _LOGGING = "leave it out: every step is a line of metrics.jsonl in output_dir; log.backends adds TensorBoard, W&B or trackio"
 _LORA = "write lora.rank, which trains adapters in place of the language model; lora.alpha, lora.dropout and lora.targets go with it"
-_QUANTISED = "leave it out: frozen weights are kept as they are read, in train.precision"
+_QUANTISED = "write model.quantize=nf4, or nf4_double, whose scales are quantised too; it wants adapters (lora.rank)"
 _EVALUATION = "write eval.held_out and eval.every_steps: the held-out loss before the first step, every so many steps and at the end"
 _MEASURES = "leave it out: eval.held_out gives the held-out loss and eval.samples gives answers; fastllava score scores them on benchmarks"
 _LAST_MODEL = "leave it out: a run ends with its last weights; train.keep_checkpoints keeps earlier ones beside their held-out loss"

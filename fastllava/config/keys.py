@@ -85,6 +85,7 @@ LEVER = "lever"
 """Marks a key whose values trade accuracy for memory or time: another training, so a run never resumes with another value."""
 Compile = Literal["off", "layer", "step"]
 Deterministic = Literal["auto", True, False]
+Quantize = Literal["nf4", "nf4_double"]
 Fp8 = Literal["off", "tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
@@ -100,6 +101,10 @@ class ModelConfig(Section):
         "mlp2x_gelu",
         description=f"{', '.join(PROJECTORS)}; mlp2x_gelu is LLaVA-1.5's",
         json_schema_extra={"pattern": f"^({'|'.join(PROJECTORS.values())})$"},
+    )
+    quantize: Quantize | None = Field(
+        None,
+        description="the frozen weights of the decoder's layers in four bits, under adapters (QLoRA); nf4_double: their scales in 8",
     )
     select_layer: int = Field(-2, description="hidden state of the tower that feeds the projector; -2 is before the last block")
     adapter: FilePath | None = Field(
@@ -364,6 +369,16 @@ class Config(Section):
             raise ValueError(f"lora.targets: names {twice} twice; write it once")
         if lora.wanted and self.train.fp8 != "off":
             raise ValueError(f"train.fp8: '{self.train.fp8}' does not go with adapters (lora.rank={lora.rank}); write train.fp8=off")
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_weights_are_frozen_and_whole(self) -> "Config":
+        quantize = self.model.quantize
+        if quantize is not None and not self.lora.wanted:
+            instead = "lora.rank=128, say, or model.quantize=null" if self.stage == "finetune" else "model.quantize=null"
+            raise ValueError(f"model.quantize: '{quantize}' is for frozen weights under adapters, and there are none; write {instead}")
+        if quantize is not None and self.parallel.frozen == "shard":
+            raise ValueError(f"parallel.frozen: 'shard', but weights in '{quantize}' are not cut; write parallel.frozen=replicate")
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from fastllava.config import ParallelConfig
 from fastllava.distributed.processes import ALONE, Processes
 from fastllava.errors import UserError
 from fastllava.model.llava import Llava
+from fastllava.model.quantised import weights_by_name
 
 FROZEN_SHARE = 0.4
 """The share of a GPU's memory that a replicated frozen decoder may take."""
@@ -107,14 +108,16 @@ def _whole(model: Llava, config: ParallelConfig, device: torch.device) -> set[nn
     """The parameters that every process keeps whole."""
     frozen = {p for p in model.parameters() if not p.requires_grad}
     tower = frozen & set(model.tower.parameters())
-    replicate = config.frozen == "replicate" or (config.frozen == "auto" and _fits(frozen - tower, device))
+    # Quantised weights are not cut.
+    alone = config.frozen == "auto" and (model.origin.quantize is not None or _fits(frozen - tower, device))
+    replicate = config.frozen == "replicate" or alone
     return frozen if replicate else tower
 
 
 def sharding_in_words(model: Llava, sharding: Sharding) -> str:
     """How the weights of a sharded `model` lie, and when they and their gradients travel."""
     config, world = sharding.config, sharding.processes.world
-    whole = sum(p.numel() for p in model.parameters() if not isinstance(p, DTensor))
+    whole = sum(weight.shape.numel() for weight in weights_by_name(model).values() if not isinstance(weight, DTensor))
     copies = f" in each of {config.replicas} replicas" if config.replicas > 1 else ""
     return (
         f"parallel: {world} processes, weights sharded over {world // config.replicas}{copies}, {whole:,} frozen ones whole on each; "

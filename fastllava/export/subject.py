@@ -16,6 +16,7 @@ from fastllava.errors import UserError
 from fastllava.export.base import find_base, llava_of, recipe
 from fastllava.export.chat_template import chat_template
 from fastllava.model.execution import Execution
+from fastllava.model.hashes import hashed
 from fastllava.model.llava import Llava
 from fastllava.model.lora import is_adapter
 from fastllava.model.ops import reference_ops
@@ -27,7 +28,7 @@ from fastllava.model.weights.merging import LowRank, Merge
 from fastllava.model.weights.tower_configs import read_preprocessor
 from fastllava.model.weights.write import TEMPLATE_KEY
 from fastllava.train.metrics.summary import SUMMARY_FILE, damage_of
-from fastllava.train.state.fingerprint import differences, fingerprint, hashed
+from fastllava.train.state.fingerprint import differences, fingerprint
 
 _REMEDY = "give the output_dir of a run, its checkpoint-N, a whole LLaVA checkpoint, or LoRA adapters of one"
 
@@ -65,6 +66,7 @@ def find_subject(checkpoint: Path, report: Callable[[str], object], base: Path |
 
         run, weights = read_model(checkpoint)
         report(f"{checkpoint} is a checkpoint of stage {run.stage}")
+        _tell_of_quantised(run, report)
         return _of_weights(checkpoint, run, weights, base)
     run_config = read_optional_json(checkpoint / "run_config.json", "CHECKPOINT")
     run = check_config(run_config) if run_config else None
@@ -109,6 +111,7 @@ def _of_adapter(checkpoint: Path, run: Config | None, base: Path | None, report:
     adapter = read_adapter(checkpoint, "CHECKPOINT")
     if run is not None:
         report(f"{checkpoint} is the output_dir of stage {run.stage}, with adapters of rank {adapter.rank}")
+        _tell_of_quantised(run, report)
         model = _on_base(checkpoint, run, base, projector=None, adapter=checkpoint)
         subject = _of_run(run, model, _start(checkpoint / SUMMARY_FILE, run))
     else:
@@ -119,6 +122,11 @@ def _of_adapter(checkpoint: Path, run: Config | None, base: Path | None, report:
         subject = _of_llava(model, given, folder, layout, report)
     llm = read_origin(subject.model).llm
     return replace(subject, added=adapter.to_be_added(llm.num_hidden_layers), lora=adapter.lora)
+
+
+def _tell_of_quantised(run: Config, report: Callable[[str], object]) -> None:
+    if run.model.quantize is not None:
+        report(f"its adapters were trained over weights in {run.model.quantize}; they are merged into those weights as they are stored")
 
 
 def _start(file: Path, run: Config) -> dict[str, Any]:
@@ -149,10 +157,10 @@ def _unmasked(model: ModelConfig) -> ModelConfig:
 
 
 def _on_base(checkpoint: Path, run: Config, base: Path | None, **changes: Any) -> ModelConfig:
-    """The model that `run` began with, found again, and these changes to it."""
+    """The model that `run` began with, found again, and these changes to it; its weights as they are stored, however the run kept them."""
     model = run.model if base is None else run.model.model_copy(update={"llm": base})
     model = _unmasked(model)
-    return model.model_copy(update={"llm": find_base(checkpoint, str(model.llm), base), **changes})
+    return model.model_copy(update={"llm": find_base(checkpoint, str(model.llm), base), "quantize": None, **changes})
 
 
 def _of_run(run: Config, model: ModelConfig, start: Mapping[str, Any] | None = None) -> Subject:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fastllava.batch import ImageSpec
-from fastllava.config import LoraConfig
+from fastllava.config import LoraConfig, Quantize
 from fastllava.model.decoders import DecoderConfig
 from fastllava.model.towers import TowerConfig
 
@@ -20,3 +20,5 @@ class Architecture:
     spec: ImageSpec
     lora: LoraConfig | None = None
     """The adapters of the decoder; None for none."""
+    quantize: Quantize | None = None
+    """How the weights of the decoder's layers are kept; None for as they are."""

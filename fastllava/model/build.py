@@ -24,7 +24,7 @@ def build_llava(architecture: Architecture, execution: Execution, projector_sour
     """
     graph = for_layers(execution.compile, execution.backend)
     with torch.device("meta"):
-        llm = build_decoder(architecture.llm, execution.ops, Linears(execution.ops, _product(execution), architecture.lora), graph)
+        llm = build_decoder(architecture.llm, execution.ops, _linears(architecture, execution), graph)
         tower = Tower(architecture.tower, execution.ops, architecture.select_layer, graph)
         projector = build_projector(architecture, execution.ops)
     batches = for_batches(execution.compile, execution.backend)
@@ -43,6 +43,10 @@ def rebuilt(model: Llava, execution: Execution) -> Llava:
     for name, weight in model.named_parameters():
         set_parameter(other, name, nn.Parameter(weight.detach(), weight.requires_grad))
     return other
+
+
+def _linears(architecture: Architecture, execution: Execution) -> Linears:
+    return Linears(execution.ops, _product(execution), architecture.lora, architecture.quantize)
 
 
 def _product(execution: Execution) -> Product:

@@ -3,6 +3,8 @@
 Trainable weights are kept in fp32 and frozen ones in the compute dtype; the cast at use is no work when they agree.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +25,13 @@ def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None
 class Linear(nn.Module):
     """`x @ weight.T + bias`, computed by `product`; weight [out, in], bias [out] or None.
 
-    Not initialised: weights are read, or drawn by the projector.
+    Not initialised: weights are read, or drawn by the projector. `weight`: what holds the weight in another form, for a `product` that
+    takes it.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, product: Product = linear) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, product: Product = linear, weight: nn.Module | None = None) -> None:
         super().__init__()
-        self.weight = _empty(outputs, inputs)
+        self.weight: Any = _empty(outputs, inputs) if weight is None else weight
         self.bias = _empty(outputs) if bias else None
         self.product = product
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastllava.config import TARGETS, LoraConfig
+from fastllava.config import TARGETS, LoraConfig, Quantize
 from fastllava.model.layers import Linear, multiply
 from fastllava.model.lora import LoraLinear, adapted, number_of
 from fastllava.model.ops import Ops
 from fastllava.model.products import Product, linear
+from fastllava.model.quantised import Nf4Linear, quantised_weight
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class Linears:
     """How the linear layers of one decoder layer are built."""
 
     ops: Ops | None = None
-    """The ops of the run; only layers with adapters need them."""
+    """The ops of the run; only layers with adapters or quantised weights need them."""
     product: Product = linear
     """What computes those without adapters."""
     lora: LoraConfig | None = None
     """Their adapters; None for none."""
+    quantize: Quantize | None = None
+    """How their weights are kept; None for as they are."""
     layer: int = 0
 
     def of_layer(self, layer: int) -> "Linears":
@@ -29,8 +32,13 @@ class Linears:
 
     def build(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
         """The layer of this name, one of `TARGETS`, on the current default device."""
-        if self.lora is not None and self.ops is not None and name in self.lora.targets:
-            return LoraLinear(inputs, outputs, bias, self.lora, self.ops, number_of(self.layer, TARGETS.index(name)))
+        if self.ops is None:
+            return Linear(inputs, outputs, bias, self.product)
+        weight = None if self.quantize is None else quantised_weight(name, inputs, outputs, self.quantize)
+        if self.lora is not None and name in self.lora.targets:
+            return LoraLinear(inputs, outputs, bias, self.lora, self.ops, number_of(self.layer, TARGETS.index(name)), weight)
+        if weight is not None:
+            return Nf4Linear(inputs, outputs, bias, weight, self.ops)
         return Linear(inputs, outputs, bias, self.product)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastllava.config import LoraConfig
 from fastllava.model.layers import Linear
 from fastllava.model.ops import Ops
+from fastllava.model.quantised import Nf4Weight, tensors_of
 
 _PARTS = ("lora_A", "lora_B")
 _MODULES = 64
@@ -22,11 +23,14 @@ _MODULES = 64
 class LoraLinear(Linear):
     """`x @ weight.T + bias + scale * (dropped(x) @ A.T) @ B.T`, computed by room lora_linear.
 
-    Values that go into A are dropped where `row_keys` says what is drawn for each row; without keys nothing is, as outside training.
+    Values that go into A are dropped where `row_keys` says what is drawn for each row; without keys nothing is, as outside training. The
+    weight may be quantised.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, lora: LoraConfig, ops: Ops, number: int) -> None:
-        super().__init__(inputs, outputs, bias)
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, lora: LoraConfig, ops: Ops, number: int, weight: Nf4Weight | None = None
+    ) -> None:
+        super().__init__(inputs, outputs, bias, weight=weight)
         rank = lora.rank or 0
         self.lora_A, self.lora_B = Linear(inputs, rank, bias=False), Linear(rank, outputs, bias=False)
         self.scale, self.dropped, self.ops = lora.scale, lora.dropped, ops.only("lora_linear")
@@ -46,7 +50,7 @@ def adapted(x: Tensor, layers: Sequence[LoraLinear], row_keys: Tensor | None) ->
     return tuple(
         first.ops.lora_linear(
             x,
-            [layer.weight for layer in layers],
+            [tensor for layer in layers for tensor in tensors_of(layer)],
             [layer.bias for layer in layers],
             [layer.lora_A.weight for layer in layers],
             [layer.lora_B.weight for layer in layers],

@@ -36,7 +36,9 @@ from fastllava.config import Recompute
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::_scaled_mm"}
 _ADAPTED = re.compile(r"fastllava::lora_linear_(?!.*_hidden$)")
-"""An op with a product for each of the weights that are its second argument."""
+"""An op with a product for each of the layers whose biases are its third argument."""
+_QUANTISED = "fastllava::nf4_linear_"
+"""An op with one product."""
 _ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
 
 
@@ -84,8 +86,8 @@ class _Kept:
         name = op.name().partition(".")[0]
         keep = name.startswith(_ATTENTION)
         adapted = _ADAPTED.match(name) is not None
-        if adapted or name in _PRODUCTS:
+        if adapted or name in _PRODUCTS or name.startswith(_QUANTISED):
             # Some versions of PyTorch ask again while they compute again.
-            self.seen[context.is_recompute] += len(args[1]) if adapted else 1
+            self.seen[context.is_recompute] += len(args[2]) if adapted else 1
             keep = self.seen[context.is_recompute] <= self.products
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,6 +13,7 @@ from fastllava.data.plan import Figures, Lengths, Plan, SampleLengths, held_out_
 from fastllava.distributed.sharding import FROZEN_SHARE
 from fastllava.model.execution import COMPUTE_DTYPE
 from fastllava.model.ops import reference_ops
+from fastllava.model.quantised import count
 from fastllava.model.weights import Origin, read_origin
 from fastllava.optim.low_bit import traffic_bytes
 from fastllava.planner import attention
@@ -135,7 +136,8 @@ def plan_stage(config: Config, lengths: Lengths, gpu: Gpu, world: int) -> StageP
     origin = read_origin(config.model, config.lora)
     parameters = _parameters(origin, config)
     if config.parallel.frozen == "auto":
-        replicates = parameters["frozen"] * COMPUTE_DTYPE[config.train.precision].itemsize <= FROZEN_SHARE * gpu.memory
+        fits = parameters["frozen"] * COMPUTE_DTYPE[config.train.precision].itemsize <= FROZEN_SHARE * gpu.memory
+        replicates = fits or config.model.quantize is not None
         config = _with(config, "parallel", frozen="replicate" if replicates else "shard")
     held_out = held_out_of(len(lengths.n_tokens), config.eval.share, config.train.seed)
     plan = Plan(lengths, config.data, config.train, Accounting.of(config).cost(), world, held_out)
@@ -216,4 +218,4 @@ def _parameters(origin: Origin, config: Config) -> Mapping[str, int]:
     with torch.device("meta"):
         model = bare_model(config, origin, reference_ops())
     trained = sum(p.numel() for part in trained_parts(model, config.stage) for p in part.parameters())
-    return {"trained": trained, "frozen": sum(p.numel() for p in model.parameters()) - trained}
+    return {"trained": trained, "frozen": count(model) - trained}

@@ -26,6 +26,7 @@ from fastllava.model.build import build_llava
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llava import Llava
 from fastllava.model.ops import Ops
+from fastllava.model.quantised import Nf4Weight
 from fastllava.optim import FiniteGuard, build_optimizer, clip_gradients, gradient_norm, parameters
 from fastllava.optim.low_bit import check_low_bit
 from fastllava.planner.tally import Tally
@@ -239,10 +240,11 @@ def _place(model: Llava, config: Config, dtype: torch.dtype, tally: Tally) -> No
     master = COMPUTE_DTYPE[config.optim.master]
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            kept = parameter.dtype if isinstance(module, Nf4Weight) else dtype
             if parameter not in made:
                 train = parameter in trains
                 with tally.kind(MASTERS if train else FROZEN):
-                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=master if train else dtype), train)
+                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=master if train else kept), train)
             setattr(module, name, made[parameter])
     model.train()
 

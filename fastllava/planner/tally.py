@@ -18,12 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from fastllava_kernels._device import nf4
 from fastllava_kernels.masked_linear_cross_entropy.chunked import workspace_bytes
 
 TEMPORARY = "activations"
 """Kind of whatever nothing else was said about: what forward keeps for backward, and what an op leaves for the next."""
 WORKSPACE = "loss workspace"
 """Kind of what the fused loss allocates within itself."""
+DEQUANTISED = "dequantised weights"
+"""Kind of what a product with quantised weights allocates within itself, a block of one at a time; and the part of what it writes."""
 
 _LOSSES = {f"fastllava::masked_linear_cross_entropy_{name}" for name in ("triton", "torch")}
 FORWARD, BACKWARD, REST = "forward", "backward", "rest"
@@ -133,7 +136,7 @@ class Tally(TorchDispatchMode):
                 self._resizable[tensor.untyped_storage()._cdata] = storage
         if self.sharded:
             self._resize()
-        self._look(_within(func, args))
+        self._look(*_within(func, args))
         self._count(func, args, kwargs, inputs, new, result)
         return result
 
@@ -155,6 +158,9 @@ class Tally(TorchDispatchMode):
                 self.moved[part, _told(name, inputs, new)] += moved
             if not (func.overloadpacket in flop_registry or "attention" in func.name() or name in _ONCE_A_STEP):
                 self.traffic[part_of(name)] += moved
+                if _multiplies_quantised(name):
+                    # Written by a kernel; a product at its ceiling reads its operands.
+                    self.traffic[DEQUANTISED] += sum(2 * codes.numel() * args[0].dtype.itemsize for codes in _codes(args))
             elif name in _PRODUCTS:
                 self.traffic[SUMS] += _beside_a_product(name, args, result)
 
@@ -180,11 +186,11 @@ class Tally(TorchDispatchMode):
                 self.live[known.kind] += storage.nbytes() - known.size
                 known.size = storage.nbytes()
 
-    def _look(self, within: int) -> None:
+    def _look(self, within: int, kind: str) -> None:
         if self.live.total() + within > self.peak.total():
             self.peak = Counter(self.live)
             if within:
-                self.peak[WORKSPACE] += within
+                self.peak[kind] += within
 
 
 def _beside_a_product(name: str, args: tuple[Any, ...], result: Tensor) -> int:
@@ -226,9 +232,22 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
             yield from (value for value in tree_iter(given) if isinstance(value, Tensor))
 
 
-def _within(func: Any, args: tuple[Any, ...]) -> int:
-    """What a fused op of ours allocates while it runs, beside what it returns."""
-    if func.name().partition(".")[0] not in _LOSSES:
-        return 0
-    hidden, weight, rows, _, _, wants_hidden, wants_weight = args
-    return workspace_bytes(rows.shape[0], hidden.dtype, weight, wants_hidden or wants_weight, wants_weight)
+def _within(func: Any, args: tuple[Any, ...]) -> tuple[int, str]:
+    """What a fused op of ours allocates while it runs, beside what it returns, and the kind of it."""
+    name = func.name().partition(".")[0]
+    if name in _LOSSES:
+        hidden, weight, rows, _, _, wants_hidden, wants_weight = args
+        return workspace_bytes(rows.shape[0], hidden.dtype, weight, wants_hidden or wants_weight, wants_weight), WORKSPACE
+    if _multiplies_quantised(name):
+        return max((nf4.workspace_bytes(codes, args[0].dtype) for codes in _codes(args)), default=0), DEQUANTISED
+    return 0, WORKSPACE
+
+
+def _multiplies_quantised(name: str) -> bool:
+    """Whether an op has products with weights that may be quantised."""
+    return re.fullmatch(r"fastllava::(nf4|lora)_linear_(?!.*_hidden$)\w+", name) is not None
+
+
+def _codes(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The codes of quantised weights, which are matrices of bytes; those of their scales are in a row."""
+    yield from (value for value in tree_iter(args) if isinstance(value, Tensor) and value.dtype is torch.uint8 and value.ndim == 2)

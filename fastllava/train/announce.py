@@ -13,6 +13,7 @@ from fastllava.distributed.sharding import Sharding, sharding_in_words
 from fastllava.model.llava import Llava
 from fastllava.model.lora import is_adapter
 from fastllava.model.projectors import kind_of
+from fastllava.model.quantised import count
 from fastllava.optim import lr_factor
 from fastllava.train.deterministic import deterministic_in_words
 from fastllava.train.metrics.flops import peak_of
@@ -34,14 +35,15 @@ def announce(
 ) -> None:
     """Say what is trained and frozen, on what data, in which steps, by which optimizer, and how it computes."""
     n_trained = sum(parameter.numel() for parameter in trained.values())
-    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trained
+    n_frozen = count(model) - n_trained
     parts = " and ".join(sorted({f"adapters of {name.split('.')[0]}" if is_adapter(name) else name.split(".")[0] for name in trained}))
     rows, supervised = (int(column[plan.trained].sum()) for column in (plan.lengths.n_tokens, plan.lengths.n_supervised))
     optim, train = config.optim, config.train
     projector_lr = optim.lr if optim.projector_lr is None else optim.projector_lr
     trains = f"trains {parts}: {n_trained:,} parameters, kept in {optim.master}"
     fp8 = "" if train.fp8 == "off" else f", decoder's products in fp8 ({train.fp8}{'' if device.type == 'cuda' else ', emulated'})"
-    say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen")
+    kept = "" if config.model.quantize is None else f", those of the decoder's layers in {config.model.quantize}"
+    say(f"{config.stage} on {device}, {train.precision}{fp8}: {trains}; {n_frozen:,} are frozen{kept}")
     say(f"projector: {_projector_in_words(model)}")
     if config.lora.wanted:
         say(f"lora: {_lora_in_words(config.lora)}")

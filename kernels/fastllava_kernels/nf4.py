@@ -42,6 +42,17 @@ class Nf4(NamedTuple):
     """The mean of the scales, fp32 [1]; [0] likewise."""
 
 
+def layers_of(tensors: Sequence[Tensor]) -> list[Tensor | Nf4]:
+    """Return the weights of layers whose tensors stand one after another: a floating one, or the four of an Nf4."""
+    found: list[Tensor | Nf4] = []
+    place = 0
+    while place < len(tensors):
+        quantised = tensors[place].dtype is torch.uint8
+        found.append(Nf4(*tensors[place : place + 4]) if quantised else tensors[place])
+        place += 4 if quantised else 1
+    return found
+
+
 def quantise(weight: Tensor, double: bool = False) -> Nf4:
     """Quantise a weight of any shape in fp32, fp16 or bf16; `double`: its scales too. Raises ValueError where it is not finite."""
     flat = weight.detach().reshape(-1)

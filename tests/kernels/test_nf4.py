@@ -273,6 +273,23 @@ def test_a_byte_of_codes_is_read_once_and_a_weight_written_once(double: bool) ->
     assert loaded + stored < 1.1 * once
 
 
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_lora_linear_takes_quantised_weights_in_place_of_dense_ones(name: str) -> None:
+    """One of the layers is, the other is not, and nothing else differs."""
+    function = rooms()["lora_linear"].implementations[name].function
+    x, dense, quantised = drawn(5, 64, seed=1).requires_grad_(), drawn(8, 64, seed=2), quantise(drawn(6, 64, seed=3), double=True)
+    masters = [drawn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate([(2, 64), (2, 64), (8, 2), (6, 2)], start=4)]
+    keys, streams = torch.arange(5), torch.tensor([3, 7])
+    found = []
+    for weights in ([dense, *quantised], [dense, dequantise(quantised)]):
+        outs = function(x, weights, [None, drawn(6)], masters[:2], masters[2:], 2.0, 0.25, keys, streams)
+        total = torch.stack([out.square().sum() for out in outs]).sum()
+        found.append([*outs, *torch.autograd.grad(total, [x, *masters])])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*found, strict=True))
+    with pytest.raises(ValueError, match="lora_linear: x is"):
+        function(x, [dense, quantised.codes[:, 1:], *quantised[1:]], [None, None], masters[:2], masters[2:], 2.0, 0.25, keys, streams)
+
+
 @pytest.mark.parametrize("change", ["codes", "absmax", "nested_absmax", "bias"])
 def test_sizes_that_do_not_fit_are_refused(change: str) -> None:
     x, codes, absmax, nested, offset, bias = args_of("a bias")

@@ -4,16 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastllava.errors import UserError
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_projector
-from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.lora import is_adapter
 from fastllava.model.ops import reference_ops
 from fastllava.model.projectors import KINDS
+from fastllava.model.quantised import Nf4Weight, put, weights_by_name
 from fastllava.model.weights.files import TensorFiles
 from fastllava.model.weights.layouts import to_disk, to_ours
 
@@ -29,7 +29,7 @@ def fill(
     `convert` makes of our name and the tensor in the file a tensor of its own, so that nothing goes on living in the file.
     Raises UserError when a tensor is missing, unexpected or of another shape.
     """
-    wanted = {name: p for name, p in model.named_parameters() if name.split(".")[0] in parts and not is_adapter(name)}
+    wanted = {name: weight for name, weight in weights_by_name(model).items() if name.split(".")[0] in parts and not is_adapter(name)}
     disk_names = {ours: name for name, ours in found.items() if ours in wanted}
     problems = [f"lacks {name}" + _shape(p) for name, p in wanted.items() if name not in disk_names]
     problems += [f"holds {name}, which this model does not have" for name, ours in found.items() if disk_names.get(str(ours)) != name]
@@ -45,7 +45,12 @@ def fill(
             elif not tensor.is_floating_point():
                 problems.append(f"has {name} in {str(tensor.dtype).removeprefix('torch.')}, where floating-point numbers are needed")
             elif not problems:
-                set_parameter(model, ours, nn.Parameter(convert(ours, tensor)))
+                try:
+                    put(model, ours, convert(ours, tensor))
+                except ValueError as error:
+                    problems.append(f"has {name}, which {error}")
+            # Before the next file is opened, this one is left.
+            del tensor
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         remedy = "give weights that fit the config.json"
@@ -54,7 +59,7 @@ def fill(
         raise UserError(f"{files.key}: {files.path} {'; '.join(problems[:3])}{more}; {remedy}")
 
 
-def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor], origin: Architecture) -> str:
+def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor | Nf4Weight], origin: Architecture) -> str:
     """What the file of a projector holds, beside the names that are read, and what to do about it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in files.stream()}
     held = ", ".join(f"{name[:80]!r} {list(shape)}" for name, shape in list(shapes.items())[:6])
@@ -83,5 +88,5 @@ def _projector_shapes(origin: Architecture, projector_type: str) -> dict[str | N
     return {f"projector.{name}": tuple(weight.shape) for name, weight in projector.named_parameters()}
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Tensor | Nf4Weight) -> str:
     return f" {list(tensor.shape)}"

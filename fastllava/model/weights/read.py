@@ -116,6 +116,7 @@ def read_origin(config: ModelConfig, lora: LoraConfig | None = None) -> Origin:
         image_token=image_token(given) if layout == "hf" else None,
         select_layer=config.select_layer,
         lora=lora if lora is not None and lora.wanted else None,
+        quantize=config.quantize,
         llm=llm,
         tower=tower,
         projector_type=config.projector_type,
@@ -134,7 +135,8 @@ def load_llava(config: ModelConfig, execution: Execution, seed: int, lora: LoraC
     """The model of `config` on the CPU, every tensor rounded to the dtype of `execution` as it is read, one at a time.
 
     With the adapters that `lora` asks for: those of model.adapter, or else drawn from `seed`. Without any, those of model.adapter
-    are merged into the weights that they lie on as those are read, or `added`, where it is given, in their place.
+    are merged into the weights that they lie on as those are read, or `added`, where it is given, in their place. Where model.quantize
+    wants it, a weight of the decoder's layers is quantised before the next one is read.
 
     The projector comes from model.projector, else from model.adapter, else from a whole LLaVA in model.llm, else it is drawn fresh from
     `seed` (`.projector_source` says which). A tower inside a whole LLaVA wins over the one in model.vision_tower.

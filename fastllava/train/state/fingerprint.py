@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastllava.distributed.processes import ALONE, Processes
+from fastllava.model.hashes import hashed
 from fastllava.model.llava import Llava
 from fastllava.model.lora import is_adapter
+from fastllava.model.quantised import Nf4Weight, weights_by_name
 
 Fingerprint = dict[str, dict[str, Any]]
 """By config key (`KEYS`): `weights`, a hash or "drawn", and `config`, what decides the computation. Plain JSON."""
@@ -46,12 +47,12 @@ def fingerprint(model: Llava, processes: Processes = ALONE, *, before: Mapping[s
     # Adapters are drawn anew in every run, or come with their own key.
     tensors = {
         name: tensor
-        for name, tensor in sorted(model.named_parameters())
+        for name, tensor in sorted(weights_by_name(model).items())
         if not (drawn and name.startswith("projector.")) and not is_adapter(name)
     }
     mine = list(tensors)[processes.rank :: processes.world]
     with processes.together(), ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
-        hashes = dict(zip(mine, threads.map(hashed, (tensors[name] for name in mine)), strict=True))
+        hashes = dict(zip(mine, threads.map(_hashed, (tensors[name] for name in mine)), strict=True))
     hashes = {name: value for part in processes.gather(hashes) for name, value in part.items()} | dict(before or {})
     weights = {part: _together({name: hashes[name] for name in tensors if name.startswith(f"{part}.")}) for part in KEYS}
     if drawn:
@@ -77,13 +78,13 @@ def differences(now: Fingerprint, then: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def hashed(tensor: Tensor) -> str:
-    """SHA-256 of a tensor on the CPU: its dtype, shape and bits."""
-    plain = tensor.detach().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype} {list(plain.shape)}\n".encode())
-    if plain.numel():
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType] (an array is a buffer)
-    return digest.hexdigest()
+def _hashed(weight: Tensor | Nf4Weight) -> str:
+    """The hash of a weight as it was read; one that was quantised has kept it."""
+    if not isinstance(weight, Nf4Weight):
+        return hashed(weight)
+    if weight.digest is None:
+        raise RuntimeError("a quantised weight that was never read has no fingerprint")
+    return weight.digest
 
 
 def _together(hashes: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ at thousands of rows the library's product of a dequantised block is the faster 
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastllava_kernels.nf4 import BLOCK, Nf4, scales, unpacked
@@ -45,6 +46,21 @@ def input_gradient(part: Part, d_out_TF: Tensor, weight: Nf4, into: Tensor | Non
         else:
             torch.addmm(place, d_out_TF, dequantised, out=place)
     return d_x_TD
+
+
+def product(part: Part, x_TD: Tensor, weight: Tensor | Nf4, bias_F: Tensor | None) -> Tensor:
+    """Compute `x @ weight.T + bias`, [T, F] in x's dtype, of a weight that is quantised or not."""
+    if isinstance(weight, Nf4):
+        return forward(part, x_TD, weight, bias_F)
+    return F.linear(x_TD, weight.to(x_TD.dtype), None if bias_F is None else bias_F.to(x_TD.dtype))
+
+
+def added_gradient(part: Part, d_out_TF: Tensor, weight: Tensor | Nf4, into: Tensor | None) -> Tensor:
+    """Compute `d_out @ weight`, [T, D], of a weight that is quantised or not; added to `into` within the product."""
+    if isinstance(weight, Nf4):
+        return input_gradient(part, d_out_TF, weight, into)
+    weight = weight.to(d_out_TF.dtype)
+    return d_out_TF @ weight if into is None else torch.addmm(into, d_out_TF, weight, out=into)
 
 
 def sizes(weight: Nf4) -> tuple[int, int]:

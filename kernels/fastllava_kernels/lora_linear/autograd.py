@@ -10,18 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastllava_kernels._device import philox
+from fastllava_kernels._device import nf4, philox
 from fastllava_kernels.contract import custom_op
 from fastllava_kernels.mm32 import mm32
+from fastllava_kernels.nf4 import layers_of
 
 
-def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tensor, ...]]:
+def define(
+    name: str, code: Callable[[Tensor], Any], part: Callable[[Tensor], nf4.Part] = lambda tensor: nf4.plain_part
+) -> Callable[..., tuple[Tensor, ...]]:
     """Return the function of implementation `name`: custom ops, with another one for their backward.
 
-    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies.
+    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies; part(tensor): what
+    dequantises a part of a weight there.
     """
 
     @custom_op(f"lora_linear_{name}_hidden")
@@ -55,8 +58,10 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tens
         places: Sequence[Tensor],
     ) -> list[Tensor]:
         """Compute the results, [T, F_i]. biases: empty where there is none."""
+        dequantised = part(x)
         outs = [
-            F.linear(x, weight.to(x.dtype), bias.to(x.dtype) if len(bias) else None) for weight, bias in zip(weights, biases, strict=True)
+            nf4.product(dequantised, x, weight, bias if len(bias) else None)
+            for weight, bias in zip(layers_of(weights), biases, strict=True)
         ]
         for index, (out, up) in enumerate(zip(outs, B, strict=True)):
             torch.addmm(out, h[:, index], up.to(x.dtype).t(), alpha=scale, out=out)
@@ -84,7 +89,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tens
         of_x, of_A, of_B = wanted
         d_x, d_h = None, torch.empty_like(h)
         d_B = [torch.zeros_like(up) if of_B else up.new_empty(0) for up in B]
-        for index, (d_out, weight, up) in enumerate(zip(d_outs, weights, B, strict=True)):
+        for index, (d_out, weight, up) in enumerate(zip(d_outs, layers_of(weights), B, strict=True)):
             into = d_h[:, index]
             if d_out is None:
                 into.zero_()
@@ -93,8 +98,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tens
             if of_B:
                 d_B[index] = mm32(d_out.t(), h[:, index]).mul_(scale).to(up.dtype)
             if of_x:
-                weight = weight.to(x.dtype)
-                d_x = d_out @ weight if d_x is None else torch.addmm(d_x, d_out, weight, out=d_x)
+                d_x = nf4.added_gradient(part(x), d_out, weight, d_x)
         d_x = (torch.zeros_like(x) if of_x else x.new_empty(0)) if d_x is None else d_x
         stacked, steps, drops = _stacked(A, x.dtype), code(x), bool(below) and len(x) > 0
         if of_x and drops:
@@ -133,11 +137,11 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tens
 
     def keep_nothing(ctx, inputs, output) -> None:
         ctx.set_materialize_grads(False)
-        ctx.layers = len(inputs[1])
+        ctx.tensors, ctx.layers = len(inputs[1]), len(inputs[2])
 
     def hand_on(ctx, grads):
         none = [None] * ctx.layers
-        return None, none, none, None, none, None, list(grads)
+        return None, [None] * ctx.tensors, none, None, none, None, list(grads)
 
     results.register_autograd(hand_on, setup_context=keep_nothing)
 
