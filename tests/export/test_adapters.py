@@ -256,6 +256,7 @@ def test_the_originals_merge_is_equalled_to_one_ulp(originals, larger, tmp_path)
     assert all(torch.equal(tensor, tower[name].half()) for name, tensor in held.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["adapter", "task_adapter"])
 def test_the_originals_folders_go_into_every_layout(originals, tmp_path, name):
     base = originals / "stage2" if name == "task_adapter" else None

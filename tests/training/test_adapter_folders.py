@@ -128,6 +128,7 @@ def test_answers_come_from_the_adapters_and_a_moved_base_is_named(done, world, t
         load_trained(away, base=other)
 
 
+@pytest.mark.exhaustive
 def test_vllm_gets_the_merged_model_and_a_report_is_written(golden, tmp_path):
     from fastllava.evaluate.engines.vllm_engine import hf_folder
     from fastllava.evaluate.report.write import write_report
@@ -160,6 +161,31 @@ def test_a_run_goes_on_from_adapters_that_agree_with_it(done, world, tmp_path):
         run(check_config(config_of(world, tmp_path / "refused", model=both)))
 
 
+def test_a_lost_result_is_written_again_and_another_adapter_is_another_run(done, world, tmp_path):
+    config = config_of(world, tmp_path / "run", model={"adapter": str(done), "projector": None})
+    run(check_config(config))
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
+    (tmp_path / "run" / FILES[1]).unlink()
+    run(check_config(config))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in FILES[:3]} == {name: before[name] for name in FILES[:3]}
+    shutil.copytree(done, tmp_path / "copy")
+    config["model"]["adapter"] = str(tmp_path / "copy")
+    with pytest.raises(UserError, match=r"holds a run of another training: model\.adapter was .* and is now"):
+        run(check_config(config))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["hf", "llava", "peft"])
+def test_a_run_in_bf16_goes_into_every_layout(golden, tmp_path, layout):
+    out = tmp_path / "llava-lora"
+    config = {**golden_config("finetune", golden, tmp_path / "golden", max_steps=2, precision="bf16"), "lora": LORA}
+    run(check_config(config | {"output_dir": str(out)}))
+    assert {tensor.dtype for tensor in read_adapter(out, "CHECKPOINT").tensors().values()} == {torch.bfloat16}
+    said = []
+    export(out, layout, tmp_path / "out", said.append)
+    assert any("read back bit for bit" in line for line in said)
+
+
 def test_without_lora_adapters_are_merged_and_all_trains(done, world, tmp_path):
     config = small_config(world, tmp_path / "run", "finetune", model={"adapter": str(done), "projector": None}, train={"max_steps": 1})
     run(check_config(config))
@@ -179,6 +205,7 @@ def test_two_processes_leave_the_same_four_files(done, world, tmp_path):
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["lora", "task_lora"])
 def test_the_originals_runs_are_repeated_from_their_first_adapters(larger, tmp_path, name):
     """With what the original drew before step 0 as model.adapter."""
