@@ -178,11 +178,27 @@ def test_a_frozen_decoder_is_sharded_or_whole_as_the_config_says() -> None:
 def bytes_of_a_layer(stage: str, origin: Architecture = TINY, size: MicroBatch = SIZE) -> dict[str, int]:
     """What one more layer in the middle of the decoder moves for a micro-batch, by part."""
     config, costs = config_of(stage, "bf16", "none"), []
+    if origin.lora is not None:
+        config = config.model_copy(update={"lora": origin.lora})
     for layers in (6, 7):
         deeper = dataclasses.replace(origin, llm=dataclasses.replace(origin.llm, num_hidden_layers=layers))
         costs.append(simulate(config, deeper, gpu_ops({}), size, accumulates=True).traffic)
     few, more = costs
     return {part: more[part] - few[part] for part in more}
+
+
+def test_bytes_of_a_layers_adapters() -> None:
+    """Counted by hand, as below; R the rank. Products have their operands and results; here is what low-rank ones move besides."""
+    rows, width, inner, rank = SIZE.rows, LLAMA.hidden_size, LLAMA.intermediate_size, 8
+    layer = bytes_of_a_layer("finetune", dataclasses.replace(TINY, lora=LoraConfig(rank=rank)))
+    inputs, outputs = 3 * width + inner, 5 * width + 2 * inner
+    # Forward reads four inputs and writes seven results of A, and adds to seven results.
+    forward = 2 * rows * (inputs + 7 * rank + 2 * outputs)
+    # Backward reads seven gradients twice and the inputs once, and adds to the inputs' gradients for each of seven layers.
+    backward = 2 * rows * (2 * outputs + inputs + 2 * (3 * width + width + 2 * width + inner))
+    assert layer["adapters"] == forward + backward
+    # The adapters' own casts, sums and updates are as small as they are.
+    assert layer["casts"] + layer["gradient adds"] + layer["other"] < 0.1 * layer["adapters"]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
