@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastllava.config import TARGETS, LoraConfig
 from fastllava.errors import UserError
@@ -264,6 +264,20 @@ def test_the_originals_folders_go_into_every_layout(originals, tmp_path, name):
         said = []
         export(originals / name, layout, tmp_path / layout, said.append, base=base)
         assert any("logits" in line for line in said)
+
+
+def test_a_damaged_file_is_said(world, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(world / "task", bad)
+    torch.save({}, bad / "non_lora_trainables.bin")
+    subject = find_subject(bad, lambda line: None, world / "llava")
+    with pytest.raises(UserError, match=r"non_lora_trainables\.bin lacks .*; it holds no tensor at all; give the file of a training"):
+        load_subject(subject, lambda line: None)
+    tensors = load_file(bad / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, bad / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"holds NaN or infinity where it adapts llm\.model\.layers\.0\.\S+; give adapters of a training"):
+        load_subject(find_subject(bad, lambda line: None, world / "llava"), lambda line: None)
 
 
 def test_options_without_adapters_are_refused(world, tmp_path):

@@ -237,7 +237,9 @@ def _checked(files: TensorFiles, names: Mapping[str, str], said: Said) -> dict[s
         if other not in shapes:
             raise files_error(files, f"holds {name[:120]} without the other of lora_A and lora_B", said, "fetch the folder again")
         if not a.is_floating_point():
-            raise files_error(files, f"has {name[:120]} in {str(a.dtype).removeprefix('torch.')}, where floats are needed", said)
+            raise files_error(
+                files, f"has {name[:120]} in {str(a.dtype).removeprefix('torch.')}, where floats are needed", said, "fetch it again"
+            )
         if rest.startswith("A"):
             b = shapes[other][1]
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):

@@ -62,6 +62,8 @@ def fill(
 def _projector_remedy(files: TensorFiles, wanted: Mapping[str, Tensor | Nf4Weight], origin: Architecture) -> str:
     """What the file of a projector holds, beside the names that are read, and what to do about it."""
     shapes = {name: tuple(tensor.shape) for name, tensor in files.stream()}
+    if not shapes:
+        return "it holds no tensor at all; give the file of a training"
     held = ", ".join(f"{name[:80]!r} {list(shape)}" for name, shape in list(shapes.items())[:6])
     held = f"it holds {held}{' and more' if len(shapes) > 6 else ''}"
     needed = {to_disk(name, "llava"): tuple(tensor.shape) for name, tensor in wanted.items()}

@@ -36,13 +36,17 @@ class LowRank:
         return {name.replace(".lora_A.weight", ".weight") for name in self.tensors if name.endswith(".lora_A.weight")}
 
     def check(self, shapes: Mapping[str, torch.Size], base: str) -> None:
-        """Raises UserError when it does not fit weights of these shapes, by name, which `base` gave."""
+        """Raises UserError when it does not fit weights of these shapes, by name, which `base` gave, or is not finite."""
         for name in sorted(self.weights):
             a, b = self._factors(name)
             wanted, found = [len(b), a.shape[1]], shapes.get(name)
             if found is None or list(found) != wanted:
                 has = "has none" if found is None else f"has {list(found)}"
                 raise UserError(f"{self.where} adapts {name} {wanted}, and {base} {has}; give the model that it was trained on")
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise UserError(
+                    f"{self.where} holds NaN or infinity where it adapts {name}; give adapters of a training that has not diverged"
+                )
 
     def merged(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] of that name in `dtype`, a tensor of its own, with what an adapter adds to it where there is one."""
