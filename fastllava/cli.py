@@ -116,7 +116,7 @@ def config_command(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command("plan")
 def plan_command(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="one config a stage, then keys to change")],
-    gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100-80g, h100-pcie or h200")],
+    gpu: Annotated[str, typer.Option(help="a100-40g, a100-80g, h100-80g, h100-pcie, h200, l40s-48g, rtx6000ada-48g or rtx4090-24g")],
     world: Annotated[int, typer.Option(min=1, help="GPUs of the run")] = 8,
     drawn: Annotated[
         int | None,

@@ -45,7 +45,8 @@ class Gpu:
         return USABLE * (self.memory - RESERVED)
 
 
-# Peaks as MFU counts them; the rest from NVIDIA's data sheets: memory as the driver shows it, links by NVLink (PCIe 5.0 for the last).
+# Peaks as MFU counts them, with fp32 sums; the rest from NVIDIA's data sheets: memory as the driver shows it, links by NVLink. The H100
+# PCIe has PCIe 5.0, those below it PCIe 4.0. Of both cards of 48 GB, whose memory corrects errors, PyTorch shows 44.4 GiB.
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -54,6 +55,9 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("h100-80g", PEAK_FLOPS["H100"], 79.1 * 2**30, 3.35e12, 9, 450e9),
         Gpu("h200", PEAK_FLOPS["H200"], 139.8 * 2**30, 4.8e12, 9, 450e9),
         Gpu("h100-pcie", PEAK_FLOPS["H100 PCIe"], 79.1 * 2**30, 2.0e12, 9, 64e9),
+        Gpu("l40s-48g", PEAK_FLOPS["L40S"], 44.4 * 2**30, 0.864e12, 8, 32e9),
+        Gpu("rtx6000ada-48g", PEAK_FLOPS["RTX 6000 Ada"], 44.4 * 2**30, 0.96e12, 8, 32e9),
+        Gpu("rtx4090-24g", PEAK_FLOPS["RTX 4090"], 23.6 * 2**30, 1.008e12, 8, 32e9),
     )
 }
 

@@ -24,7 +24,7 @@ from fastllava.train.machine import check_fp8_alone
 from fastllava.train.metrics.flops import Accounting, Work
 from fastllava.train.stages import trained_parts
 
-ROWS = (4096, 8192, 16384, 32768)
+ROWS = (2048, 4096, 8192, 16384, 32768)
 """Sizes of a micro-batch that are looked at."""
 _STEPS_LOOKED_AT = 40
 

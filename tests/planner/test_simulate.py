@@ -4,21 +4,22 @@ That record also has what libraries allocate within an op and give back before i
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from benches import budget
 from benches.lib.timing import allocations
 from fastllava.batch import Batch, ImageSpec
-from fastllava.config import Config, LoraConfig, check_config
+from fastllava.config import TARGETS, Config, LoraConfig, Quantize, Target, check_config
 from fastllava.model.architecture import Architecture
 from fastllava.model.build import build_llava, build_projector
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
 from fastllava.model.llama import Llama, LlamaConfig
 from fastllava.model.ops import Ops, reference_ops
+from fastllava.model.quantised import put, weights_by_name
 from fastllava.model.towers import ClipConfig
 from fastllava.optim import FiniteGuard, build_optimizer, low_bit
 from fastllava.planner.simulate import MicroBatch, gpu_ops, simulate
@@ -27,6 +28,7 @@ from fastllava.planner.tally import SUMS, part_of
 from fastllava.train import train_step
 from fastllava.train.stages import prepare_stage
 from fastllava_kernels import choose, rooms
+from fastllava_kernels._device import nf4
 
 CPU = torch.device("cpu")
 LLAMA = LlamaConfig(
@@ -71,9 +73,9 @@ def real_batch() -> Batch:
 def measured(config: Config, ops: Ops, llama: LlamaConfig = LLAMA, architecture: Architecture = TINY) -> int:
     """The most bytes at once in a step of two micro-batches."""
     dtype = COMPUTE_DTYPE[config.train.precision]
-    model = build_llava(dataclasses.replace(architecture, llm=llama), Execution.of(config, ops)).to_empty(device=CPU).to(dtype)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)
+    model = build_llava(dataclasses.replace(architecture, llm=llama), Execution.of(config, ops)).to_empty(device=CPU)
+    for name, weight in weights_by_name(model).items():
+        put(model, name, 0.02 * torch.randn(weight.shape, dtype=dtype))
     trained = prepare_stage(model, config)
     optimizer = build_optimizer(trained.items(), config.optim)
     guard, batch = FiniteGuard(optimizer, CPU), real_batch()
@@ -128,6 +130,30 @@ def test_memory_of_adapters(recompute: str, dropout: float) -> None:
     assert predicted.peak == pytest.approx(measured(config, ops, architecture=adapted), rel=0.05)
     trained = 6 * 8 * (4 * 2 * 96 + 3 * (96 + 256)) + sum(p.numel() for p in build_projector(TINY, reference_ops()).parameters())
     assert predicted.memory["master weights"] == predicted.memory["gradients"] == 4 * trained
+
+
+QUANTISABLE = dataclasses.replace(LLAMA, hidden_size=128, intermediate_size=320, head_dim=32)
+"""Rows of whole blocks, as those of models are."""
+
+
+@pytest.mark.parametrize(("quantize", "recompute", "targets"), [("nf4", "none", TARGETS), ("nf4_double", "full", TARGETS[:3])])
+def test_memory_of_adapters_over_quantised_weights(
+    quantize: Quantize, recompute: str, targets: Sequence[Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A block of a weight is to the rest what it is in a real model, and what a CPU has in fp32 on the way stays in a GPU's one kernel.
+    monkeypatch.setattr(nf4, "AT_ONCE", 8192)
+    config, lora = config_of("finetune", "bf16", recompute), LoraConfig(rank=8, dropout=0.0, targets=list(targets))
+    config = config.model_copy(update={"lora": lora, "model": config.model.model_copy(update={"quantize": quantize})})
+    ops, adapted = cpu_ops(torch.bfloat16), dataclasses.replace(TINY, llm=QUANTISABLE, lora=lora, quantize=quantize)
+    predicted = simulate(config, adapted, ops, SIZE, accumulates=True)
+    assert predicted.peak == pytest.approx(measured(config, ops, QUANTISABLE, adapted), rel=0.05)
+    dense = simulate(config, dataclasses.replace(adapted, quantize=None), ops, SIZE, accumulates=True)
+    weights = 6 * sum(QUANTISABLE.products().values())
+    bits = 4 + 32 / 64 if quantize == "nf4" else 4 + 8 / 64 + 32 / 64 / 256
+    saved = dense.memory["frozen weights"] - predicted.memory["frozen weights"]
+    assert saved == pytest.approx((2 - bits / 8) * weights, rel=0.01)
+    # Written once forward and once backward, and where all is computed again, once more.
+    assert predicted.traffic["dequantised weights"] >= 2 * 2 * weights
 
 
 def test_kinds_are_what_the_stage_keeps() -> None:

@@ -38,6 +38,9 @@ PEAK_FLOPS: Mapping[str, float] = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 4090": 165e12,
 }
 """Dense bf16 operations a second, from NVIDIA's data sheets; the first name that is part of the device's counts."""
 

@@ -18,14 +18,19 @@ from fastllava_kernels.mm32 import mm32
 from fastllava_kernels.nf4 import layers_of
 
 
-def define(
-    name: str, code: Callable[[Tensor], Any], part: Callable[[Tensor], nf4.Part] = lambda tensor: nf4.plain_part
-) -> Callable[..., tuple[Tensor, ...]]:
+def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tensor, ...]]:
     """Return the function of implementation `name`: custom ops, with another one for their backward.
 
-    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies; part(tensor): what
-    dequantises a part of a weight there.
+    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies.
     """
+
+    def part(tensor: Tensor) -> nf4.Part:
+        """What dequantises a part of a weight where the tensor lies: for `triton` the kernels of room nf4_linear."""
+        if name != "triton":
+            return nf4.plain_part
+        from fastllava_kernels.nf4_linear.triton_op import dequantiser
+
+        return dequantiser(tensor)
 
     @custom_op(f"lora_linear_{name}_hidden")
     def hidden(

@@ -9,7 +9,8 @@ from fastllava_kernels.room import Implementation
 from .autograd import define
 
 
-def _part(tensor: Tensor) -> nf4.Part:
+def dequantiser(tensor: Tensor) -> nf4.Part:
+    """Return what dequantises a part of a weight where the tensor lies."""
     if not takes(tensor):
         return nf4.plain_part
     from .kernel_dequantise import DEQUANTISE
@@ -17,4 +18,4 @@ def _part(tensor: Tensor) -> nf4.Part:
     return DEQUANTISE.part
 
 
-IMPLEMENTATION = Implementation(define("triton", _part), needs_gpu, interpretable=True)
+IMPLEMENTATION = Implementation(define("triton", dequantiser), needs_gpu, interpretable=True)
