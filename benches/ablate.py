@@ -48,10 +48,16 @@ def bench(request: Request, sheet: Sheet, toggles: Sequence[str] = ()) -> list[R
         if key not in known:
             raise UserError(f"--toggles: '{key}' is none of {', '.join(known)}")
     for size, stage in request.pairs():
-        wanted = [(key, value) for key, value in choices(request.device, toggles) if not toggles or key in toggles]
+        idle = () if stage == "finetune" else _finetune_only(request.device)
+        wanted = [(key, value) for key, value in choices(request.device, toggles) if key not in idle and (not toggles or key in toggles)]
         for row in ablate(request, size, stage, wanted, sheet):
             sheet.add(row, in_words)
     return sheet.rows
+
+
+def _finetune_only(device: torch.device) -> list[str]:
+    """Keys of the toggles that need adapters, which stage pretrain has not."""
+    return [toggle.key for toggle in kernel_toggles(device) if any(word.startswith("lora.") for word in toggle.needs)]
 
 
 def ablate(request: Request, size: str, stage: Stage, wanted: Sequence[tuple[str, str]], sheet: Sheet) -> Iterator[Row]:

@@ -169,8 +169,8 @@ def _distinct(found: Sequence[Traffic]) -> Iterator[Traffic]:
 
 def _rooms(found: Sequence[Traffic]) -> Iterator[str]:
     yield "All kernels of a pass of a room, over the floor of its workload. A product reads its operands again for each"
-    yield "block of its result. Below 1 the rest is not the kernels': `masked_linear_cross_entropy` and `nf4_linear` leave their products"
-    yield "to the library, and PyTorch writes the zeros of an embedding's gradient."
+    yield "block of its result. Below 1 the rest is not the kernels': `masked_linear_cross_entropy`, `nf4_linear` and `lora_linear` leave"
+    yield "products of weights to the library, and PyTorch writes the zeros of an embedding's gradient."
     yield ""
     yield "| room | shape | pass | moved | floor | over floor | limit |"
     yield "|---|---|---|---|---|---|---|"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -46,6 +46,10 @@ def _toggles(fields: Iterator[tuple[str, FieldInfo]]) -> Iterator[Toggle]:
             yield Toggle(key, values, _word(field.default), (field.description or "",))
 
 
+_NEEDS: Mapping[str, tuple[str, ...]] = {"lora_linear": ("lora.rank=128",)}
+"""The words that a run needs for the toggles of these rooms to matter."""
+
+
 def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype | None = None) -> Iterator[Toggle]:
     """One for each room, on `device`, or on the GPU where there is one, in `dtype`, or bf16."""
     # What runs here is a question for torch; the names of the toggles are not.
@@ -56,7 +60,8 @@ def kernel_toggles(device: torch.device | None = None, dtype: torch.dtype | None
     for name, room in rooms().items():
         chosen, compiled = (choose(room, "auto", device, dtype, compiled=within) for within in (False, True))
         default = chosen if chosen == compiled else f"{chosen}; {compiled} under train.compile"
-        needs = tuple(f"kernels.{whole.name}={SEPARATE}" for whole in rooms().values() if name in whole.parts)
+        parts = (f"kernels.{whole.name}={SEPARATE}" for whole in rooms().values() if name in whole.parts)
+        needs = (*parts, *_NEEDS.get(name, ()))
         why = [room.summary, *(f"runs in a LLaVA-1.5 with {word}" for word in needs)]
         if room.parts:
             why.append(f"{SEPARATE}: {' and '.join(f'kernels.{part}' for part in room.parts)} run in its place, one after the other")

@@ -24,6 +24,10 @@ KEYS = {
 }
 
 
+def test_toggles_of_adapters_are_left_out_where_there_are_none() -> None:
+    assert ablate._finetune_only(torch.device("cpu")) == ["kernels.lora_linear"]
+
+
 def test_toggles_are_those_of_rooms_and_config() -> None:
     found = set(ablate.choices(torch.device("cpu")))
     assert found >= {(f"kernels.{name}", each) for name, room in rooms().items() for each in room.implementations}

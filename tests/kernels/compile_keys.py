@@ -1,6 +1,6 @@
 """How often Triton would compile each kernel over the micro-batches of a planned run, by the keys of its cache, without a GPU.
 
-    python tests/kernels/compile_keys.py STAGE GPUS MICRO_BATCHES ARCH [ROOM=IMPLEMENTATION ...]
+    python tests/kernels/compile_keys.py STAGE GPUS MICRO_BATCHES ARCH [ROOM=IMPLEMENTATION ...] [lora.rank=RANK]
 
 Every planned micro-batch of 7B goes through the model, forward and backward, on tensors without data; the decoder and the tower are
 shallow, since their layers are alike. What would launch a kernel works out its key from the arguments instead, with Triton's own
@@ -102,11 +102,15 @@ def let_liger_see(multiprocessors: int) -> None:
         module.math = SimpleNamespace(ceil=lambda rows: ceil(rows / multiprocessors))
 
 
-def config_for(stage: str, folder: Path) -> Config:
-    """The config of a stage of 7B, whose model's config.json files go under `folder`."""
+RANK = "lora.rank"
+
+
+def config_for(stage: str, folder: Path, rank: str | None) -> Config:
+    """The config of a stage of 7B, whose model's config.json files go under `folder`; with adapters of a `rank`."""
     words = (word.removeprefix("model.").split("=", 1) for word in write_configs("7b", folder))
     model = {name: json.loads(path) for name, path in words}
-    return check_config({"stage": stage, "output_dir": str(folder), "model": model, "data": {"records": "r"}})
+    lora = {} if rank is None else {"rank": int(rank)}
+    return check_config({"stage": stage, "output_dir": str(folder), "model": model, "data": {"records": "r"}, "lora": lora})
 
 
 def planned(config: Config, origin: Any, gpus: int, count: int) -> Iterator[MicroBatch]:
@@ -133,7 +137,9 @@ def model_of(config: Config, kernels: dict[str, str]) -> nn.Module:
     llm = dataclasses.replace(architecture.llm, num_hidden_layers=2)
     tower = dataclasses.replace(architecture.tower, num_hidden_layers=2)
     execution = dataclasses.replace(Execution.of(config, gpu_ops(kernels)), compile="off")
-    model = build_llava(dataclasses.replace(architecture, llm=llm, tower=tower), execution)
+    model = build_llava(
+        dataclasses.replace(architecture, llm=llm, tower=tower, lora=config.lora if config.lora.wanted else None), execution
+    )
     learns = {parameter for part in trained_parts(model, config.stage) for parameter in part.parameters()}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -150,13 +156,14 @@ def main() -> None:
     count_in_place_of_launching(capability)
     let_liger_see(multiprocessors)
     with tempfile.TemporaryDirectory() as folder:
-        config = config_for(stage, Path(folder))
+        kernels = dict(word.split("=") for word in chosen)
+        config = config_for(stage, Path(folder), kernels.pop(RANK, None))
         size = size_named("7b")
         sizes = list(planned(config, size.origin, int(gpus), int(count)))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = model_of(config, dict(word.split("=") for word in chosen))
+            model = model_of(config, kernels)
             for micro_batch in sizes:
-                model(_batch(micro_batch, size.spec, draws=False)).backward()
+                model(_batch(micro_batch, size.spec, config.lora.draws)).backward()
                 model.zero_grad(set_to_none=True)
     print(json.dumps({"rows": len({s.rows for s in sizes}), "keys": {name: len(found) for name, found in sorted(keys.items())}}))
 

@@ -29,14 +29,15 @@ def counted(stage: str, gpus: int, micro_batches: int, arch: str, *chosen: str) 
     return json.loads(ran.stdout)
 
 
-def assert_once(found: dict[str, Any], micro_batches: int) -> None:
-    """Fail unless every room that has kernels launched them, each with one key."""
+def assert_once(found: dict[str, Any], micro_batches: int, adapters: bool = False) -> None:
+    """Fail unless every room that has kernels launched them, each with one key; those of adapters where there are some."""
     # Of captions, which are short, many packs have the same length: 300 have 45, and those of stage finetune 262.
     assert found["rows"] >= min(micro_batches // 3, 20)
     assert {name: count for name, count in found["keys"].items() if count != 1} == {}
     launched = {name.partition(".")[0] for name in found["keys"]}
     # Two are parts of projector_splice, which runs in their place, and the weights here are not quantised.
-    assert launched == {kernel.room for kernel in tuning.kernels().values()} - {"projector_mlp", "splice", "nf4_linear"}
+    idle = {"projector_mlp", "splice", "nf4_linear"} | (set() if adapters else {"lora_linear"})
+    assert launched == {kernel.room for kernel in tuning.kernels().values()} - idle
 
 
 def test_auto_takes_our_kernels_where_there_are_some() -> None:
@@ -57,6 +58,17 @@ def test_a_few_micro_batches_compile_each_kernel_once(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_three_hundred_micro_batches_compile_each_kernel_once(stage: str, gpus: int, arch: str) -> None:
     assert_once(counted(stage, gpus, 300, arch), 300)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_with_adapters_too_each_kernel_is_compiled_once(arch: str) -> None:
+    """Layers of one, two and three results, of inputs of two widths, and the last layer's few rows."""
+    found = counted("finetune", 8, 300, arch, "lora.rank=128")
+    assert_once(found, 300, adapters=True)
+    assert {name for name in found["keys"] if name.startswith("lora_linear.")} == {
+        f"lora_linear.{name}" for name in ("shrink", "input", "A")
+    }
 
 
 @pytest.mark.exhaustive

@@ -10,6 +10,7 @@ import torch
 from judging import leaves, outputs_and_gradients, rounded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from truths import truth_of
 from truths.lora_linear import CASES, inputs, mask
@@ -157,12 +158,12 @@ def kept() -> Iterator[list[Tensor]]:
 
 
 @with_ops
-@pytest.mark.parametrize("case", ["usual", "nothing drawn"])
+@pytest.mark.parametrize("case", ["usual", "nothing drawn", "NF4"])
 def test_kept_are_x_and_the_hidden_values_and_what_is_there_anyway(name: str, case: str) -> None:
     args = usual(torch.float32, case)
     with kept() as found:
         outs = ROOM.implementations[name].function(*args)
-    there = {one.data_ptr() for one in (args[0], *args[1], *args[3], *args[4], args[7], args[8])}
+    there = {one.data_ptr() for one in tree_leaves(args) if isinstance(one, Tensor)}
     new = [one for one in found if one.data_ptr() not in there and one.numel()]
     assert [one.shape for one in new] == [(len(args[0]), len(outs), len(args[3][0]))]
 
@@ -238,7 +239,7 @@ def test_opcheck(name: str) -> None:
 
 
 @with_ops
-@pytest.mark.parametrize("case", ["usual", "nothing drawn"])
+@pytest.mark.parametrize("case", ["usual", "nothing drawn", "NF4"])
 def test_one_graph_of_torch_compile_gives_the_same(name: str, case: str) -> None:
     function = ROOM.implementations[name].function
     args = usual(torch.float32, case)

@@ -72,9 +72,10 @@ def dequantise_kernel(
 class Dequantise:
     """The kernels of a room that multiplies by NF4 weights: `kernels` by name, and what launches them."""
 
-    def __init__(self, room: str) -> None:
+    def __init__(self, room: str, rows: str) -> None:
+        """rows: what the shapes of the room's workload call a size that grows with the weight or with what it is multiplied by."""
         self._room = room
-        self.kernels = tuning.by_name(_described(f"{room}.{name}", double) for name, double in _NAMES.items())
+        self.kernels = tuning.by_name(_described(f"{room}.{name}", double, rows) for name, double in _NAMES.items())
 
     def part(self, weight: Nf4, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """Dequantise rows and columns of a weight, contiguous, in fp32, fp16 or bf16. Columns are whole blocks, or all of them."""
@@ -108,7 +109,7 @@ def _constants(double: bool, even: bool) -> dict[str, Any]:
     return {"DOUBLE": double, "EVEN": even, "SIZE": BLOCK, "NESTED_SIZE": NESTED_BLOCK}
 
 
-def _described(name: str, double: bool) -> tuning.Kernel:
+def _described(name: str, double: bool, rows: str) -> tuning.Kernel:
     # A thread takes 4 bytes of codes in the first, and writes 8 weights, 16 bytes of bf16.
     gpu = [{"BLOCKS": blocks, "num_warps": warps, "num_stages": 1} for blocks, warps in ((32, 8), (64, 8), (64, 4), (128, 8))]
     pointers = ("absmax_ptr", "nested_absmax_ptr", "offset_ptr", "code_ptr", "nested_code_ptr")
@@ -124,6 +125,6 @@ def _described(name: str, double: bool) -> tuning.Kernel:
         },
         constants=_constants(double, True),
         candidates={"sm_80": gpu, "sm_90": gpu, "interpreter": [{"BLOCKS": 16, "num_warps": 1, "num_stages": 1}]},
-        rows="inner",
+        rows=rows,
         unaligned={"EVEN": False},
     )

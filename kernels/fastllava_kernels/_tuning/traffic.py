@@ -27,7 +27,7 @@ from fastllava_kernels.workload import Pass, Shape
 TRITON = "triton"
 ARCHITECTURE = "sm_90"
 TINY = "tiny"
-WIDTHS = ("width", "tower_width", "heads", "key_heads", "head_dim")
+WIDTHS = ("width", "tower_width", "heads", "key_heads", "head_dim", "rank")
 """The sizes that are those of 7B."""
 ROWS = {"rows": 192, "patches": 128}
 """Those that are neither 7B's nor the tiny shape's: a row block of a product is full."""

@@ -5,5 +5,5 @@ from fastllava_kernels.room import REFERENCE, Room
 ROOM = Room.of_folder(
     "lora_linear",
     "Frozen linear layers of one input, each with its trained low-rank product and the dropout before that",
-    ("torch", REFERENCE),
+    ("triton", "torch", REFERENCE),
 )

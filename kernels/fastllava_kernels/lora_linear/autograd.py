@@ -18,19 +18,14 @@ from fastllava_kernels.mm32 import mm32
 from fastllava_kernels.nf4 import layers_of
 
 
-def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tensor, ...]]:
+def define(
+    name: str, code: Callable[[Tensor], Any], part: Callable[[Tensor], nf4.Part] = lambda tensor: nf4.plain_part
+) -> Callable[..., tuple[Tensor, ...]]:
     """Return the function of implementation `name`: custom ops, with another one for their backward.
 
-    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies.
+    code(tensor): the module whose `shrink`, `add_to_input_gradient` and `A_gradient` compute where the tensor lies; part(tensor): what
+    dequantises a part of a weight there.
     """
-
-    def part(tensor: Tensor) -> nf4.Part:
-        """What dequantises a part of a weight where the tensor lies: for `triton` the kernels of room nf4_linear."""
-        if name != "triton":
-            return nf4.plain_part
-        from fastllava_kernels.nf4_linear.triton_op import dequantiser
-
-        return dequantiser(tensor)
 
     @custom_op(f"lora_linear_{name}_hidden")
     def hidden(
@@ -104,7 +99,7 @@ def define(name: str, code: Callable[[Tensor], Any]) -> Callable[..., tuple[Tens
                 d_B[index] = mm32(d_out.t(), h[:, index]).mul_(scale).to(up.dtype)
             if of_x:
                 d_x = nf4.added_gradient(part(x), d_out, weight, d_x)
-        d_x = (torch.zeros_like(x) if of_x else x.new_empty(0)) if d_x is None else d_x
+        d_x = x.new_zeros(x.shape if of_x else 0) if d_x is None else d_x
         stacked, steps, drops = _stacked(A, x.dtype), code(x), bool(below) and len(x) > 0
         if of_x and drops:
             steps.add_to_input_gradient(d_x, d_h, stacked, keys, streams, below)

@@ -2,5 +2,5 @@
 
 from fastllava_kernels._device.dequantise import Dequantise
 
-DEQUANTISE = Dequantise("nf4_linear")
+DEQUANTISE = Dequantise("nf4_linear", "inner")
 KERNELS = DEQUANTISE.kernels

@@ -8,6 +8,9 @@ import torch
 from judging import Args, Table, draw
 from torch import Tensor
 
+from fastllava_kernels.nf4 import Nf4, layers_of
+from truths import nf4_linear
+
 LAYERS = Sequence[Tensor]
 
 
@@ -35,6 +38,10 @@ def mask(keys: Tensor, stream: int, width: int, dropout: float) -> Tensor:
     return torch.tensor(kept, dtype=torch.float64).reshape(len(keys), width) / (1 - least / 2**16)
 
 
+def dequantised(weight: Nf4) -> Tensor:
+    return nf4_linear.weights(nf4_linear.halves(weight.codes, 4, 0), *weight[1:])
+
+
 def truth(
     x: Tensor,
     weights: LAYERS,
@@ -48,9 +55,10 @@ def truth(
 ) -> tuple[Tensor, ...]:
     """The weight of each layer with the product added; what is dropped changes x for the product alone."""
     outs = []
-    for weight, bias, down, up, stream in zip(weights, biases, A, B, streams.tolist(), strict=True):
+    for weight, bias, down, up, stream in zip(layers_of(weights), biases, A, B, streams.tolist(), strict=True):
         seen = x * mask(keys, stream, x.shape[1], dropout).to(x.dtype) if len(keys) else x
-        out = torch.cat([x, seen], 1) @ torch.cat([weight, scale * up @ down], 1).T
+        dense = dequantised(weight).to(x.dtype) if isinstance(weight, Nf4) else weight
+        out = torch.cat([x, seen], 1) @ torch.cat([dense, scale * up @ down], 1).T
         outs.append(out if bias is None else out + bias)
     return tuple(outs)
 
@@ -60,9 +68,20 @@ def numbers(count: int, seed: int) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(rows: int, width: int, outputs: Sequence[int], rank: int, dropout: float = 0.25, bias: bool = False, draws: bool = True) -> Args:
-    """Layers of these widths, with keys where it `draws`."""
-    weights = [Table(draw(out, width, seed=10 + i, scale=width**-0.5)) for i, out in enumerate(outputs)]
+def inputs(
+    rows: int,
+    width: int,
+    outputs: Sequence[int],
+    rank: int,
+    dropout: float = 0.25,
+    bias: bool = False,
+    draws: bool = True,
+    nf4: bool | None = None,
+) -> Args:
+    """Layers of these widths, with keys where it `draws`; nf4: whether the scales of quantised weights are quantised too."""
+    weights: list[Any] = [Table(draw(out, width, seed=10 + i, scale=width**-0.5)) for i, out in enumerate(outputs)]
+    if nf4 is not None:
+        weights = [part for out in outputs for part in nf4_linear.given(0, out, width, nf4)[1:5]]
     biases = [Table(draw(out, seed=20 + i)) if bias and i != 1 else None for i, out in enumerate(outputs)]
     A = [draw(rank, width, seed=30 + i, scale=width**-0.5) for i in range(len(outputs))]
     B = [draw(out, rank, seed=40 + i, scale=rank**-0.5) for i, out in enumerate(outputs)]
@@ -77,6 +96,8 @@ CASES: dict[str, Args] = {
     "more than a tile of everything": inputs(70, 150, (70, 45), 20, dropout=0.5),
     "nothing drawn": inputs(9, 24, (24, 8, 8), 4, draws=False),
     "no dropout": inputs(9, 24, (24, 8), 4, dropout=0.0),
+    "NF4": inputs(6, 128, (6, 4), 4, nf4=False),
+    "NF4, scales quantised, biases": inputs(6, 48, (6, 4), 4, bias=True, nf4=True),
     "one row": inputs(1, 24, (24, 8), 4),
     "no row": inputs(0, 24, (24, 8), 4),
 }
