@@ -46,7 +46,11 @@ def _toggles(fields: Iterator[tuple[str, FieldInfo]]) -> Iterator[Toggle]:
             yield Toggle(key, values, _word(field.default), (field.description or "",))
 
 
-_NEEDS: Mapping[str, tuple[str, ...]] = {"lora_linear": ("lora.rank=128",)}
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "lora_linear": ("lora.rank=128",),
+    # Linear layers without an adapter, beside some with one.
+    "nf4_linear": ("model.quantize=nf4", "lora.rank=128", "lora.targets=[q_proj]"),
+}
 """The words that a run needs for the toggles of these rooms to matter."""
 
 

@@ -25,7 +25,7 @@ KEYS = {
 
 
 def test_toggles_of_adapters_are_left_out_where_there_are_none() -> None:
-    assert ablate._finetune_only(torch.device("cpu")) == ["kernels.lora_linear"]
+    assert ablate._finetune_only(torch.device("cpu")) == ["kernels.lora_linear", "kernels.nf4_linear"]
 
 
 def test_toggles_are_those_of_rooms_and_config() -> None:
