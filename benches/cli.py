@@ -34,6 +34,7 @@ class Device(StrEnum):
 # What several of them take.
 OnDevice = Annotated[Device | None, typer.Option("--device", help="when left out the GPU where there is one")]
 Out = Annotated[Path | None, typer.Option(help="file to append to, a JSON line a row")]
+Lora = Annotated[bool, typer.Option("--lora", help="adapters of rank 128 in place of the decoder, in stage finetune")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="leave out the rows that this code has left in --out, and name the code in new ones")
 ]
@@ -45,6 +46,9 @@ Seconds = Annotated[float, typer.Option(min=0.0, help="time to spend on a size a
 Samples = Annotated[int, typer.Option(min=0, help="samples of a step; when 0 what suits the device")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="config keys to change, such as optim.lr=2e-5")]
 Charts = Annotated[Path | None, typer.Option(help="folder for charts")]
+
+
+_RECIPE_OF_LORA = ("lora.rank=128", "lora.alpha=256", "optim.projector_lr=2e-5")
 
 
 @app.command()
@@ -73,6 +77,7 @@ def kernels(
 @app.command()
 def step(
     overrides: Overrides = None,
+    lora: Lora = False,
     sizes: Sizes = "",
     stages: Stages = "pretrain,finetune",
     device: OnDevice = None,
@@ -89,6 +94,7 @@ def step(
     """Time the trainer's step on random weights and samples of the true lengths, with config keys such as train.compile=layer."""
     from benches import step as module
 
+    stages, overrides = ("finetune", [*_RECIPE_OF_LORA, *(overrides or [])]) if lora else (stages, overrides)
     request = _request(device, sizes, ("7b", "150m"), stages, samples, (64, 8), seconds, layers, overrides, fit)
     _end(module.bench(request, _sheet(out, resume), profile))
 
@@ -107,15 +113,18 @@ def peers(
     samples: Samples = 0,
     layers: Layers = None,
     fit: Fit = False,
+    lora: Lora = False,
     overrides: Overrides = None,
     resume: Resume = False,
 ) -> None:
     """Time a training step of fastllava, of the original's recipe and of transformers: same weights, same samples, in turns.
 
     Config keys are for fastllava's run, such as train.compile=layer. Exits with 1 when a variant breaks or gives another loss.
+    With --lora transformers has PEFT's adapters, and nothing is dropped, since each would drop other values.
     """
     from benches.peers import compare
 
+    stages, overrides = ("finetune", [*_RECIPE_OF_LORA, "lora.dropout=0", *(overrides or [])]) if lora else (stages, overrides)
     request = _request(device, sizes, ("7b", "150m"), stages, samples, (32, 4), seconds, layers, overrides, fit)
     _end(compare.bench(request, _sheet(out, resume), _names(variants)), charts, "peers")
 

@@ -46,7 +46,7 @@ def fitting(need: Mapping[int, float], usable: float, layers: int) -> int:
 
 def bytes_of(run: Run, extra: Extra = nothing_else) -> float:
     """The most that lives at once in a step: by the planner, on fake tensors, for the largest micro-batch of the run."""
-    origin = run.size.origin
+    origin = run.origin
     model = bare_model(run.config, origin, reference_ops())
     trained = sum(p.numel() for part in trained_parts(model, run.config.stage) for p in part.parameters())
     frozen = sum(p.numel() for p in model.parameters()) - trained

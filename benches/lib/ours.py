@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from fastllava.batch import Batch
 from fastllava.config import Config, Stage, load_config
 from fastllava.data.loader import Sample, pack
 from fastllava.data.plan import Plan, Step
+from fastllava.data.row_keys import row_keys
 from fastllava.model.build import build_llava
 from fastllava.model.compiled import check_compiler
 from fastllava.model.execution import COMPUTE_DTYPE, Execution
-from fastllava.model.layers import set_parameter
 from fastllava.model.llava import Llava
 from fastllava.model.ops import choose_ops
+from fastllava.model.quantised import Nf4Weight, put, weights_by_name
+from fastllava.model.weights import Origin
 from fastllava.optim import FiniteGuard, build_optimizer, set_lr
 from fastllava.optim.low_bit import check_low_bit
 from fastllava.planner.drawn import CAP, Samples, draw
@@ -48,6 +50,11 @@ class Run:
     samples: Samples
     plan: Plan
     accounting: Accounting
+
+    @property
+    def origin(self) -> Origin:
+        """The model's architecture, with what the configuration says of adapters and quantised weights."""
+        return _origin(self.size, self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,11 +86,16 @@ def plan_run(stage: Stage, size: Size, settings: Mapping[str, Any], overrides: S
     """
     config = config_of(stage, settings, overrides)
     samples = draw(stage, DRAWN, size.spec, size.llm.vocab_size, config.train.seed)
-    accounting = Accounting.of_model(size.origin, stage, config.train.recompute, config.train.last_layer)
+    accounting = Accounting.of_model(_origin(size, config), stage, config.train.recompute, config.train.last_layer)
     plan = Plan(samples, config.data, config.train, accounting.cost())
     if per_step is not None:
         plan = _Shorter(plan, min(per_step, plan.train.global_batch))
     return Run(size, config, samples, plan, accounting)
+
+
+def _origin(size: Size, config: Config) -> Origin:
+    lora = config.lora if config.lora.wanted else None
+    return replace(size.origin, lora=lora, quantize=config.model.quantize)
 
 
 def config_of(stage: Stage, train: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -117,17 +129,18 @@ class _Shorter(Plan):
         return self._chosen
 
 
-def build(size: Size, execution: Execution, device: torch.device, seed: int = 0) -> Llava:
+def build(origin: Origin, execution: Execution, device: torch.device, seed: int = 0) -> Llava:
     """Our model with random weights in the dtype of `execution`: N(0, 0.02^2), norms near one, the projector as PyTorch draws a Linear."""
-    model = build_llava(size.origin, execution)
+    model = build_llava(origin, execution)
     generator = torch.Generator(device).manual_seed(seed)
     drawn = {f"projector.{name}": weight for name, weight in model.projector.draw(seed).items()}
-    for name, parameter in list(model.named_parameters()):
+    for name, weight in weights_by_name(model).items():
         if name not in drawn:
-            drawn[name] = torch.randn(parameter.shape, device=device, generator=generator) * STD
+            drawn[name] = torch.randn(weight.shape, device=device, generator=generator) * STD
             drawn[name] += "norm" in name and name.endswith("weight")
-        set_parameter(model, name, nn.Parameter(drawn.pop(name).to(device, execution.dtype)))
-    return model
+        # On the host, where weights are read and quantised.
+        put(model, name, drawn.pop(name).to("cpu" if isinstance(weight, Nf4Weight) else device, execution.dtype))
+    return model.to(device)
 
 
 class Fastllava:
@@ -142,7 +155,7 @@ class Fastllava:
         self.run, self.device = run, device
         set_deterministic(run.config)
         ops = choose_ops(run.config.kernels, device, run.dtype, compiled=mode != "off", repeats=is_asked_for(run.config))
-        self.model = build(run.size, Execution.of(run.config, ops), device, seed)
+        self.model = build(run.origin, Execution.of(run.config, ops), device, seed)
         self.trained: dict[str, nn.Parameter] = prepare_stage(self.model, run.config)
         self.optimizer = build_optimizer(self.trained.items(), run.config.optim, run.config.train.seed)
         set_lr(self.optimizer, 0.0)
@@ -151,8 +164,16 @@ class Fastllava:
     def batches(self, step: Step) -> list[Batch]:
         """The step's micro-batches, as the loader hands them over."""
         samples = self.run.contents(step)
-        packed = [pack([samples[i] for i in ranks[0].tolist()], self.run.samples.spec, CAP) for ranks in step.micro_batches]
+        packed = [self._packed(step, samples, ranks[0].tolist()) for ranks in step.micro_batches]
         return [batch.pin_memory() for batch in packed] if self.device.type == "cuda" else packed
+
+    def _packed(self, step: Step, samples: Sequence[Sample], places: Sequence[int]) -> Batch:
+        batch, config = pack([samples[place] for place in places], self.run.samples.spec, CAP), self.run.config
+        if not config.lora.draws:
+            return batch
+        lengths = batch.cu_seqlens.diff().tolist()
+        keys = row_keys(config.train.seed, step.index, step.samples[places].tolist(), lengths)
+        return replace(batch, row_keys=torch.from_numpy(keys))
 
     def step(self, batches: Sequence[Batch], judged: bool = True) -> DeviceScalars:
         """One optimizer step: its loss and the norm of its gradient, which the trainer takes anyway, then what else it reads."""

@@ -23,7 +23,7 @@ from benches.lib.trials import Trial, agree, attempt, distance, judge_alone, rel
 from benches.lib.world import world
 from benches.peers.original import Original
 from benches.peers.training import Peer, Shared
-from benches.peers.transformers import Transformers, TransformersLiger, no_liger
+from benches.peers.transformers import Transformers, TransformersLiger, no_liger, no_peft
 from fastllava.data.plan import Step
 from fastllava.errors import UserError
 
@@ -71,6 +71,8 @@ def bench(request: Request, sheet: Sheet, variants: Sequence[str] = ()) -> list[
             continue
         for depth in request.depths(size, stage, lambda trained, frozen: 2.0 * trained + RESERVE):
             run = request.run(size, stage, depth)
+            if run.config.model.quantize is not None:
+                raise UserError(f"model.quantize: {run.config.model.quantize}, and the peers share weights as they are; leave it out")
             sheet.say(f"{size} {stage}: {run.n_steps} different steps of {request.samples} samples on {world(request.device)['device']}")
             rows = list(compare(request, run, size, chosen, sheet))
             for row in rows:
@@ -110,7 +112,7 @@ def start(request: Request, run: Run, variants: Sequence[str]) -> dict[str, Tria
         variant = VARIANTS[name]
         if variant.build is None:
             continue
-        if (reason := variant.unsupported(device)) is not None:
+        if (reason := variant.unsupported(device) or (no_peft(run) if name.startswith("transformers") else None)) is not None:
             trial.fail(CANNOT + reason)
         elif ours.void is not None:
             trial.fail(f"{ours.void}, where the weights are drawn")

@@ -7,20 +7,22 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benches.lib.ours import Fastllava, Run
 from benches.peers.training import Peer, Shared, Tensors, recompute_layers
 from fastllava.batch import IMAGE_ID
 from fastllava.certify.plain import IGNORED, labels_of
+from fastllava.config import LoraConfig
 from fastllava.data.loader import Sample
 from fastllava.model.hf_reference import filled
+from fastllava.model.layers import set_parameter
 from fastllava.planner.drawn import CAP, SPECIAL
 from fastllava.planner.sizes import SELECT_LAYER
 from fastllava.train.metrics.flops import Accounting
@@ -40,7 +42,10 @@ class Transformers(Peer):
         self.llava = self._llava()
         projector = self.llava.model.multi_modal_projector
         trained = [projector] if run.config.stage == "pretrain" else [self.llava.model.language_model, self.llava.lm_head, projector]
-        self.start([self.llava], [parameter for module in trained for parameter in module.parameters()])
+        parameters = [parameter for module in trained for parameter in module.parameters()]
+        if run.origin.lora is not None:
+            parameters = [*adapt(self.llava, run.origin.lora, shared.weights), *projector.parameters()]
+        self.start([self.llava], parameters)
         if recompute:
             recompute_layers(self.llava, reentrant=False)
 
@@ -101,6 +106,33 @@ class Transformers(Peer):
         times = torch.where(ids == IMAGE_ID, patches, 1)
         ids = torch.where(ids == IMAGE_ID, IMAGE_TOKEN, ids)
         return ids.repeat_interleave(times)[:CAP], labels.repeat_interleave(times)[:CAP]
+
+
+def adapt(llava: Any, lora: LoraConfig, weights: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Put PEFT's adapters on the decoder of transformers' LLaVA, in its dtype, with the values that all share; their parameters.
+
+    PEFT itself keeps them in fp32, and then multiplies in fp32 where nobody has autocast on: its users have it on.
+    """
+    from peft import LoraConfig as Adapters
+    from peft import inject_adapter_in_model
+
+    targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+    alpha = lora.scale * (lora.rank or 0)
+    inject_adapter_in_model(Adapters(r=lora.rank or 0, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets), llava)  # pyright: ignore[reportArgumentType] (PEFT takes fractions too)
+    found = []
+    for name, _ in list(llava.named_parameters()):
+        if ".lora_" in name:
+            ours = "llm.model." + name.partition("language_model.")[2].replace(".default", "")
+            set_parameter(llava, name, nn.Parameter(weights[ours]))
+            found.append(llava.get_parameter(name))
+    return found
+
+
+def no_peft(run: Run) -> str | None:
+    """Why transformers' variants cannot run with adapters here, or None."""
+    if run.origin.lora is None or importlib.util.find_spec("peft"):
+        return None
+    return "peft is not installed; run pip install -e '.[dev]'"
 
 
 class TransformersLiger(Transformers):

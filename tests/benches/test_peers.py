@@ -86,6 +86,26 @@ def test_all_variants_have_one_loss_and_gradient(measured) -> None:
         assert all(row["error"] < 1e-6 for row in found)
 
 
+def test_all_variants_train_the_same_adapters() -> None:
+    """transformers' by PEFT; values of A and B are those of ours, and nothing is dropped."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    words = ["lora.rank=4", "lora.dropout=0", "lora.targets=[q_proj,down_proj]"]
+    rows = measure(["original", "transformers", "fastllava"], stages=["finetune"], overrides=words)
+    assert [row["void"] for row in rows] == [None] * 3
+    whole = measure(["fastllava"], stages=["finetune"])[0]
+    for row in rows:
+        assert row["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(rows[-1]["grad_norm"], rel=1e-4)
+        # The whole decoder's would be far larger.
+        assert row["grad_norm"] < 0.9 * whole["grad_norm"]
+    assert rows[-1]["model_flops"] < whole["model_flops"]
+
+
+def test_weights_that_are_quantised_are_not_compared() -> None:
+    with pytest.raises(UserError, match=r"model\.quantize: nf4, and the peers share weights as they are; leave it out"):
+        measure(["fastllava"], stages=["finetune"], overrides=["lora.rank=4", "model.quantize=nf4"])
+
+
 def test_only_ours_has_no_padding_and_no_idle_work(measured) -> None:
     for row in (row for row in measured[0] if row["void"] is None):
         mine = row["variant"] == "fastllava"
