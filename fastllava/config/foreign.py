@@ -30,6 +30,7 @@ SAME: Mapping[str, str] = {
     "adam_epsilon": "optim.eps",
     "num_train_epochs": "train.epochs",
     "data_seed": "train.seed",
+    "lora_weight_path": "model.adapter",
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",
     "r": "lora.rank",
@@ -94,7 +95,6 @@ INSTEAD: Mapping[str, str] = {
     "mpt_attn_impl": "leave it out: kernels.attention chooses",
     "lora_enable": _LORA,
     "lora_bias": "leave it out: adapters have no bias",
-    "lora_weight_path": "leave it out: adapters begin as new ones",
     **_each("double_quant quant_type bits load_in_4bit load_in_8bit", _QUANTISED),
     # transformers
     **_each("per_device_train_batch_size gradient_accumulation_steps", _BATCH),
