@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastllava.config import key_names, load_config, same_training
+from fastllava.config import LoraConfig, key_names, load_config, same_training
 from fastllava.config.reference import keys_page
 from fastllava.config.schema import schema_text
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.stem.startswith("mix"))
-OFFICIAL = [path for path in CONFIGS if path.name.startswith("llava15_")]
+LORA = [path for path in CONFIGS if path.name.startswith("llava15_") and path.stem.endswith("_lora")]
+OFFICIAL = [path for path in CONFIGS if path.name.startswith("llava15_") and path not in LORA]
+SIZES = ("13b", "7b")
 
 
 def named(paths: list[Path]) -> pytest.MarkDecorator:
@@ -19,7 +21,12 @@ def named(paths: list[Path]) -> pytest.MarkDecorator:
 
 
 def test_the_four_official_configs_are_there() -> None:
-    assert [path.stem for path in OFFICIAL] == [f"llava15_{size}_{stage}" for size in ("13b", "7b") for stage in ("finetune", "pretrain")]
+    assert [path.stem for path in OFFICIAL] == [f"llava15_{size}_{stage}" for size in SIZES for stage in ("finetune", "pretrain")]
+
+
+def test_the_four_configs_with_adapters_are_there() -> None:
+    stages = ("finetune_lora", "finetune_task_lora")
+    assert [path.stem for path in LORA] == [f"llava15_{size}_{stage}" for size in SIZES for stage in stages]
 
 
 @named(CONFIGS)
@@ -64,6 +71,27 @@ def test_official_recipe(path: Path) -> None:
     size = path.stem.split("_")[1]
     assert str(config.model.llm) == f"lmsys/vicuna-{size}-v1.5"
     assert str(config.model.vision_tower) == "openai/clip-vit-large-patch14-336"
+
+
+@named(LORA)
+def test_official_recipe_with_adapters(path: Path) -> None:
+    """The values of scripts/v1_5/finetune_lora.sh and finetune_task_lora.sh; all others are those of stage 2 without adapters."""
+    config = load_config(path)
+    size, task = path.stem.split("_")[1], "task" in path.stem
+    whole = load_config(path.with_name(f"llava15_{size}_finetune.yaml"))
+    assert config.lora == LoraConfig(rank=128, alpha=256, dropout=0.05)
+    assert (config.optim.lr, config.optim.projector_lr) == (2e-4, 2e-5)
+    assert config.optim.model_copy(update={"lr": whole.optim.lr, "projector_lr": None}) == whole.optim
+    suits = {key.removeprefix("train."): getattr(whole.train, key.removeprefix("train.")) for key, _ in same_training() if "train." in key}
+    assert config.train.model_copy(update=suits) == whole.train
+    theirs = {"records": whole.data.records, "images": whole.data.images} if task else {}
+    assert config.data.model_copy(update=theirs) == whole.data
+    begins = {"llm": whole.model.llm, "projector": whole.model.projector} if task else {}
+    assert config.model.model_copy(update=begins) == whole.model
+    assert config.output_dir != whole.output_dir
+    text = path.read_text(encoding="utf-8")
+    assert "# Hardware" in text
+    assert task or "# Time       fastllava plan foresees" in text
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])

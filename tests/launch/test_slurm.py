@@ -106,6 +106,7 @@ def stand_in(slurm: Slurm, then: str) -> None:
             trap 'stopped' TERM
             echo "$@" > torchrun.$SLURM_NODEID
             {then}
+            touch ready.$SLURM_NODEID
             for i in {{1..200}}; do sleep 0.05; done""",
     }
     for name, script in scripts.items():
@@ -133,8 +134,9 @@ def test_only_what_goes_on_is_queued_again(slurm, name):
     stand_in(slurm, then)
     (slurm.folder / "run").mkdir()
     (slurm.folder / "run" / "run_summary.json").write_text('{"status": "interrupted", "steps": 5}')
-    begun = slurm.folder / "torchrun.1"
-    start = slurm.start("good.yaml", "optim.lr=1", near_limit=lambda: near and begun.exists() and "lr" in begun.read_text())
+    # A node that does not take the signal yet would die of it.
+    ready = [slurm.folder / f"ready.{node}" for node in range(2)]
+    start = slurm.start("good.yaml", "optim.lr=1", near_limit=lambda: near and all(node.exists() for node in ready))
     assert (start.code, start.queued_again) == (code, again), start.said
     assert (slurm.state / "scancelled").exists() == near
     assert ("not queued again" in start.said) == (near and code != 0)
