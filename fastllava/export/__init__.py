@@ -12,7 +12,7 @@ from fastllava.errors import UserError
 from fastllava.export.chat_template import chat_template
 from fastllava.export.check import Check
 from fastllava.export.for_peft import write_for_peft
-from fastllava.export.subject import Subject, find_subject, load_subject
+from fastllava.export.subject import Subject, check_start, find_subject, load_subject
 from fastllava.model.weights import write_checkpoint
 from fastllava.model.weights.merging import MERGES, Merge
 
@@ -67,7 +67,9 @@ def export(
 def _write_whole(subject: Subject, layout: str, out: Path, report: Callable[[str], object], merge: Merge) -> None:
     """The whole model, with its adapters merged where it has some, read back and compared."""
     if merge == "fp16":
-        subject = replace(subject, dtype=torch.float16)
+        # Hashes are of weights in the dtype that the run read them in.
+        check_start(subject)
+        subject = replace(subject, dtype=torch.float16, start={})
     model = load_subject(subject, report, merge)
     check = Check(model, layout, subject.dtype, subject.model, template(subject.template), subject.legacy)
     write_checkpoint(

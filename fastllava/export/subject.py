@@ -223,11 +223,14 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return found or torch.float32
 
 
-def load_subject(subject: Subject, report: Callable[[str], object], merge: Merge = "fp32") -> Llava:
-    """The model on the CPU, frozen, in the subject's dtype, computing with the reference of every op; adapters merged as `merge` says.
+def check_start(subject: Subject) -> None:
+    """Raises UserError where the model that the training began with, in the subject's dtype, is not the one of then."""
+    if subject.start:
+        _begun_with(subject, "fp32")
 
-    Raises UserError when it cannot be read, does not fit, or is not the model that the training began with.
-    """
+
+def _begun_with(subject: Subject, merge: Merge) -> Llava:
+    """The model that the training began with, with the subject's adapters merged into it. Raises UserError as `load_subject`."""
     before: dict[str, str] = {}
     added = subject.added
     if added is not None:
@@ -235,6 +238,15 @@ def load_subject(subject: Subject, report: Callable[[str], object], merge: Merge
     model = load_llava(subject.model, Execution(reference_ops(), subject.dtype), seed=0, added=added)
     if changed := differences(fingerprint(model, before=before), subject.start) if subject.start else {}:
         raise UserError(f"CHECKPOINT: it was trained on another model: {'; '.join(changed.values())}; bring back the model of then")
+    return model
+
+
+def load_subject(subject: Subject, report: Callable[[str], object], merge: Merge = "fp32") -> Llava:
+    """The model on the CPU, frozen, in the subject's dtype, computing with the reference of every op; adapters merged as `merge` says.
+
+    Raises UserError when it cannot be read, does not fit, or is not the model that the training began with.
+    """
+    model = _begun_with(subject, merge)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in subject.weights.items():

@@ -87,6 +87,20 @@ def test_the_run_and_its_checkpoint_are_merged_to_what_training_computes(done):
     assert (asked(early)[2] - ours).abs().max() > 1e-3
 
 
+def test_a_run_is_merged_in_fp16_into_the_model_that_it_began_with_alone(done, world, tmp_path):
+    """Hashes of that model are of weights in the dtype that the run read them in, which is no fp16."""
+    export(done, "llava", tmp_path / "llava-fp16", lambda line: None, merge="fp16")
+    written, base = load_file(tmp_path / "llava-fp16" / "model.safetensors"), load_file(world / "llm" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.float16}
+    assert torch.equal(written["model.embed_tokens.weight"], base["model.embed_tokens.weight"].half())
+    other = shutil.copytree(world / "llm", tmp_path / "other")
+    save_file(
+        {**base, "model.embed_tokens.weight": base["model.embed_tokens.weight"] + 1e-3}, other / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"CHECKPOINT: it was trained on another model: model\.llm: its weights are not those"):
+        export(done, "llava", tmp_path / "llava-other", lambda line: None, merge="fp16", base=other)
+
+
 @pytest.mark.parametrize("layout", ["hf", "peft"])
 def test_transformers_and_peft_compute_what_training_does(golden, tmp_path, layout):
     peft = pytest.importorskip("peft")
