@@ -178,7 +178,7 @@ def test_layers_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_are_those_of_the_planner() -> None:
     run = Request(CPU, ["tiny"], ["finetune"], 4, 0.0).run("tiny", "finetune", 2)
-    model = ours.build(SIZES["tiny"], Execution(fit.reference_ops(), torch.float32), CPU)
+    model = ours.build(SIZES["tiny"].origin, Execution(fit.reference_ops(), torch.float32), CPU)
     weights = sum(each.numel() for each in model.llm.parameters())
     # Weights, gradients and two moments, in fp32.
     found = fit.bytes_of(run, lambda trained, frozen: 1e9 * (trained > frozen > 0)) - 1e9

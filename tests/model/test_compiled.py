@@ -41,7 +41,12 @@ GROUPS = [[2, 3], [0, 2], [0, 1, 3], [5], [1], [1, 5], [0], [4, 2, 3], [3], [2],
 
 @pytest.mark.parametrize(
     ("mode", "recompute", "groups"),
-    [("layer", "none", 12), pytest.param("step", "none", 12, marks=pytest.mark.exhaustive), ("layer", "full", 2), ("step", "selective", 1)],
+    [
+        ("layer", "none", 12),
+        pytest.param("step", "none", 12, marks=pytest.mark.exhaustive),
+        ("layer", "full", 2),
+        pytest.param("step", "selective", 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_few_graphs_give_the_eager_gradients(tiny, mode: Compile, recompute: Recompute, groups: int) -> None:
     torch._dynamo.reset()

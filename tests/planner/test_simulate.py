@@ -121,7 +121,15 @@ def test_memory_of_low_bit_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # With dropout a CPU has inputs without their dropped values, and random numbers, on the way within an op; a GPU has them in registers.
-@pytest.mark.parametrize(("recompute", "dropout"), [("none", 0.0), ("none", 0.05), ("selective", 0.0), ("full", 0.0)])
+@pytest.mark.parametrize(
+    ("recompute", "dropout"),
+    [
+        pytest.param("none", 0.0, marks=pytest.mark.exhaustive),
+        ("none", 0.05),
+        pytest.param("selective", 0.0, marks=pytest.mark.exhaustive),
+        ("full", 0.0),
+    ],
+)
 def test_memory_of_adapters(recompute: str, dropout: float) -> None:
     config, lora = config_of("finetune", "bf16", recompute), LoraConfig(rank=8, dropout=dropout)
     config, ops = config.model_copy(update={"lora": lora}), cpu_ops(torch.bfloat16)
@@ -136,7 +144,10 @@ QUANTISABLE = dataclasses.replace(LLAMA, hidden_size=128, intermediate_size=320,
 """Rows of whole blocks, as those of models are."""
 
 
-@pytest.mark.parametrize(("quantize", "recompute", "targets"), [("nf4", "none", TARGETS), ("nf4_double", "full", TARGETS[:3])])
+@pytest.mark.parametrize(
+    ("quantize", "recompute", "targets"),
+    [pytest.param("nf4", "none", TARGETS, marks=pytest.mark.exhaustive), ("nf4_double", "full", TARGETS[:3])],
+)
 def test_memory_of_adapters_over_quantised_weights(
     quantize: Quantize, recompute: str, targets: Sequence[Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_one_of_the_steps_is_of_texts_only(settings, alone):
     assert 0 in [prepared.n_images[plan.step(index).samples].sum() for index in range(4)]
 
 
-@pytest.mark.parametrize("name", ["resumed", "adapters resumed"])
+@pytest.mark.parametrize("name", [pytest.param("resumed", marks=pytest.mark.exhaustive), "adapters resumed"])
 def test_goes_on_in_another_number_of_processes(settings, world, alone, tmp_path, monkeypatch, name):
     values = values_of(settings, world, tmp_path / "run", RUNS[name])
     with monkeypatch.context() as patch:

@@ -96,7 +96,7 @@ def test_from_captions_to_an_export(trained, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("mode", ["layer", "step"])
+@pytest.mark.parametrize("mode", ["layer", pytest.param("step", marks=pytest.mark.exhaustive)])
 def test_as_graphs_it_gives_the_eager_loss(settings, tower, mode):
     torch._dynamo.reset()
     config = check_config(settings("finetune", model={"vision_tower": str(tower), "projector_type": PROJECTOR}))
