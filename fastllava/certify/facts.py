@@ -32,8 +32,10 @@ def of_step(part: Part, plan: Plan, prepared: PreparedSet) -> dict[str, Any]:
     }
 
 
-def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padded_batch: int, device: torch.device) -> dict[str, Any]:
-    """What identifies the run and the machine; JSON. `base` is the model as read."""
+def of_run(
+    config: Config, base: Llava, prepared: PreparedSet, truth: str, padded_batch: int, device: torch.device, drew: bool = False
+) -> dict[str, Any]:
+    """What identifies the run and the machine; JSON. `base` is the model as read, but for each B of new adapters where those were drawn."""
     trained = sum(weight.numel() for part in trained_parts(base, config.stage) for weight in part.parameters())
     train = config.train
     return {
@@ -47,7 +49,7 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
             for key in ("loss_norm", "micro_batch_tokens", "recompute", "last_layer", "compile", "tf32", "global_batch", "seed")
         }
         | {key: value_of(config, key) for key, _ in marked(LEVER)},
-        "lora": _lora(config),
+        "lora": _lora(config, drew),
         "kernels": {room: use["implementation"] for room, use in base.kernels().items()},
         "model": {
             "llm": str(config.model.llm),
@@ -70,14 +72,15 @@ def of_run(config: Config, base: Llava, prepared: PreparedSet, truth: str, padde
     }
 
 
-def _lora(config: Config) -> str | None:
-    """The adapters in words; None where there are none."""
+def _lora(config: Config, drew: bool) -> str | None:
+    """The adapters in words; None where there are none. `drew`: their B were drawn."""
     lora = config.lora
     if not lora.wanted:
         return None
     said = f"rank {lora.rank}, alpha {lora.scale * (lora.rank or 0):g}, on {', '.join(lora.targets)}; "
     drops = f"{lora.dropped:.6g} of its input dropped, by seed, step, sample, place in it, layer and column alone: every way saw the same"
-    return said + (drops if lora.draws else "nothing dropped")
+    begun = "; B, which begins as zeros, is drawn here, so that A has a gradient" if drew else ""
+    return said + (drops if lora.draws else "nothing dropped") + begun
 
 
 def _sha256_of(model: Llava) -> str:

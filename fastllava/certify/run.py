@@ -58,7 +58,7 @@ def certify(
     plan = Plan(prepared, config.data, config.train, Accounting.of(config).cost(), held_out=held_out)
     parts = choose(plan, n_steps, n_samples, config.train.seed)
     base = load_llava(config.model, Execution.of(config, ops), config.train.seed, config.lora)
-    _draw_what_is_zero(base, config.train.seed)
+    drew = _draw_what_is_zero(base, config.train.seed)
     seed = config.train.seed if config.lora.draws else None
     if truth is None:
         truth = "fp64" if device.type == "cpu" or config.train.precision == "fp32" else "fp32"
@@ -76,7 +76,7 @@ def certify(
         figures.append(found)
         judged += judge(step.index, found, names, base.dtype)
         say(f"certify: step {step.index} computed in {len(VARIANTS)} ways in {sum(seconds.values()):.1f} s")
-    certificate = Certificate(facts.of_run(config, base, prepared, truth, padded_batch, device), rows, figures, judged)
+    certificate = Certificate(facts.of_run(config, base, prepared, truth, padded_batch, device, drew), rows, figures, judged)
     for line in lines(certificate):
         say(line)
     _write(certificate, folder)
@@ -84,12 +84,15 @@ def certify(
     return certificate
 
 
-def _draw_what_is_zero(model: Llava, seed: int) -> None:
-    """Give each B of new adapters, which is zero and leaves A without a gradient, small numbers of its own."""
+def _draw_what_is_zero(model: Llava, seed: int) -> bool:
+    """Give each B of new adapters, which is zero and leaves A without a gradient, small numbers of its own; whether there was one."""
+    drew = False
     for name, parameter in list(model.named_parameters()):
         if name.endswith("lora_B.weight") and not parameter.any():
             values = 0.1 * drawn(name.replace("lora_B", "lora_A"), parameter.shape, seed)
             set_parameter(model, name, nn.Parameter(values.to(parameter.dtype)))
+            drew = True
+    return drew
 
 
 def _measured(variants: Variants, contents: Contents, supervised: int) -> tuple[dict[str, dict[str, Figures]], dict[str, float], list[str]]:

@@ -234,6 +234,7 @@ def test_it_holds_with_adapters_and_their_dropout(llm, settings):
         assert each.found.norm > 0
         assert each.found.error < 1e-5
     assert any("0.25 of its input dropped" in line and "every way saw the same" in line for line in lines(certificate))
+    assert any("B, which begins as zeros, is drawn here" in line for line in lines(certificate))
 
 
 def test_a_mask_that_depends_on_the_micro_batch_is_found(settings, monkeypatch):
