@@ -79,7 +79,7 @@ def step(
     overrides: Overrides = None,
     lora: Lora = False,
     sizes: Sizes = "",
-    stages: Stages = "pretrain,finetune",
+    stages: Stages = "",
     device: OnDevice = None,
     out: Out = None,
     seconds: Seconds = 60,
@@ -94,7 +94,8 @@ def step(
     """Time the trainer's step on random weights and samples of the true lengths, with config keys such as train.compile=layer."""
     from benches import step as module
 
-    stages, overrides = ("finetune", [*_RECIPE_OF_LORA, *(overrides or [])]) if lora else (stages, overrides)
+    stages = stages or ("finetune" if lora else "pretrain,finetune")
+    overrides = [*(_RECIPE_OF_LORA if lora else ()), *(overrides or [])]
     request = _request(device, sizes, ("7b", "150m"), stages, samples, (64, 8), seconds, layers, overrides, fit)
     _end(module.bench(request, _sheet(out, resume), profile))
 
@@ -124,7 +125,7 @@ def peers(
     """
     from benches.peers import compare
 
-    stages, overrides = ("finetune", [*_RECIPE_OF_LORA, "lora.dropout=0", *(overrides or [])]) if lora else (stages, overrides)
+    overrides = [*((*_RECIPE_OF_LORA, "lora.dropout=0") if lora else ()), *(overrides or [])]
     request = _request(device, sizes, ("7b", "150m"), stages, samples, (32, 4), seconds, layers, overrides, fit)
     _end(compare.bench(request, _sheet(out, resume), _names(variants)), charts, "peers")
 
