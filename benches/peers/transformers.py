@@ -23,6 +23,7 @@ from fastllava.config import LoraConfig
 from fastllava.data.loader import Sample
 from fastllava.model.hf_reference import filled
 from fastllava.model.layers import set_parameter
+from fastllava.model.weights.adapter_writing import peft_targets
 from fastllava.planner.drawn import CAP, SPECIAL
 from fastllava.planner.sizes import SELECT_LAYER
 from fastllava.train.metrics.flops import Accounting
@@ -116,9 +117,9 @@ def adapt(llava: Any, lora: LoraConfig, weights: Mapping[str, Tensor]) -> list[n
     from peft import LoraConfig as Adapters
     from peft import inject_adapter_in_model
 
-    targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
     alpha = lora.scale * (lora.rank or 0)
-    inject_adapter_in_model(Adapters(r=lora.rank or 0, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets), llava)  # pyright: ignore[reportArgumentType] (PEFT takes fractions too)
+    wanted: Any = {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout, "target_modules": peft_targets(lora.targets)}
+    inject_adapter_in_model(Adapters(**wanted), llava)
     found = []
     for name, _ in list(llava.named_parameters()):
         if ".lora_" in name:

@@ -3,7 +3,7 @@
 adapter_config.json has the fields of PEFT 0.4, which every version to 0.21 takes; the later ones stand at their defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllava.config import TARGETS, LoraConfig, ModelConfig
 from fastllava.model.llava import Llava
+from fastllava.model.lora import is_adapter
 from fastllava.model.weights.adapter_config import ADAPTER_CONFIG
 from fastllava.model.weights.adapters import ADAPTER_WEIGHTS, PROJECTOR_FILES
 from fastllava.model.weights.beside import beside_its_place, names_below, on_cpu
@@ -40,7 +41,7 @@ def write_adapter(
     the adapters lie on.
     """
     of_layout = {"llava": "llava", "hf": "module"}[layout]
-    tensors = {name: on_cpu(tensor, dtype) for name, tensor in state.items() if ".lora_" in name or name.startswith("projector.")}
+    tensors = {name: on_cpu(tensor, dtype) for name, tensor in state.items() if is_adapter(name) or name.startswith("projector.")}
     on_disk = {_PEFT + to_disk(name, of_layout): tensor for name, tensor in tensors.items()}
     projector = [_PEFT + to_disk(name, of_layout) for name in tensors if name.startswith("projector.")]
     with beside_its_place(folder, sum(tensor.nbytes for tensor in tensors.values())) as beside:
@@ -77,14 +78,18 @@ def write_lora(
     return write_adapter(folder, "llava", lora, state, dtype, base=str(source.llm), config=config)
 
 
+def peft_targets(targets: Sequence[str]) -> str:
+    """PEFT's `target_modules` for these linear layers of llava-hf's decoder; by their names alone it would find the tower's too."""
+    return rf".*language_model.*\.({'|'.join(targets)})"
+
+
 def _adapter_config(layout: str, lora: LoraConfig, base: str, with_projector: bool) -> dict[str, Any]:
     rank = lora.rank or 0
     alpha = lora.scale * rank
     wanted = [target for target in TARGETS if target in lora.targets]
     targets, saved = wanted, None
     if layout == "hf":
-        # By names alone they would be looked for, and found, in the tower too.
-        targets = rf".*language_model.*\.({'|'.join(wanted)})"
+        targets = peft_targets(wanted)
         saved = [to_disk("projector.0.", "hf").split(".")[0]] if with_projector else None
     return {
         "auto_mapping": None,
