@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllava_kernels._device.launch import on_device_of
+from fastllava_kernels._device.launch import cdiv, on_device_of
 from fastllava_kernels._device.nf4 import sizes
 from fastllava_kernels._tuning import tuning
 from fastllava_kernels.nf4 import BLOCK, NESTED_BLOCK, Nf4, code, nested_code
@@ -83,7 +83,7 @@ class Dequantise:
         out = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype, device=codes.device)
         if not out.numel():
             return out
-        blocks = triton.cdiv(out.numel(), BLOCK)
+        blocks = cdiv(out.numel(), BLOCK)
         if inputs % BLOCK:
             # Blocks go on across the ends of rows: all of them are one row.
             first, across, stride = rows.start * inputs // BLOCK, blocks, 0
@@ -95,7 +95,7 @@ class Dequantise:
         config = tuning.config(kernel, outputs, codes.device)
         tables = code(codes.device), nested_code(codes.device)
         with on_device_of(codes):
-            dequantise_kernel[(triton.cdiv(blocks, config["BLOCKS"]),)](
+            dequantise_kernel[(cdiv(blocks, config["BLOCKS"]),)](
                 codes, weight.absmax, weight.nested_absmax, weight.offset, *tables, out, blocks, first, across, stride, out.numel(),
                 **config, **_constants(double, out.numel() % BLOCK == 0),
             )  # fmt: skip

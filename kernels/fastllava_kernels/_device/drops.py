@@ -5,7 +5,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_ROUNDS = tl.constexpr(7)
+from fastllava_kernels._device import philox
+
+_ROUNDS = tl.constexpr(philox.ROUNDS)
 
 
 @triton.jit
