@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapter_runs import assert_near, left, trained
 from parallel_runs import stop_after
 from rich.console import Console
 from small_world import small_config
@@ -26,9 +27,7 @@ from fastllava.model.weights import load_llava, read_origin
 from fastllava.optim import build_optimizer
 from fastllava.train import run
 from fastllava.train.metrics.flops import Accounting
-from fastllava.train.metrics.log import read_metrics
 from fastllava.train.stages import prepare_stage
-from fastllava.train.state.shards import read_weights
 
 LORA = {"rank": 4, "alpha": 12.0, "dropout": 0.25}
 SMALL = {"max_steps": 4, "seed": 5}
@@ -37,25 +36,6 @@ SMALL = {"max_steps": 4, "seed": 5}
 def values_of(settings, out, **sections):
     changed = {"lora": LORA, "optim": {"lr": 1e-2, "projector_lr": 1e-3, "warmup_ratio": 0.0}, **sections}
     return settings("finetune", output_dir=str(out), **{**changed, "train": {**SMALL, **sections.get("train", {})}})
-
-
-def trained(values) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Metrics and trained weights of a run that has ended or stopped."""
-    run(check_config(values), Console(quiet=True))
-    return left(Path(values["output_dir"]))
-
-
-def left(out: Path):
-    last = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
-    return read_metrics(out), read_weights(last / "tensors", "weight/")
-
-
-def near(ours, theirs, tolerance=1e-5):
-    assert [row["loss"] for row in ours[0]] == pytest.approx([row["loss"] for row in theirs[0]], rel=tolerance)
-    assert [row["grad_norm"] for row in ours[0]] == pytest.approx([row["grad_norm"] for row in theirs[0]], rel=10 * tolerance)
-    assert ours[1].keys() == theirs[1].keys() != set()
-    for name, tensor in theirs[1].items():
-        assert (ours[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +103,11 @@ _SLOW = {case: pytest.mark.exhaustive for case in LAID_OUT if "computed again" i
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=_SLOW.get(case, ())) for case in LAID_OUT])
 def test_dropout_is_the_same_however_samples_are_laid_out(settings, tmp_path, unbroken, case):
-    near(trained(values_of(settings, tmp_path / "run", train=LAID_OUT[case])), unbroken)
+    assert_near(trained(values_of(settings, tmp_path / "run", train=LAID_OUT[case])), unbroken)
 
 
 def test_dropout_is_the_same_in_every_implementation(settings, tmp_path, unbroken):
-    near(trained(values_of(settings, tmp_path / "run", kernels="reference")), unbroken)
+    assert_near(trained(values_of(settings, tmp_path / "run", kernels="reference")), unbroken)
 
 
 def test_dropout_is_there_and_is_drawn_by_the_seed(settings, tmp_path, unbroken):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_runs import assert_near, trained
 from parallel_runs import launch, stop_after
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,6 @@ from fastllava.model.weights import load_llava
 from fastllava.train import run
 from fastllava.train.metrics.log import read_metrics
 from fastllava.train.stages import prepare_stage
-from fastllava.train.state.shards import read_weights
 from fastllava_kernels.nf4 import dequantise, quantise
 
 LORA = {"rank": 4, "dropout": 0.25}
@@ -38,22 +38,6 @@ def values_of(settings, out, quantize: str | None = "nf4", **sections):
     sections = {"lora": LORA, "optim": {"lr": 1e-2, "projector_lr": 1e-3, "warmup_ratio": 0.0}, **sections}
     model = {"quantize": quantize, **sections.pop("model", {})}
     return settings("finetune", output_dir=str(out), **{**sections, "model": model, "train": {"max_steps": 4, **sections.get("train", {})}})
-
-
-def trained(values) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Metrics and trained weights of a run that has ended or stopped."""
-    run(check_config(values), Console(quiet=True))
-    out = Path(values["output_dir"])
-    last = max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
-    return read_metrics(out), read_weights(last / "tensors", "weight/")
-
-
-def assert_near(ours, theirs, tolerance: float = 1e-5) -> None:
-    for key, wide in (("loss", 1), ("grad_norm", 10)):
-        assert [row[key] for row in ours[0]] == pytest.approx([row[key] for row in theirs[0]], rel=wide * tolerance)
-    assert ours[1].keys() == theirs[1].keys() != set()
-    for name, tensor in theirs[1].items():
-        assert (ours[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.fixture(scope="session")
