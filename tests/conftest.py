@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,10 @@ if not Path("/dev/nvidiactl").exists():
     # Triton decides at import: without a GPU its kernels run on CPU tensors, in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["WANDB_MODE"] = "disabled"
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        # As under nohup or after `&` in a script. What the tests start would ignore it too; a handler is not handed on.
+        signal.signal(number, lambda *_: None)
 
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO / "tests" / "golden"
