@@ -77,6 +77,19 @@ class AddRMSNorm(nn.Module):
         return self.ops.add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps)
 
 
+class StreamNorm(AddRMSNorm):
+    """The same, where there may be no residual yet: then room rms_norm, and x is the sum."""
+
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
+        super().__init__(width, eps, ops)
+        self.ops = ops.only("rms_norm", "add_rms_norm")
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            return self.ops.rms_norm(x, self.weight.to(x.dtype), self.eps), x
+        return super().forward(x, residual)
+
+
 class LayerNorm(nn.Module):
     """Room layer_norm with its weight and bias [width]; without a bias the room gets zeros."""
 

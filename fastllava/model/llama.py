@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fastllava.config import Recompute
 from fastllava.model.compiled import Graph, eager
-from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm
+from fastllava.model.layers import AddRMSNorm, Embedding, Linear, RMSNorm, StreamNorm
 from fastllava.model.linears import PLAIN, Linears, project
 from fastllava.model.lora import LoraLinear
 from fastllava.model.ops import Ops
 from fastllava.model.recompute import compute_layer, run_layers
+from fastllava_kernels.room import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -161,24 +162,35 @@ class DecoderLayer(nn.Module):
     Hooks of the layer, such as those that gather and free its shards, run around `compute`.
     """
 
-    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, ops: Ops, linears: Linears, compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.self_attn = Attention(config, ops, linears)
         self.mlp = MLP(config, ops, linears)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.input_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.sums_in_norm = ops.chosen["add_rms_norm"] != REFERENCE
+        """Whether an op of its own makes the sum that `norm_input` gives, and keeps that alone."""
         self._compute = compute
 
-    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none") -> Tensor:
-        """[T, D]; with `wanted`, int64 [M], [M, D]: all that comes after keys and values is of those rows only."""
-        return self._compute(self, x_TD, packing, wanted, recompute)
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """Two tensors [T, D] whose sum is the result, of two whose sum goes in: the norm after them adds them up.
 
-    def transform(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        """Compute what `forward` gives, with nothing computed again in backward."""
-        attended = self.self_attn(self.input_layernorm(x_TD), packing, wanted)
-        residual = x_TD if wanted is None else x_TD.index_select(0, wanted)
+        With `wanted`, int64 [M], [M, D]: all that comes after keys and values is of those rows only.
+        """
+        return self._compute(self, x_TD, residual_TD, packing, wanted, recompute)
+
+    def norm_input(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and that sum."""
+        return self.input_layernorm(x_TD, residual_TD)
+
+    def transform(self, normed_TD: Tensor, summed_TD: Tensor, packing: Packing, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute what `forward` gives, of what `norm_input` gives, with nothing computed again in backward."""
+        attended = self.self_attn(normed_TD, packing, wanted)
+        residual = summed_TD if wanted is None else summed_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)
-        return summed + self.mlp(normed, packing.keys_of(wanted))
+        return self.mlp(normed, packing.keys_of(wanted)), summed
 
     def kept_products(self, recompute: Recompute, wanted: Tensor | None) -> int:
         """How many of the products of `transform` are kept for backward: q, k, v, o; with "norms" gate and up too."""
@@ -193,7 +205,7 @@ class Decoder(nn.Module):
         compute = graph(compute_layer)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, linears.of_layer(i), compute) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
 
 class Llama(nn.Module):
@@ -257,4 +269,4 @@ class Llama(nn.Module):
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen, row_keys)
-        return self.model.norm(run_layers(self.layers, x_TD, packing, recompute, wanted))
+        return self.model.norm(*run_layers(self.layers, x_TD, packing, recompute, wanted))[0]

@@ -220,23 +220,31 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP, computed by `compute`: `compute_layer`, or a graph of it."""
 
-    def __init__(self, config: MptConfig, ops: Ops, product: Product, compute: Callable[..., Tensor]) -> None:
+    def __init__(self, config: MptConfig, ops: Ops, product: Product, compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         norm = lambda: LayerNorm(config.hidden_size, config.layer_norm_epsilon, ops, bias=False)  # noqa: E731
         self.norm_1, self.norm_2 = norm(), norm()
         self.attn = Attention(config, ops, product)
         self.ffn = MLP(config, product)
+        self.sums_in_norm = False
         self._compute = compute
 
-    def forward(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none") -> Tensor:
-        """[T, D]; with `wanted`, int64 [M], [M, D]: all that comes after keys and values is of those rows only."""
-        return self._compute(self, x_TD, packing, wanted, recompute)
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """As `fastllava.model.llama.DecoderLayer`: two tensors whose sum is the result."""
+        return self._compute(self, x_TD, residual_TD, packing, wanted, recompute)
 
-    def transform(self, x_TD: Tensor, packing: Packing, wanted: Tensor | None) -> Tensor:
-        """Compute what `forward` gives, with nothing computed again in backward."""
-        attended = self.attn(self.norm_1(x_TD), packing, wanted)
-        summed = attended + (x_TD if wanted is None else x_TD.index_select(0, wanted))
-        return summed + self.ffn(self.norm_2(summed))
+    def norm_input(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of `x + residual`, and that sum."""
+        summed = x_TD if residual_TD is None else x_TD + residual_TD
+        return self.norm_1(summed), summed
+
+    def transform(self, normed_TD: Tensor, summed_TD: Tensor, packing: Packing, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute what `forward` gives, of what `norm_input` gives, with nothing computed again in backward."""
+        attended = self.attn(normed_TD, packing, wanted)
+        summed = attended + (summed_TD if wanted is None else summed_TD.index_select(0, wanted))
+        return self.ffn(self.norm_2(summed)), summed
 
     def kept_products(self, recompute: Recompute, wanted: Tensor | None) -> int:
         """How many of the products of `transform` are kept for backward: attention's, which are three where queries are apart, and `up`."""
@@ -305,4 +313,5 @@ class Mpt(nn.Module):
         self.place_constants(x_TD.device)
         columns_HE, columns_TE = columns_of_queries(self._scaled_slopes, x_TD.dtype), columns_of_keys(position_ids, x_TD.dtype)
         packing = Packing(columns_HE, columns_TE, cu_seqlens, max_seqlen)
-        return self.transformer.norm_f(run_layers(self.layers, x_TD, packing, recompute, wanted))
+        x, residual = run_layers(self.layers, x_TD, packing, recompute, wanted)
+        return self.transformer.norm_f(x + residual)

@@ -10,6 +10,7 @@ D width, Q = query heads x head width, G = key/value heads x head width, F width
     selective  x, q, k, v, attention, o_proj's: 2 D + 2 Q + 2 G                           49.2 kB   gate, up (180)
     full       x: D                                                                        8.2 kB   all but down_proj (315)
 
+x is the sum that the layer before ends with, which is added up in this layer's first norm: what repeats a layer begins after that.
 So at 16,384 rows 7B keeps 64.3, 45.5, 24 and 4 GiB in stage finetune. A frozen decoder keeps no input of a linear, and `norms`
 gives it nothing back. Of an MPT "gate, up" is up, q, k and v are one product, and have ALiBi's columns besides.
 
@@ -25,6 +26,7 @@ The same kernels run again, so loss and gradients are those of `none`, bit for b
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,38 +44,93 @@ _QUANTISED = "fastllava::nf4_linear_"
 _ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
 
 
-def run_layers(layers: nn.ModuleList, x_TD: Tensor, packing: Any, recompute: Recompute, wanted: Tensor | None) -> Tensor:
-    """Run decoder layers one after another: [T, D]; with `wanted`, int64 [M], [M, D] of these rows, which are all that the last computes.
+def run_layers(layers: nn.ModuleList, x_TD: Tensor, packing: Any, recompute: Recompute, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run decoder layers one after another: two tensors [T, D] whose sum is the result, for the norm that comes after.
 
-    Without gradients there is nothing to `recompute`.
+    With `wanted`, int64 [M]: [M, D] of these rows, which are all that the last layer computes. Without gradients there is nothing
+    to `recompute`.
     """
     recompute = recompute if torch.is_grad_enabled() else "none"
+    residual_TD = None
     for index, layer in enumerate(layers, start=1):
-        x_TD = layer(x_TD, packing, wanted if index == len(layers) else None, recompute)
-    return x_TD
+        x_TD, residual_TD = layer(x_TD, residual_TD, packing, wanted if index == len(layers) else None, recompute)
+    if residual_TD is None:
+        raise ValueError("a decoder has at least one layer")
+    return x_TD, residual_TD
 
 
-def compute_layer(layer: Any, x_TD: Tensor, packing: Any, wanted: Tensor | None, recompute: Recompute) -> Tensor:
-    """Compute a decoder layer. What is computed again is within a graph of this, and within the time that shards are gathered for."""
+def compute_layer(
+    layer: Any, x_TD: Tensor, residual_TD: Tensor | None, packing: Any, wanted: Tensor | None, recompute: Recompute
+) -> tuple[Tensor, Tensor]:
+    """Compute a decoder layer of `x + residual`: two tensors whose sum is its result.
+
+    What is computed again is within a graph of this, and within the time that shards are gathered for.
+    """
     if recompute == "none":
-        return layer.transform(x_TD, packing, wanted)
-    return recomputed(layer.transform, recompute, layer.kept_products(recompute, wanted), x_TD, packing, wanted)
+        return layer.transform(*layer.norm_input(x_TD, residual_TD), packing, wanted)
+    products = layer.kept_products(recompute, wanted)
+    if torch.compiler.is_compiling() or not layer.sums_in_norm:
+        # A graph keeps what goes into the part that it repeats, and plain PyTorch more of a norm than its sum.
+        summed_TD = x_TD if residual_TD is None else x_TD + residual_TD
+        return recomputed(partial(_from_sum, layer), recompute, products, summed_TD, packing, wanted)
+    normed = _Normed(layer, *layer.norm_input(x_TD, residual_TD))
+    return recomputed(normed.transform, recompute, products, packing, wanted, first=normed.compute_again)
 
 
-def recomputed(function: Callable[..., Any], recompute: Recompute, products: int, *args: Any) -> Any:
+def _from_sum(layer: Any, summed_TD: Tensor, packing: Any, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+    return layer.transform(*layer.norm_input(summed_TD, None), packing, wanted)
+
+
+class _Normed:
+    """The norm that a layer begins with, whose sum is kept for what computes the layer again; the norm itself is not."""
+
+    def __init__(self, layer: Any, normed_TD: Tensor, summed_TD: Tensor) -> None:
+        self._layer, self._summed_TD, self._in_graph = layer, summed_TD, normed_TD.requires_grad
+        self._normed_TD: Tensor | None = normed_TD
+
+    def transform(self, packing: Any, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
+        normed_TD, self._normed_TD = self._normed_TD, None
+        return self._layer.transform(normed_TD, self._summed_TD, packing, wanted)
+
+    def compute_again(self) -> None:
+        """Without a graph: what is computed again gives values to the one that there is."""
+        with torch.no_grad():
+            self._normed_TD = self._layer.norm_input(self._summed_TD, None)[0].requires_grad_(self._in_graph)
+
+
+def recomputed(
+    function: Callable[..., Any], recompute: Recompute, products: int, *args: Any, first: Callable[[], None] | None = None
+) -> Any:
     """`function(*args)` of a decoder layer, of whose results backward finds those that `recompute` keeps; not for "none".
 
-    `products`: how many of the matrix products it keeps, the first ones; none with "full".
+    `products`: how many of the matrix products it keeps, the first ones; none with "full". `first`: what backward does before it calls
+    `function` again.
     """
     # No random numbers are drawn in a layer, so their state need not be kept.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if recompute != "full":
-        settings["context_fn"] = partial(_contexts, products)
+    if recompute != "full" or first is not None:
+        settings["context_fn"] = partial(_contexts, recompute, products, first)
     return checkpoint(function, *args, **settings)
 
 
-def _contexts(products: int) -> Any:
-    return create_selective_checkpoint_contexts(_Kept(products))
+def _contexts(recompute: Recompute, products: int, first: Callable[[], None] | None) -> tuple[Any, Any]:
+    selective = recompute != "full"
+    forward, again = create_selective_checkpoint_contexts(_Kept(products)) if selective else (nullcontext(), nullcontext())
+    return forward, again if first is None else _After(first, again)
+
+
+class _After:
+    """`context`, before which `first` is called; as often as backward is, with a graph that is retained."""
+
+    def __init__(self, first: Callable[[], None], context: AbstractContextManager[Any]) -> None:
+        self._first, self._context = first, context
+
+    def __enter__(self) -> None:
+        self._first()
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._context.__exit__(*error)
 
 
 class _Kept:

@@ -60,7 +60,8 @@ def look_at(config: Config, size: Size, micro_batch: MicroBatch) -> Layer:
     dtype, trains = COMPUTE_DTYPE[config.train.precision], config.stage == "finetune"
     parts = _parts(size.llm, micro_batch, dtype, trains)
     backward = sum(moved[1] for moved in parts.values())
-    repeated = sum(parts[name][0] for name in _REPEATED[config.train.recompute])
+    again = {**parts, "input norm": _norm_again(size.llm, micro_batch.rows, dtype, trains)}
+    repeated = sum(again[name][0] for name in _REPEATED[config.train.recompute])
     floor = {FORWARD: sum(moved[0] for moved in parts.values()), BACKWARD: backward + repeated}
     found = layer_ops(config, size.origin, gpu_ops(config.kernels), micro_batch)
     return Layer(found.moving, floor, found.all)
@@ -95,6 +96,12 @@ def _parts(llm: LlamaConfig, size: MicroBatch, dtype: torch.dtype, trains: bool)
         "swiglu": op("swiglu", rows=rows, width=inner),
         "down": product(inner, width),
     }
+
+
+def _norm_again(llm: LlamaConfig, rows: int, dtype: torch.dtype, trains: bool) -> tuple[float, float]:
+    """The least bytes of a layer's first norm, whose sum is there."""
+    shape = {"rows": rows, "width": llm.hidden_size, "weight_learns": int(trains)}
+    return _cost("rms_norm", shape, dtype, "forward"), 0.0
 
 
 def _cost(room: str, shape: Shape, dtype: torch.dtype, part: Pass) -> float:

@@ -57,9 +57,17 @@ def test_recompute_adds_what_it_repeats(layers: dict[tuple[str, str], Layer]) ->
     weights = 2 * WIDTH * QUERIES + 2 * WIDTH * KEYS + 3 * WIDTH * INNER
     assert full.total(FORWARD).bytes - none.total(FORWARD).bytes == 6 * weights / 2
     assert products(full, BACKWARD) - products(none, BACKWARD) == 6, "all but down_proj"
-    # down_proj's forward is not repeated.
+    # down_proj's forward is not repeated, and the sum of the first norm is there: it reads and writes one tensor less.
     down = 2 * (ROWS * (INNER + WIDTH) + INNER * WIDTH)
-    assert full.floor[BACKWARD] - none.floor[BACKWARD] == full.floor[FORWARD] - down
+    assert full.floor[BACKWARD] - none.floor[BACKWARD] == full.floor[FORWARD] - down - 2 * 2 * ROWS * WIDTH
+
+
+def test_the_sum_after_the_mlp_is_the_next_norms(layers: dict[tuple[str, str], Layer]) -> None:
+    """Nothing is added outside of a norm or a product, forward or backward, whatever is computed again."""
+    for case, layer in layers.items():
+        assert not [name for _, name in layer.ops if name.startswith("aten::add bfloat16")], case
+        assert layer.ops[FORWARD, "fastllava::add_rms_norm_triton"].count == 2
+        assert layer.ops[BACKWARD, "fastllava::add_rms_norm_triton_backward"].count == 2
 
 
 def test_nothing_moves_less_than_the_floor(layers: dict[tuple[str, str], Layer]) -> None:
