@@ -143,6 +143,23 @@ def test_command_needs_neither_models_nor_data(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_committed_plans_are_those_of_this_code(size: str, repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The hours of README and docs/planning.md; the file is written by the command of docs/planning.md."""
+    configs = [str(repo / "configs" / f"llava15_{size}_{stage}.yaml") for stage in ("pretrain", "finetune")]
+    plan_command(configs, "a100-80g", world=8, size=size, drawn=0, json_file=tmp_path / "plan.json")
+    capsys.readouterr()
+    told = json.loads((tmp_path / "plan.json").read_text())
+    committed = json.loads((repo / "benches" / "results" / f"plan_8xa100-80g_{size}.json").read_text())
+    for now, then in zip(told, committed, strict=True):
+        for name in ("recompute", "micro_batch_tokens"):
+            assert now["chosen"][name] == then["chosen"][name]
+        # Versions of PyTorch differ in a few allocations, and in nothing that takes time.
+        assert now["hours"] == pytest.approx(then["hours"], rel=1e-3)
+        assert now["chosen"]["peak_memory_bytes"] == pytest.approx(then["chosen"]["peak_memory_bytes"], rel=0.02)
+
+
 def test_gpus_are_those_of_the_accounting() -> None:
     assert {gpu.peak for gpu in GPUS.values()} <= set(PEAK_FLOPS.values())
     with pytest.raises(UserError, match="--gpu: 'h100' is not listed"):
