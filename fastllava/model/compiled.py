@@ -3,8 +3,8 @@
 A graph holds for every number of rows, samples and images; only sizes 0 and 1 get graphs of their own, as torch.compile
 computes with those as constants. How many there can be in one run:
 
-- layer: one for all blocks of the tower, one for all decoder layers but the last, one more for the first of them where the
-  splice gives it a view, as the reference does, and for the last one each of 0, 1 and more supervised rows, so at most six;
+- layer: one for all blocks of the tower, one for the first decoder layer, which takes one tensor where the others take two, one for
+  all others but the last, and for the last one each of 0, 1 and more supervised rows, so at most six;
 - step: one for each of 0, 1 and more images with each of 0, 1 and more supervised rows, so at most nine.
 
 An evaluation, which has no gradients, makes as many again, and leaves those of the training as they are.

@@ -78,7 +78,7 @@ class AddRMSNorm(nn.Module):
 
 
 class StreamNorm(AddRMSNorm):
-    """The same, where there may be no residual yet: then room rms_norm, and x is the sum."""
+    """AddRMSNorm where there may be no residual yet: then room rms_norm, and the sum is x."""
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__(width, eps, ops)

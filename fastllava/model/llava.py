@@ -74,7 +74,7 @@ class Llava(nn.Module):
         return self._compute(self, batch)
 
     def kernels(self) -> dict[str, dict[str, Any]]:
-        """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower", ...) run it."""
+        """By room, for the rooms in use: the `implementation`, and how many `modules` of each part ("llm", "tower", ...) hold it."""
         parts = {"llm": self.llm.modules(), "tower": set(self.tower.modules()) - self.tower.idle_modules(), "llava": [self]}
         if not self.fused:
             parts["projector"] = self.projector.modules()

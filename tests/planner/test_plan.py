@@ -1,7 +1,9 @@
 """A stage's plan: what it looks at, what it picks, and what its figures add up to."""
 
 import dataclasses
+import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,39 @@ def test_the_committed_plans_are_those_of_this_code(size: str, repo: Path, tmp_p
         # Versions of PyTorch differ in a few allocations, and in nothing that takes time.
         assert now["hours"] == pytest.approx(then["hours"], rel=1e-3)
         assert now["chosen"]["peak_memory_bytes"] == pytest.approx(then["chosen"]["peak_memory_bytes"], rel=0.02)
+
+
+CARDS = ("rtx4090-24g", "l40s-48g", "a100-80g")
+
+
+def cards_of_the_docs(text: str) -> dict[str, list[str]]:
+    """By GPU, the cells of docs/planning.md of 7B and 13B, each with LoRA and with QLoRA."""
+    return {gpu: cells.split(" | ") for gpu, cells in re.findall(r"^\| \d+ GB \(`(.*?)`.*?\) \| (.*) \|$", text, re.MULTILINE)}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("gpu", CARDS)
+def test_the_cards_of_the_docs_are_those_of_this_code(gpu: str, repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What fits on one card with LoRA and QLoRA, and the seconds of a step of 7B on the smallest."""
+    text = (repo / "docs" / "planning.md").read_text(encoding="utf-8")
+    assert list(cards_of_the_docs(text)) == list(CARDS)
+    found, seconds = [], []
+    for size, words in itertools.product(("7b", "13b"), ([], ["model.quantize=nf4"])):
+        config = str(repo / "configs" / f"llava15_{size}_finetune_lora.yaml")
+        plan_command([config, *words], gpu, world=1, size=size, drawn=2000, json_file=tmp_path / "plan.json")
+        (told,) = json.loads((tmp_path / "plan.json").read_text())
+        if (chosen := told["chosen"]) is None:
+            least = min(candidate["peak_memory_bytes"] for candidate in told["candidates"])
+            found.append(f"no: {least / 2**30:.0f} GiB at least")
+            continue
+        place = f"{chosen['micro_batch_tokens']:,} tokens, `{chosen['recompute']}`"
+        found.append(f"{place}: {chosen['peak_memory_bytes'] / 2**30:.0f} GiB")
+        seconds.append(chosen["step_seconds"])
+    capsys.readouterr()
+    assert found == cards_of_the_docs(text)[gpu]
+    if gpu == CARDS[0]:
+        lora, qlora = seconds[:2]
+        assert f"{qlora:.0f} s with 7B and QLoRA, and {lora:.0f} s with LoRA" in text
 
 
 def test_gpus_are_those_of_the_accounting() -> None:
