@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastllava.model.ops import Ops
 from fastllava.model.products import Product, linear, products
+from fastllava_kernels.room import REFERENCE
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -77,17 +78,24 @@ class AddRMSNorm(nn.Module):
         return self.ops.add_rms_norm(x, residual, self.weight.to(x.dtype), self.eps)
 
 
-class StreamNorm(AddRMSNorm):
-    """AddRMSNorm where there may be no residual yet: then room rms_norm, and the sum is x."""
+class StreamNorm(nn.Module):
+    """The norm of a sum of two, and that sum; there may be one tensor alone, which is the sum then.
+
+    Room add_rms_norm adds and norms in one pass, where it runs the same kernels as room rms_norm and they keep little beside the sum.
+    Otherwise the sum is PyTorch's, so that a sum which is there has the same norm, bit for bit.
+    """
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
-        super().__init__(width, eps, ops)
-        self.ops = ops.only("rms_norm", "add_rms_norm")
+        super().__init__()
+        self.in_one_pass = ops.chosen["add_rms_norm"] == ops.chosen["rms_norm"] != REFERENCE
+        self.weight, self.eps, self.ops = _empty(width), eps, ops.only("rms_norm", *["add_rms_norm"] * self.in_one_pass)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            return self.ops.rms_norm(x, self.weight.to(x.dtype), self.eps), x
-        return super().forward(x, residual)
+        weight = self.weight.to(x.dtype)
+        if residual is not None and self.in_one_pass:
+            return self.ops.add_rms_norm(x, residual, weight, self.eps)
+        summed = x if residual is None else x + residual
+        return self.ops.rms_norm(summed, weight, self.eps), summed
 
 
 class LayerNorm(nn.Module):

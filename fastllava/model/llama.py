@@ -18,7 +18,6 @@ from fastllava.model.linears import PLAIN, Linears, project
 from fastllava.model.lora import LoraLinear
 from fastllava.model.ops import Ops
 from fastllava.model.recompute import compute_layer, run_layers
-from fastllava_kernels.room import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -168,14 +167,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops, linears)
         self.input_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.sums_in_norm = ops.chosen["add_rms_norm"] != REFERENCE
-        """Whether an op of its own makes the sum that `norm_input` gives, and keeps that alone."""
+        self.sums_in_norm = self.input_layernorm.in_one_pass
+        """Whether `norm_input` adds and norms in one op, which keeps little beside the sum."""
         self._compute = compute
 
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none"
     ) -> tuple[Tensor, Tensor]:
-        """Two tensors [T, D] whose sum is the result, of two whose sum goes in: the norm after them adds them up.
+        """Two tensors [T, D] whose sum is the result, of two whose sum goes in; the first layer gets one alone.
 
         With `wanted`, int64 [M], [M, D]: all that comes after keys and values is of those rows only.
         """
@@ -205,7 +204,7 @@ class Decoder(nn.Module):
         compute = graph(compute_layer)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, linears.of_layer(i), compute) for i in range(config.num_hidden_layers))
-        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
 
 class Llama(nn.Module):
@@ -269,4 +268,4 @@ class Llama(nn.Module):
         angles = position_ids.float().unsqueeze(1) * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         packing = Packing(angles.cos().to(x_TD.dtype), angles.sin().to(x_TD.dtype), cu_seqlens, max_seqlen, row_keys)
-        return self.model.norm(*run_layers(self.layers, x_TD, packing, recompute, wanted))[0]
+        return self.model.norm(run_layers(self.layers, x_TD, packing, recompute, wanted))

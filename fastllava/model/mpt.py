@@ -313,5 +313,4 @@ class Mpt(nn.Module):
         self.place_constants(x_TD.device)
         columns_HE, columns_TE = columns_of_queries(self._scaled_slopes, x_TD.dtype), columns_of_keys(position_ids, x_TD.dtype)
         packing = Packing(columns_HE, columns_TE, cu_seqlens, max_seqlen)
-        x, residual = run_layers(self.layers, x_TD, packing, recompute, wanted)
-        return self.transformer.norm_f(x + residual)
+        return self.transformer.norm_f(run_layers(self.layers, x_TD, packing, recompute, wanted))

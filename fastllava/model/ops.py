@@ -28,7 +28,7 @@ class Ops:
                 setattr(self, name, rooms()[name].implementations[implementation].function)
 
     def only(self, *names: str) -> "Ops":
-        """The ops of these rooms and no others: what a module keeps, so that what it holds is what it uses."""
+        """The ops of these rooms and no others: what a module keeps, so that what it holds is what it may use."""
         return Ops({name: self.chosen[name] for name in names})
 
     if TYPE_CHECKING:

@@ -20,7 +20,7 @@ whose result no backward reads. At one price what counts is size: gate and up ar
 perhaps 0.4 of the peak: from about 1600 rows on it is dearer to repeat than a product. It is kept at every length, so that what a
 policy costs does not depend on the data.
 
-The same kernels run again, so loss and gradients are those of `none`, bit for bit, without torch.compile.
+What is computed again has the same bits, so loss and gradients are those of `none`, bit for bit, without torch.compile.
 """
 
 import re
@@ -44,19 +44,16 @@ _QUANTISED = "fastllava::nf4_linear_"
 _ATTENTION = ("fastllava::attention_", "aten::_scaled_dot_product_", "torch_attn::")
 
 
-def run_layers(layers: nn.ModuleList, x_TD: Tensor, packing: Any, recompute: Recompute, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run decoder layers one after another: two tensors [T, D] whose sum is the result, for the norm that comes after.
+def run_layers(layers: nn.ModuleList, x_TD: Tensor, packing: Any, recompute: Recompute, wanted: Tensor | None) -> Tensor:
+    """Run decoder layers one after another: [T, D]; with `wanted`, int64 [M], [M, D] of these rows, which are all that the last computes.
 
-    With `wanted`, int64 [M]: [M, D] of these rows, which are all that the last layer computes. Without gradients there is nothing
-    to `recompute`.
+    Without gradients there is nothing to `recompute`.
     """
     recompute = recompute if torch.is_grad_enabled() else "none"
     residual_TD = None
     for index, layer in enumerate(layers, start=1):
         x_TD, residual_TD = layer(x_TD, residual_TD, packing, wanted if index == len(layers) else None, recompute)
-    if residual_TD is None:
-        raise ValueError("a decoder has at least one layer")
-    return x_TD, residual_TD
+    return x_TD if residual_TD is None else x_TD + residual_TD
 
 
 def compute_layer(
@@ -93,7 +90,7 @@ class _Normed:
         return self._layer.transform(normed_TD, self._summed_TD, packing, wanted)
 
     def compute_again(self) -> None:
-        """Without a graph: what is computed again gives values to the one that there is."""
+        """Norm the sum again without a graph, as only the values are needed."""
         with torch.no_grad():
             self._normed_TD = self._layer.norm_input(self._summed_TD, None)[0].requires_grad_(self._in_graph)
 
@@ -120,7 +117,7 @@ def _contexts(recompute: Recompute, products: int, first: Callable[[], None] | N
 
 
 class _After:
-    """`context`, before which `first` is called; as often as backward is, with a graph that is retained."""
+    """Enters `context` after a call of `first`, as often as backward goes through a graph that is retained."""
 
     def __init__(self, first: Callable[[], None], context: AbstractContextManager[Any]) -> None:
         self._first, self._context = first, context

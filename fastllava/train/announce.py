@@ -100,7 +100,7 @@ def _idle_toggles(config: Config, model: Llava) -> Iterator[str]:
 
 
 def _kernels_in_words(model: Llava) -> str:
-    """Each room in use with its implementation and how many modules of each part run it."""
+    """Each room in use with its implementation and how many modules of each part hold it."""
     return ", ".join(
         f"{room}={use['implementation']} ({' + '.join(f'{count} in {part}' for part, count in use['modules'].items())})"
         for room, use in model.kernels().items()

@@ -32,6 +32,16 @@ def test_every_kernel_that_is_launched_is_described(repo: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["interpreter", *aot.ARCHITECTURES])
+def test_a_sum_has_one_norm_whichever_room_norms_it(arch: str) -> None:
+    """Backward norms the sums of add_rms_norm again by rms_norm: another number of warps would add in another order."""
+    found = {
+        room: [entry for kernel, *entry in tuning.configurations(arch) if kernel == f"{room}.forward"]
+        for room in ("rms_norm", "add_rms_norm")
+    }
+    assert found["rms_norm"] == found["add_rms_norm"], f"tables/{arch}.json: give both kernels the same entries"
+
+
+@pytest.mark.parametrize("arch", ["interpreter", *aot.ARCHITECTURES])
 def test_every_kernel_has_a_configuration_and_no_table_repeats_a_first_candidate(arch: str) -> None:
     found = list(tuning.configurations(arch))
     assert {kernel for kernel, *_ in found} == set(tuning.kernels())

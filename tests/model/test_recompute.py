@@ -54,11 +54,16 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+MIXED = [("triton", "reference"), ("reference", "triton"), ("triton", "liger"), ("liger", "triton")]
+"""Implementations of rms_norm and of add_rms_norm."""
+
+
 @pytest.mark.parametrize("last_layer", ["supervised", "all"])
-@pytest.mark.parametrize("ops", ["reference", "gpu"])
+@pytest.mark.parametrize("ops", ["reference", "gpu", *MIXED], ids=str)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_same_bits(tiny, frozen, ops, last_layer):
-    execution = Execution(OPS if ops == "gpu" else tiny.ops, torch.float64, last_layer=last_layer)
+    chosen = {"reference": tiny.ops, "gpu": OPS}.get(ops) or Ops(OPS.chosen | {"rms_norm": ops[0], "add_rms_norm": ops[1]})
+    execution = Execution(chosen, torch.float64, last_layer=last_layer)
     model = load_llava(tiny.config(projector="fresh"), execution, 5)
     model.tower.requires_grad_(False)
     model.llm.requires_grad_(not frozen)
@@ -83,14 +88,24 @@ def test_a_graph_that_is_retained(tiny, ops):
     assert all(torch.equal(p.grad, 2 * once[name]) for name, p in model.named_parameters() if p.grad is not None)
 
 
-def test_in_bf16_with_kernels_that_keep_the_sum_the_same_bits_of_the_whole_decoder(decoder):
-    """Norm and sum are one kernel backward with every policy; rounding the two parts apart would show here."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norms", [("triton", "triton"), ("liger", "liger"), *MIXED], ids="-".join)
+def test_the_same_bits_of_every_norm(decoder, norms, dtype):
+    """In fp32 Triton's kernels run, whose rows add up in another order than the reference's."""
+    eager, x, _ = decoder
+    # The interpreter takes a minute for the other rooms.
+    others = {"rope": "reference", "swiglu": "reference"}
+    llama = Llama(eager.config, Ops(OPS.chosen | others | {"rms_norm": norms[0], "add_rms_norm": norms[1]}))
+    llama.load_state_dict(eager.state_dict())
+    given = x.detach().to(dtype).requires_grad_()
     found = {}
     for recompute in POLICIES:
-        decoder[1].grad = None
-        run(decoder, True, recompute, False).float().square().sum().backward()
-        found[recompute] = decoder[1].grad.clone()
-    assert all(torch.equal(found[recompute], found["none"]) for recompute in POLICIES)
+        given.grad = None
+        run((llama, given, None), False, recompute, False).float().square().sum().backward()
+        found[recompute] = [given.grad, *(parameter.grad for parameter in llama.parameters() if parameter.grad is not None)]
+        llama.zero_grad(set_to_none=True)
+    for recompute in POLICIES[1:]:
+        assert all(map(torch.equal, found[recompute], found["none"])), recompute
 
 
 class Products(TorchDispatchMode):
