@@ -79,20 +79,21 @@ class AddRMSNorm(nn.Module):
 
 
 class StreamNorm(nn.Module):
-    """The norm of a sum of two, and that sum; there may be one tensor alone, which is the sum then.
+    """The norm of `x + residual`, both [T, D], with its weight [width], and that sum; without a residual x is the sum.
 
-    Room add_rms_norm adds and norms in one pass, where it runs the same kernels as room rms_norm and they keep little beside the sum.
-    Otherwise the sum is PyTorch's, so that a sum which is there has the same norm, bit for bit.
+    `sums_in_norm`: room add_rms_norm does both in one pass, which it may where room rms_norm is of the same implementation, so that a
+    sum which is there has the same norm, bit for bit, and where little is kept beside the sum. Otherwise PyTorch adds.
     """
 
     def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()
-        self.in_one_pass = ops.chosen["add_rms_norm"] == ops.chosen["rms_norm"] != REFERENCE
-        self.weight, self.eps, self.ops = _empty(width), eps, ops.only("rms_norm", *["add_rms_norm"] * self.in_one_pass)
+        self.sums_in_norm = ops.chosen["add_rms_norm"] == ops.chosen["rms_norm"] != REFERENCE
+        self.weight, self.eps = _empty(width), eps
+        self.ops = ops.only("rms_norm", "add_rms_norm") if self.sums_in_norm else ops.only("rms_norm")
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         weight = self.weight.to(x.dtype)
-        if residual is not None and self.in_one_pass:
+        if residual is not None and self.sums_in_norm:
             return self.ops.add_rms_norm(x, residual, weight, self.eps)
         summed = x if residual is None else x + residual
         return self.ops.rms_norm(summed, weight, self.eps), summed

@@ -167,7 +167,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, ops, linears)
         self.input_layernorm = StreamNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps, ops)
-        self.sums_in_norm = self.input_layernorm.in_one_pass
+        self.sums_in_norm = self.input_layernorm.sums_in_norm
         """Whether `norm_input` adds and norms in one op, which keeps little beside the sum."""
         self._compute = compute
 
@@ -181,11 +181,11 @@ class DecoderLayer(nn.Module):
         return self._compute(self, x_TD, residual_TD, packing, wanted, recompute)
 
     def norm_input(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + residual`, and that sum."""
+        """The norm of `x + residual`, and that sum, each [T, D]."""
         return self.input_layernorm(x_TD, residual_TD)
 
     def transform(self, normed_TD: Tensor, summed_TD: Tensor, packing: Packing, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute what `forward` gives, of what `norm_input` gives, with nothing computed again in backward."""
+        """Compute what `forward` gives, of the two [T, D] that `norm_input` gives, with nothing computed again in backward."""
         attended = self.self_attn(normed_TD, packing, wanted)
         residual = summed_TD if wanted is None else summed_TD.index_select(0, wanted)
         normed, summed = self.post_attention_layernorm(attended, residual)

@@ -232,16 +232,16 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, residual_TD: Tensor | None, packing: Packing, wanted: Tensor | None = None, recompute: Recompute = "none"
     ) -> tuple[Tensor, Tensor]:
-        """As `fastllava.model.llama.DecoderLayer`: two tensors whose sum is the result."""
+        """Two tensors [T, D], or [M, D] of the rows `wanted`, whose sum is the result, as `fastllava.model.llama.DecoderLayer`."""
         return self._compute(self, x_TD, residual_TD, packing, wanted, recompute)
 
     def norm_input(self, x_TD: Tensor, residual_TD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of `x + residual`, and that sum."""
+        """The norm of `x + residual`, and that sum, each [T, D]."""
         summed = x_TD if residual_TD is None else x_TD + residual_TD
         return self.norm_1(summed), summed
 
     def transform(self, normed_TD: Tensor, summed_TD: Tensor, packing: Packing, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute what `forward` gives, of what `norm_input` gives, with nothing computed again in backward."""
+        """Compute what `forward` gives, of the two [T, D] that `norm_input` gives, with nothing computed again in backward."""
         attended = self.attn(normed_TD, packing, wanted)
         summed = attended + (summed_TD if wanted is None else summed_TD.index_select(0, wanted))
         return self.ffn(self.norm_2(summed)), summed

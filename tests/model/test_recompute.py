@@ -54,16 +54,11 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-MIXED = [("triton", "reference"), ("reference", "triton"), ("triton", "liger"), ("liger", "triton")]
-"""Implementations of rms_norm and of add_rms_norm."""
-
-
 @pytest.mark.parametrize("last_layer", ["supervised", "all"])
-@pytest.mark.parametrize("ops", ["reference", "gpu", *MIXED], ids=str)
+@pytest.mark.parametrize("ops", ["reference", "gpu"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_the_same_bits(tiny, frozen, ops, last_layer):
-    chosen = {"reference": tiny.ops, "gpu": OPS}.get(ops) or Ops(OPS.chosen | {"rms_norm": ops[0], "add_rms_norm": ops[1]})
-    execution = Execution(chosen, torch.float64, last_layer=last_layer)
+    execution = Execution(OPS if ops == "gpu" else tiny.ops, torch.float64, last_layer=last_layer)
     model = load_llava(tiny.config(projector="fresh"), execution, 5)
     model.tower.requires_grad_(False)
     model.llm.requires_grad_(not frozen)
@@ -88,10 +83,14 @@ def test_a_graph_that_is_retained(tiny, ops):
     assert all(torch.equal(p.grad, 2 * once[name]) for name, p in model.named_parameters() if p.grad is not None)
 
 
+# Implementations of rms_norm and of add_rms_norm.
+MIXED = [("triton", "reference"), ("reference", "triton"), ("triton", "liger"), ("liger", "triton")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norms", [("triton", "triton"), ("liger", "liger"), *MIXED], ids="-".join)
 def test_the_same_bits_of_every_norm(decoder, norms, dtype):
-    """In fp32 Triton's kernels run, whose rows add up in another order than the reference's."""
+    """In fp32 Triton's kernels run, whose rows add up in another order than the reference's; in bf16 one pass rounds once, two twice."""
     eager, x, _ = decoder
     # The interpreter takes a minute for the other rooms.
     others = {"rope": "reference", "swiglu": "reference"}
